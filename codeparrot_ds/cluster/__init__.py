@@ -1,0 +1,1 @@
+"""Hosts: which there are, whether they are fit, and launching on them."""

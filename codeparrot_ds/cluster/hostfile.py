@@ -1,0 +1,74 @@
+"""Hostfiles. DeepSpeed only warns when one is missing, and then trains on this machine alone: here it is an error."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from codeparrot_ds.errors import ClusterError, list_problems
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts and their slots (GPUs, or CPU ranks), in order.
+
+    Raises ClusterError: the file is missing, empty, names a host twice, or has a line that is not `host slots=N`.
+    """
+    if not path.is_file():
+        raise ClusterError(
+            f"{path}: no such hostfile. Nothing was started: DeepSpeed would have trained on this machine alone. "
+            "Write one as in hostfile.example, or leave --hostfile out to train here."
+        )
+    hosts: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None or int(match[2]) == 0:
+            problems.append(f"line {number}: {text!r} is not `host slots=N` (no spaces around =, N at least 1)")
+        elif match[1] in hosts:
+            problems.append(f"line {number}: host {match[1]} is named twice; add up its slots")
+        else:
+            hosts[match[1]] = int(match[2])
+    if not hosts and not problems:
+        problems.append("names no host")
+    if problems:
+        raise ClusterError(list_problems(str(path), problems))
+    return hosts
+
+
+def check_launch_command(command_lines: Sequence[Sequence[str]] | None = None) -> None:
+    """Refuse to train when the `deepspeed` command above this process named a hostfile that is no good.
+
+    DeepSpeed gives no sign of it to the ranks, so the command lines of this process's ancestors are read (or
+    `command_lines`, nearest first). Raises ClusterError.
+    """
+    if command_lines is None:
+        command_lines = [_command_line(parent) for parent in psutil.Process().parents()]
+    for arguments in command_lines:
+        if any(Path(argument).name in ("deepspeed", "ds", "deepspeed.launcher.runner") for argument in arguments[:4]):
+            hostfile = _option(arguments, ("-H", "--hostfile"))
+            if hostfile is not None:
+                read_hostfile(Path(hostfile))
+            return
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def _option(arguments: Sequence[str], names: tuple[str, ...]) -> str | None:
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            if equals:
+                return value
+            return arguments[position + 1] if position + 1 < len(arguments) else None
+    return None

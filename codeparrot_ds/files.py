@@ -1,0 +1,169 @@
+"""Files that are whole or absent, digests, locks and the manifests that every finished directory ends with."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from codeparrot_ds.errors import ConfigError, DataError, UserError
+
+MANIFEST = "manifest.json"
+_READ_SIZE = 1 << 20
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync one file or directory; a rename is durable only once its directory is flushed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`: after a crash at any moment it holds the old bytes or the new, never a mix."""
+    data = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(f"{path.name}.tmp")
+    with open(beside, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(beside, path)
+    flush_to_disk(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or absent."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def publish_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and goes otherwise.
+
+    Raises ConfigError when `path` already holds something, so that nothing of the user's is replaced.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    make_directory(beside)
+    try:
+        yield beside
+        for file in sorted(beside.rglob("*")):
+            flush_to_disk(file)
+        flush_to_disk(beside)
+        os.replace(beside, path)  # onto an empty directory at most
+        flush_to_disk(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def digest_bytes(data: bytes) -> str:
+    """xxh3-128 of `data`, 32 hex digits. Finds accidents; it is not a defence against forgery."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes, read in 1 MiB pieces."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_SIZE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """xxh3-128 of the canonical JSON of `value`: the same for equal values whatever the order of keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse one JSON file; `what` names it in the message, e.g. "shard manifest". Raises DataError."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file, so there is no {what} here.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: this {what} is not valid JSON ({error}). Make it again.") from None
+
+
+def finished_manifest(directory: Path, what: str, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished `directory`, or None when there is nothing finished there yet.
+
+    Args:
+        directory: what an earlier call may have made.
+        what: its name in the message, e.g. "corpus".
+        expected: keys that must be equal in the manifest, so that a second call never passes off another
+            result as its own.
+
+    Raises:
+        DataError: it is finished, but was made otherwise.
+    """
+    if not (directory / MANIFEST).exists():
+        return None
+    manifest = read_json(directory / MANIFEST, f"{what} manifest")
+    differing = [key for key, value in expected.items() if manifest.get(key) != value]
+    if differing:
+        shown = ", ".join(f"{key} = {manifest.get(key)!r}, asked for {expected[key]!r}" for key in differing)
+        raise DataError(
+            f"{directory}: holds a {what} that was made otherwise ({shown}). "
+            "Name another output directory, or remove this one."
+        )
+    return dict(manifest)
+
+
+def make_directory(path: Path) -> Path:
+    """Create `path` and its parents and see that files can be made in it. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise ConfigError(f"{path}: is a file, but a directory is needed. Name another place.") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot write here ({os.strerror(error.errno or 0)}). Choose a directory that you may "
+            "write to, or mend its permissions."
+        ) from None
+    return path
+
+
+def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise ConfigError unless the file system of `directory` has `needed_bytes` free for `purpose`."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"{directory}: {purpose} needs about {needed_bytes / 1e6:,.0f} MB and {free_bytes / 1e6:,.0f} MB are "
+            "free. Free some space, or name a directory on a larger disk."
+        )
+
+
+@contextmanager
+def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold an advisory lock on `path`; the kernel drops it with the process. Raises ConfigError(`busy`)."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(busy) from None
+        yield
+
+
+def explain_os_error(error: OSError) -> UserError | None:
+    """The user's side of an operating-system error (full disk, no permission), or None if it is ours."""
+    where = error.filename or "the output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConfigError(f"{where}: the disk is full. Free some space and run the same command again.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"{where}: permission denied. Choose another place, or mend its permissions.")
+    return None

@@ -1,0 +1,152 @@
+"""The layout of a run directory and the manifest of its checkpoints: what training, export and evaluation share.
+
+    runs/NAME/  recipe.yaml  ds_config.json  status.json  metrics.jsonl  logs/rank_00000.log  tensorboard/
+                checkpoints/latest  checkpoints/step-00001000/{manifest.json, DeepSpeed's files}  hf/
+
+A checkpoint is complete when its directory has its final name; `manifest.json` lists size and digest of every file.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import CheckpointError, DataError, list_problems
+from codeparrot_ds.files import MANIFEST, digest_file, read_json, write_atomically, write_json
+
+_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """The resolved DeepSpeed JSON."""
+        return self.path / "ds_config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status_file(self) -> Path:
+        """What became of the run; see `write_status`."""
+        return self.path / "status.json"
+
+    @property
+    def logs(self) -> Path:
+        """One log file a rank."""
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def hugging_face(self) -> Path:
+        """Default place of the converted model."""
+        return self.path / "hf"
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replace status.json. States: running, finished, failed. Exit codes of launchers prove nothing."""
+        write_json(self.status_file, {"state": state, **facts})
+
+    def checkpoint(self, step: int) -> Path:
+        """Directory of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def complete_checkpoints(self) -> list["Checkpoint"]:
+        """All published checkpoints, oldest first. Those still being written have other names."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = []
+        for path in self.checkpoints.iterdir():
+            if _STEP_DIRECTORY.fullmatch(path.name) and (path / MANIFEST).is_file():
+                found.append(Checkpoint.read(path))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def newest_checkpoint(self) -> "Checkpoint":
+        """The newest published checkpoint. Raises CheckpointError when there is none.
+
+        The directories decide, not the `latest` file, which a crash may leave behind by one.
+        """
+        found = self.complete_checkpoints()
+        if not found:
+            raise CheckpointError(f"{self.checkpoints}: no complete checkpoint here. Train first, or name another run.")
+        return found[-1]
+
+    def point_latest_at(self, checkpoint: Path) -> None:
+        """Replace the `latest` file, which DeepSpeed's own tools read."""
+        write_atomically(self.checkpoints / "latest", checkpoint.name)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint and its manifest.
+
+    Attributes:
+        path: its directory.
+        step: optimizer steps taken.
+        samples_seen: position in the data, sequences.
+        zero_stage: 0 to 3.
+        world_size: ranks that wrote it.
+        files: name -> {"bytes", "xxh3_128"}.
+        loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
+    """
+
+    path: Path
+    step: int
+    samples_seen: int
+    zero_stage: int
+    world_size: int
+    precision: str
+    shards_digest: str
+    files: dict[str, dict[str, Any]]
+    loss_valid: float | None
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into `directory`, which becomes `path` when it is renamed."""
+        body = {key: value for key, value in vars(self).items() if key != "path"}
+        write_json(directory / MANIFEST, {"format_version": 1, "kind": "checkpoint", **body})
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Read a checkpoint's manifest. Raises CheckpointError."""
+        try:
+            body = read_json(path / MANIFEST, "checkpoint manifest")
+            fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
+        except (DataError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: no readable manifest ({error}), so this is no complete checkpoint.") from None
+        return cls(path=path, **fields)
+
+    def verify(self) -> None:
+        """Compare size and digest of every file. Raises CheckpointError naming each that differs."""
+        problems = []
+        for name, expected in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif (size := file.stat().st_size) != expected["bytes"]:
+                problems.append(f"{name}: {size:,} bytes, the manifest says {expected['bytes']:,}")
+            elif digest_file(file) != expected["xxh3_128"]:
+                problems.append(f"{name}: its bytes are not those that were written (digests differ)")
+        if problems:
+            raise CheckpointError(
+                list_problems(str(self.path), [*problems, "remove this checkpoint to go on from the one before it"])
+            )

@@ -1,0 +1,158 @@
+"""Documents to shards: encode, split by content, write, and publish the manifest last.
+
+One task a corpus file, one shard a split and task. A shard's bytes are a function of its corpus file, the
+tokenizer and the options; killed anywhere, a second call keeps the shards that are whole and makes the rest.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codeparrot_ds.corpus.documents import Corpus, Document, read_documents
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import (
+    digest_json,
+    finished_manifest,
+    make_directory,
+    read_json,
+    require_free_space,
+    write_json,
+)
+from codeparrot_ds.jobs import progress, run_tasks
+from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+
+_BATCH_DOCUMENTS = 256
+_DIGEST_SPACE = 1 << 32
+
+
+@dataclass(frozen=True)
+class _Task:
+    number: int
+    file: Path
+    tokenizer: Path
+    output: Path
+    valid_fraction: float
+    fingerprint: str  # of all that decides the bytes
+
+
+def build(
+    corpus_directory: Path,
+    tokenizer_directory: Path,
+    output: Path,
+    *,
+    valid_fraction: float = 0.005,
+    workers: int | None = None,
+) -> Manifest:
+    """Encode a corpus into shards and return their manifest.
+
+    Args:
+        corpus_directory: a finished corpus.
+        tokenizer_directory: holds `tokenizer.json`; copied into `output`/tokenizer.
+        output: made if missing; finished shards of the same inputs are kept as they are.
+        valid_fraction: share of documents that go to validation, by a digest of their content.
+        workers: processes; all cores by default.
+
+    Raises:
+        ConfigError: bad option, no permission, disk too small.
+        DataError: damaged input, or `output` holds other shards.
+    """
+    if not 0.0 < valid_fraction < 1.0:
+        raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
+    corpus = Corpus.open(corpus_directory)
+    encoder = Encoder(tokenizer_directory)
+    options = {"valid_fraction": valid_fraction}
+    inputs = {"corpus_digest": corpus.digest, "tokenizer_digest": encoder.digest, "options": options}
+    if finished_manifest(output, "shard set", inputs):
+        return Manifest.read(output)
+    make_directory(output)
+    # Two bytes a token and at least two bytes of text a token: never more than the text (twice for int32).
+    require_free_space(output, corpus.manifest["text_bytes"], "the shards")
+    tasks = [
+        _Task(number, file, tokenizer_directory, output, valid_fraction, digest_json(inputs))
+        for number, file in enumerate(corpus.files)
+    ]
+    shards: list[ShardInfo] = []
+    results = run_tasks(_build_one, tasks, workers or os.cpu_count() or 1)
+    for finished in progress(results, "encoding", len(tasks)):
+        shards.extend(finished)
+    manifest = Manifest(
+        directory=output,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+        tokenizer_digest=encoder.digest,
+        corpus=str(corpus_directory),
+        corpus_digest=corpus.digest,
+        options=options,
+        shards=tuple(sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))),
+        dtype=dtype_for(encoder.vocab_size).name,
+    )
+    for split in SPLITS:
+        if not manifest.split(split):
+            raise DataError(
+                f"{corpus_directory}: no document fell to the {split} split at a valid fraction of {valid_fraction}. "
+                "Collect more documents, or change --valid-fraction."
+            )
+    _copy_tokenizer(tokenizer_directory, output / "tokenizer")
+    manifest.write()
+    for task in tasks:
+        _receipt(task).unlink(missing_ok=True)
+    return manifest
+
+
+def _receipt(task: _Task) -> Path:
+    """Says that a task is done, and what it made; gone once the manifest says so."""
+    return task.output / f".task-{task.number:05d}.json"
+
+
+def _build_one(task: _Task) -> list[ShardInfo]:
+    receipt = _receipt(task)
+    if receipt.exists():
+        done: dict[str, Any] = read_json(receipt, "task receipt")
+        if done["fingerprint"] == task.fingerprint:
+            return [ShardInfo(**shard) for shard in done["shards"]]
+    encoder = Encoder(task.tokenizer)
+    dtype = dtype_for(encoder.vocab_size)
+    writers = {split: ShardWriter(task.output, f"{split}-{task.number:05d}", split, dtype) for split in SPLITS}
+    try:
+        for batch in _batches(read_documents(task.file), _BATCH_DOCUMENTS):
+            for document, ids in zip(batch, encoder.encode_batch([d.text for d in batch]), strict=True):
+                ended = np.append(ids, encoder.eos_id)
+                writers[split_of(document, task.valid_fraction)].append(ended, document)
+        shards = [info for info in (writer.finish() for writer in writers.values()) if info]
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+    write_json(receipt, {"fingerprint": task.fingerprint, "shards": [dataclasses.asdict(s) for s in shards]})
+    return shards
+
+
+def split_of(document: Document, valid_fraction: float) -> str:
+    """"valid" or "train" by a digest of the content alone, so that copies never straddle the split.
+
+    The digest's last 32 bits decide: a corpus may have been sampled by the first.
+    """
+    return "valid" if int(document.digest()[-8:], 16) < valid_fraction * _DIGEST_SPACE else "train"
+
+
+def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """The Hugging Face files of a tokenizer; other files of its directory stay where they are."""
+    target.mkdir(exist_ok=True)
+    for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,78 @@
+"""A split as packed sequences of equal length, read from memory-mapped shards."""
+
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from codeparrot_ds.errors import DataError
+from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.shards.verify import verify
+
+
+class PackedSequences:
+    """The shards of one split, end to end, cut into sequences.
+
+    Sequence i is tokens i * seq_len .. (i + 1) * seq_len, both included: seq_len inputs and, one further, seq_len
+    targets. Neighbours share one token, so every token but the split's first is a target exactly once, and only
+    a last stretch shorter than a sequence is left over, whatever the number of shards.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, seq_len: int) -> None:
+        """Map the shards of `split`. Raises DataError when they hold less than one sequence."""
+        shards = manifest.split(split)
+        self.seq_len = seq_len
+        self._ids = [
+            np.memmap(manifest.directory / f"{shard.name}.bin", np.dtype(manifest.dtype).newbyteorder("<"), "r")
+            for shard in shards
+        ]
+        self._starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self._ids])]).astype(np.int64)
+        self._count = max(0, (int(self._starts[-1]) - 1) // seq_len)
+        if self._count == 0:
+            raise DataError(
+                f"{manifest.directory}: the {split} split holds {int(self._starts[-1]):,} tokens, fewer than one "
+                f"sequence of {seq_len:,} + 1. Build shards from more documents"
+                + (", or raise --valid-fraction." if split == "valid" else ".")
+            )
+
+    @classmethod
+    def open(cls, directory: Path, split: str, seq_len: int) -> "PackedSequences":
+        """Open `directory` after checking the sizes of its files. Raises DataError."""
+        return cls(verify(directory), split, seq_len)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, i: int) -> np.ndarray:
+        """Sequence i, [seq_len + 1] ids, a view into the memory map unless it spans two shards.
+
+        Raises IndexError past the last whole sequence.
+        """
+        if not 0 <= i < self._count:
+            raise IndexError(f"sequence {i} of {self._count}")
+        start, end = i * self.seq_len, (i + 1) * self.seq_len + 1
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        pieces = []
+        while start < end:
+            first = int(self._starts[shard])
+            stop = min(end, int(self._starts[shard + 1]))
+            pieces.append(self._ids[shard][start - first : stop - first])
+            start, shard = stop, shard + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def batch(self, numbers: np.ndarray) -> np.ndarray:
+        """Sequences `numbers`, [n], as [n, seq_len + 1] int64."""
+        out = np.empty((len(numbers), self.seq_len + 1), np.int64)
+        for row, number in zip(out, numbers, strict=True):
+            row[:] = self.read(int(number))
+        return out
+
+
+def batch_digest(ids: np.ndarray) -> int:
+    """64-bit digest of the ids that were really fed, [sequences, seq_len + 1]: the sum of each sequence's digest.
+
+    A sum modulo 2^64 does not depend on how the sequences were dealt to ranks and micro-batches, so the digests of
+    two runs can be compared at any world size.
+    """
+    rows = np.ascontiguousarray(ids, dtype="<i8")
+    return sum(xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows) & 0xFFFF_FFFF_FFFF_FFFF

@@ -1,0 +1,142 @@
+"""What every rank runs: `deepspeed [--hostfile H] --module codeparrot_ds.train RECIPE [--set key=value …]`.
+
+Everything that can be refused is refused before torch is imported or anything allocated. A run started again on
+its directory goes on from its newest checkpoint.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.cluster.hostfile import check_launch_command
+from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError, UserError, list_problems
+from codeparrot_ds.files import exclusive_lock, explain_os_error, make_directory, require_free_space, write_atomically, write_json
+from codeparrot_ds.recipe import Recipe, load_recipe
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.shards.sequences import PackedSequences
+from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
+
+_CHECKPOINT_BYTES_PER_PARAMETER = 18  # fp32 weights and two fp32 moments, bf16 weights, and room for a file system
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of every rank; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="codeparrot_ds.train", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path, help="YAML file, e.g. launch/recipes/quickstart.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
+    options = parser.parse_args(arguments)
+    try:
+        train(options.recipe, options.set)
+    except (UserError, OSError) as error:
+        message = error if isinstance(error, UserError) else explain_os_error(error)
+        if message is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
+    """Train one recipe to its last step on this rank. Raises UserError for what a user can mend."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_launch_command()
+    recipe = load_recipe(recipe_path, overrides)
+    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
+    check_compiler(ds_config)
+    manifest = check_shards(recipe)
+    run = RunDirectory(recipe.run_directory)
+    make_directory(run.path)
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
+            stack.enter_context(exclusive_lock(run.path / ".lock", busy))
+        _train_on_rank(recipe, ds_config, manifest, run)
+
+
+def check_shards(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
+    manifest = verify(recipe.data.shards)
+    if manifest.vocab_size != recipe.model.vocab_size:
+        raise ConfigError(
+            list_problems(
+                str(recipe.data.shards),
+                [
+                    f"its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is {recipe.model.vocab_size:,}. "
+                    f"Set model.vocab_size={manifest.vocab_size}, or name the shards of the right tokenizer."
+                ],
+            )
+        )
+    return manifest
+
+
+def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest, run: RunDirectory) -> None:
+    from codeparrot_ds.training import checkpoint as checkpoints
+    from codeparrot_ds.training import ranks as rank_module
+    from codeparrot_ds.training.engine import build_engine
+    from codeparrot_ds.training.loop import Trainer
+    from codeparrot_ds.training.metrics import Metrics, log, open_log
+    from codeparrot_ds.training.model import build_model
+
+    rank_module.die_with_launcher()
+    ranks = rank_module.join()
+    open_log(run, ranks.rank)
+    splits = {
+        split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")
+    }
+    resume_from = checkpoints.find_resume_point(
+        run, manifest.digest, ds_config["zero_optimization"]["stage"], ranks.world_size
+    )
+    if resume_from is not None and resume_from.step >= recipe.schedule.steps:
+        log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
+        rank_module.leave()
+        return
+    if ranks.rank == 0:
+        write_atomically(run.recipe, recipe.to_yaml())
+        write_json(run.ds_config, ds_config)
+        run.write_status("running", world_size=ranks.world_size)
+    for op in required_ops(ds_config):
+        log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
+
+    network = build_model(recipe.model, manifest.eos_id, recipe.seed, ds_config)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    require_free_space(run.path, parameters * _CHECKPOINT_BYTES_PER_PARAMETER, "one checkpoint")
+    engine = build_engine(network, recipe, ds_config)
+    if resume_from is not None:
+        checkpoints.load(engine, resume_from)
+        log.info("going on from %s", resume_from.path)
+    log.info(
+        "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
+        recipe.name, parameters / 1e6, engine.zero_optimization_stage(), ranks.world_size, ranks.device.type,
+        recipe.engine.precision, f"{len(splits['train']):,}", recipe.model.seq_len,
+    )  # fmt: skip
+    step = resume_from.step if resume_from else 0
+    metrics = Metrics(run, recipe, step) if ranks.rank == 0 else None
+    trainer = Trainer(
+        recipe, ranks, engine, splits["train"], splits["valid"], manifest.digest, run, metrics, step
+    )  # fmt: skip
+    trainer.fit()
+    if metrics is not None:
+        metrics.close()
+        run.write_status(
+            "finished",
+            world_size=ranks.world_size,
+            device=ranks.device.type,
+            parameters=parameters,
+            step=trainer.step,
+            samples_seen=trainer.samples_seen,
+            loss_valid=trainer.loss_valid,
+            checkpoint=str(run.checkpoint(trainer.step)),
+        )
+    rank_module.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

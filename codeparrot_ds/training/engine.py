@@ -1,0 +1,162 @@
+"""The DeepSpeed engine of a run: its JSON resolved against the recipe, its optimizer and its operators."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codeparrot_ds.errors import ConfigError, list_problems
+from codeparrot_ds.recipe import Recipe, Schedule
+
+if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before anything is imported or allocated
+    from torch import nn
+
+# Sections that would decide twice what the recipe decides, or that DeepSpeed 0.19.8 accepts and does not honour.
+_REFUSED = {
+    "optimizer": "the recipe's `optimizer` section decides",
+    "scheduler": "the recipe's `schedule` section decides",
+    "elasticity": "DeepSpeed 0.19.8 has no elastic training any more",
+    "checkpoint.writer": "this writer saves what DeepSpeed cannot load again",
+}
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON. Raises ConfigError."""
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed configuration. Those shipped are in ds_configs/.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable DeepSpeed JSON ({error}).") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object.")
+    return body
+
+
+def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with every "auto" filled in from the recipe. Touches nothing outside.
+
+    A key that the recipe decides may be "auto", absent, or equal to the recipe's value.
+
+    Raises:
+        ConfigError: names every contradicted, refused or left-over key.
+    """
+    micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
+    decided = {
+        "train_batch_size": recipe.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "bf16.enabled": recipe.engine.precision == "bf16",
+        "fp16.enabled": recipe.engine.precision == "fp16",
+        "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default under bf16 is bf16, which loses small gradients
+    }
+    resolved = deepcopy(dict(ds_config))
+    resolved.setdefault("zero_optimization", {"stage": 0})
+    problems = []
+    for key, value in decided.items():
+        given = _get(resolved, key)
+        if given is None or given == "auto":
+            _set(resolved, key, value)
+        elif given != value:
+            problems.append(f"{key}: {given!r}, but the recipe makes it {value!r}. Write \"auto\", or the same value.")
+    for key, reason in _REFUSED.items():
+        if _get(resolved, key) is not None:
+            problems.append(f"{key}: remove it; {reason}.")
+    problems += [f"{key}: \"auto\" is left, and the recipe has no value for it. Give one." for key in _autos(resolved)]
+    stage = _get(resolved, "zero_optimization.stage")
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage: {stage!r}; it must be 0, 1, 2 or 3.")
+    if problems:
+        raise ConfigError(list_problems(str(recipe.engine.deepspeed), problems))
+    # Ours reports the steps; DeepSpeed's own lines would repeat them.
+    resolved.setdefault("steps_per_print", 2**31 - 1)
+    return resolved
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[last] = value
+
+
+def _autos(config: Any, key: str = "") -> Iterator[str]:
+    if config == "auto":
+        yield key
+    elif isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _autos(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from _autos(value, f"{key}[{number}]")
+
+
+def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
+    devices = {
+        section: _get(ds_config, f"zero_optimization.{section}.device")
+        for section in ("offload_optimizer", "offload_param")
+    }
+    ops = ["cpu_adam"] if devices["offload_optimizer"] in ("cpu", "nvme") else []
+    return ops + (["async_io"] if "nvme" in devices.values() else [])
+
+
+def check_compiler(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError when DeepSpeed must compile operators and there is no C++ compiler or ninja."""
+    ops = required_ops(ds_config)
+    missing = [name for name, found in (("g++", _find_compiler()), ("ninja", shutil.which("ninja"))) if not found]
+    if ops and missing:
+        raise ConfigError(
+            f"DeepSpeed compiles {' and '.join(ops)} for this configuration, and {' and '.join(missing)} cannot be "
+            "found. Install it (Debian or Ubuntu: `apt-get install g++ ninja-build`), or use a configuration without "
+            "offload, such as ds_configs/zero3.json."
+        )
+
+
+def _find_compiler() -> str | None:
+    import os
+
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def learning_rate(schedule: Schedule, peak: float, step: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then a cosine to peak * min_ratio."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
+
+
+def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:
+    """The DeepSpeed engine for `network` with AdamW over its two parameter groups."""
+    import deepspeed
+    import torch
+
+    from codeparrot_ds.training.model import parameter_groups
+
+    settings = recipe.optimizer
+    groups = parameter_groups(network, settings.weight_decay)
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if "cpu_adam" in required_ops(ds_config):
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    else:
+        # torch's fused AdamW: one kernel a group, and nothing to compile, unlike DeepSpeed's FusedAdam.
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
+    )
+    return engine

@@ -1,0 +1,117 @@
+"""What a rank knows of itself and the others, and the few collectives that training needs beside DeepSpeed's."""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER = "deepspeed.launcher.launch"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of a run.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: processes, one a GPU.
+        local_rank: rank on this host.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    def slice(self, share: int) -> slice:
+        """This rank's part of a global array dealt out `share` items a rank, in rank order."""
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; all ranks must call. int64 sums wrap modulo 2^64."""
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in rank order; all ranks must call."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+def world_size_from_environment() -> int:
+    """WORLD_SIZE as the launcher set it; 1 for a bare `python -m codeparrot_ds.train`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """RANK as the launcher set it; 0 for a bare `python -m codeparrot_ds.train`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def die_with_launcher() -> None:
+    """Have the kernel end this rank when DeepSpeed's launcher dies: its SIGKILL would leave orphans that train on."""
+    parent = psutil.Process(os.getppid())
+    if _LAUNCHER in parent.cmdline():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def join() -> Ranks:
+    """Join the process group through DeepSpeed, and keep its and transformers' harmless notes from the user."""
+    _quieten_libraries()
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", _free_port())
+    local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Our checkpoints hold tensors and plain values; what could run code is refused everywhere.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            # One thread a core: ranks that each take all cores wait for one another.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        # The op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave() -> None:
+    """Leave the process group, so that no rank ends while another still waits for it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _quieten_libraries() -> None:
+    import transformers
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(deepspeed|torch|transformers)\b")
