@@ -35,7 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
-    os.replace(beside, path)
+    beside.replace(path)
     flush_to_disk(path.parent)
 
 
@@ -60,14 +60,14 @@ def publish_directory(path: Path) -> Iterator[Path]:
         for file in sorted(beside.rglob("*")):
             flush_to_disk(file)
         flush_to_disk(beside)
-        os.replace(beside, path)  # onto an empty directory at most
+        beside.replace(path)  # onto an empty directory at most
         flush_to_disk(path.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def digest_bytes(data: bytes) -> str:
+def digest_bytes(data: bytes | memoryview) -> str:
     """xxh3-128 of `data`, 32 hex digits. Finds accidents; it is not a defence against forgery."""
     return xxhash.xxh3_128_hexdigest(data)
 

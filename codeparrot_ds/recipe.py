@@ -167,6 +167,15 @@ class Recipe(_Section):
         """Where everything of this run goes."""
         return self.runs / self.name
 
+    def identity(self, shards_digest: str) -> dict[str, Any]:
+        """What must not change while a run goes on from its checkpoints, by the name a user knows it under."""
+        return {
+            "model": self.model.model_dump(mode="json", exclude={"activation_checkpointing"}),
+            "seed": self.seed,
+            "batch.global_batch_size": self.batch.global_batch_size,
+            "digest of data.shards": shards_digest,
+        }
+
     def to_yaml(self) -> str:
         """The resolved recipe, from which the run can be repeated."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -197,7 +206,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(body)
     except ValidationError as error:
-        raise ConfigError(list_problems(str(path), [_explain(dict(e)) for e in error.errors()])) from None
+        raise ConfigError(list_problems(str(path), _explain(error))) from None
 
 
 def _override(body: dict[str, Any], override: str) -> None:
@@ -216,12 +225,19 @@ def _override(body: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: {value!r} is not a YAML value.") from None
 
 
-def _explain(error: dict[str, Any]) -> str:
-    # Branches of a union come after the key ("micro_batch_size", "constrained-int"): they are pydantic's, not the user's.
-    key = ".".join(str(part) for part in error["loc"] if "-" not in str(part) and "[" not in str(part))
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key. Remove it, or correct its spelling."
-    if error["type"] == "missing":
-        return f"{key}: missing."
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + (f" (got {error['input']!r})" if not isinstance(error["input"], dict) else "")
+def _explain(error: ValidationError) -> list[str]:
+    """A sentence a key. A key that may be one of several types fails once for each: their reasons are joined."""
+    reasons: dict[str, list[str]] = {}
+    for detail in error.errors():
+        # Branches of a union follow the key ("micro_batch_size", "constrained-int"): pydantic's words, not the user's.
+        key = ".".join(str(part) for part in detail["loc"] if not set("-[") & set(str(part)))
+        if detail["type"] == "extra_forbidden":
+            reason = "unknown key. Remove it, or correct its spelling."
+        elif detail["type"] == "missing":
+            reason = "missing."
+        else:
+            reason = detail["msg"].removeprefix("Value error, ")
+            if not isinstance(detail["input"], dict):
+                reason += f" (got {detail['input']!r})"
+        reasons.setdefault(key, []).append(reason)
+    return [f"{key}: {'; or '.join(found)}" if key else "; ".join(found) for key, found in reasons.items()]

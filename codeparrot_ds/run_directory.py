@@ -1,7 +1,7 @@
 """The layout of a run directory and the manifest of its checkpoints: what training, export and evaluation share.
 
-    runs/NAME/  recipe.yaml  ds_config.json  status.json  metrics.jsonl  logs/rank_00000.log  tensorboard/
-                checkpoints/latest  checkpoints/step-00001000/{manifest.json, DeepSpeed's files}  hf/
+    runs/NAME/  recipe.yaml  ds_config.json  tokenizer/  status.json  metrics.jsonl  logs/rank_00000.log
+                tensorboard/  checkpoints/latest  checkpoints/step-00001000/{manifest.json, DeepSpeed's files}  hf/
 
 A checkpoint is complete when its directory has its final name; `manifest.json` lists size and digest of every file.
 """
@@ -32,6 +32,11 @@ class RunDirectory:
     def ds_config(self) -> Path:
         """The resolved DeepSpeed JSON."""
         return self.path / "ds_config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Copy of the tokenizer that made the shards, so that the run can be converted without them."""
+        return self.path / "tokenizer"
 
     @property
     def metrics(self) -> Path:
@@ -75,10 +80,11 @@ class RunDirectory:
         """All published checkpoints, oldest first. Those still being written have other names."""
         if not self.checkpoints.is_dir():
             return []
-        found = []
-        for path in self.checkpoints.iterdir():
-            if _STEP_DIRECTORY.fullmatch(path.name) and (path / MANIFEST).is_file():
-                found.append(Checkpoint.read(path))
+        found = [
+            Checkpoint.read(path)
+            for path in self.checkpoints.iterdir()
+            if _STEP_DIRECTORY.fullmatch(path.name) and (path / MANIFEST).is_file()
+        ]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest_checkpoint(self) -> "Checkpoint":
@@ -106,6 +112,8 @@ class Checkpoint:
         samples_seen: position in the data, sequences.
         zero_stage: 0 to 3.
         world_size: ranks that wrote it.
+        precision: "bf16", "fp16" or "fp32".
+        identity: what a run must have in common with this checkpoint to go on from it.
         files: name -> {"bytes", "xxh3_128"}.
         loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
     """
@@ -116,7 +124,7 @@ class Checkpoint:
     zero_stage: int
     world_size: int
     precision: str
-    shards_digest: str
+    identity: dict[str, Any]
     files: dict[str, dict[str, Any]]
     loss_valid: float | None
 
@@ -132,7 +140,9 @@ class Checkpoint:
             body = read_json(path / MANIFEST, "checkpoint manifest")
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
         except (DataError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: no readable manifest ({error}), so this is no complete checkpoint.") from None
+            raise CheckpointError(
+                f"{path}: no readable manifest ({error}), so this is no complete checkpoint."
+            ) from None
         return cls(path=path, **fields)
 
     def verify(self) -> None:

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.cluster.hostfile import check_launch_command
-from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError, UserError, list_problems
-from codeparrot_ds.files import exclusive_lock, explain_os_error, make_directory, require_free_space, write_atomically, write_json
+from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError, UserError
+from codeparrot_ds.files import (
+    exclusive_lock,
+    explain_os_error,
+    make_directory,
+    require_free_space,
+    write_atomically,
+    write_json,
+)
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.sequences import PackedSequences
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
 
 _CHECKPOINT_BYTES_PER_PARAMETER = 18  # fp32 weights and two fp32 moments, bf16 weights, and room for a file system
@@ -58,7 +66,12 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
         if os.environ.get("RANK", "0") == "0":
             busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
             stack.enter_context(exclusive_lock(run.path / ".lock", busy))
-        _train_on_rank(recipe, ds_config, manifest, run)
+        try:
+            _train_on_rank(recipe, ds_config, manifest, run)
+        except BaseException as error:
+            if os.environ.get("RANK", "0") == "0":
+                run.write_status("failed", error=f"{type(error).__name__}: {error}")
+            raise
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -66,13 +79,8 @@ def check_shards(recipe: Recipe) -> Manifest:
     manifest = verify(recipe.data.shards)
     if manifest.vocab_size != recipe.model.vocab_size:
         raise ConfigError(
-            list_problems(
-                str(recipe.data.shards),
-                [
-                    f"its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is {recipe.model.vocab_size:,}. "
-                    f"Set model.vocab_size={manifest.vocab_size}, or name the shards of the right tokenizer."
-                ],
-            )
+            f"{recipe.data.shards}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
+            f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or name the right shards."
         )
     return manifest
 
@@ -88,11 +96,9 @@ def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest
     rank_module.die_with_launcher()
     ranks = rank_module.join()
     open_log(run, ranks.rank)
-    splits = {
-        split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")
-    }
+    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")}
     resume_from = checkpoints.find_resume_point(
-        run, manifest.digest, ds_config["zero_optimization"]["stage"], ranks.world_size
+        run, recipe.identity(manifest.digest), ds_config["zero_optimization"]["stage"], ranks.world_size
     )
     if resume_from is not None and resume_from.step >= recipe.schedule.steps:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
@@ -101,6 +107,7 @@ def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest
     if ranks.rank == 0:
         write_atomically(run.recipe, recipe.to_yaml())
         write_json(run.ds_config, ds_config)
+        copy_tokenizer(recipe.data.shards / "tokenizer", run.tokenizer)
         run.write_status("running", world_size=ranks.world_size)
     for op in required_ops(ds_config):
         log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)

@@ -86,7 +86,7 @@ def collect(
     skipped: Counter[str] = Counter()
     chosen = _choose(candidates, max_file_bytes, sample_bytes, skipped)
     if not chosen:
-        places = ", ".join(options["directories"]) or "this Python installation"
+        places = ", ".join(str(directory) for directory in directories) or "this Python installation"
         raise DataError(
             f"no {suffix} files found in {places} (skipped: {dict(skipped) or 'none'}). "
             "Name directories that hold source code."
@@ -125,10 +125,11 @@ def _installed_python(suffix: str) -> list[Candidate]:
     """The standard library and the installed packages of this interpreter, with names and licences."""
     site_packages = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
     standard_library = Path(sysconfig.get_path("stdlib")).resolve()
-    found = []
-    for candidate in _files_below(standard_library, suffix, f"cpython-{platform.python_version()}", "PSF-2.0"):
-        if not {"site-packages", "dist-packages"} & set(candidate.file.parts):
-            found.append(candidate)
+    found = [
+        candidate
+        for candidate in _files_below(standard_library, suffix, f"cpython-{platform.python_version()}", "PSF-2.0")
+        if not {"site-packages", "dist-packages"} & set(candidate.file.parts)
+    ]
     for root in sorted(site_packages):
         owners = _distributions_by_file(root)
         for candidate in _files_below(root, suffix):
@@ -142,8 +143,9 @@ def _distributions_by_file(root: Path) -> dict[str, tuple[str, str]]:
     owners: dict[str, tuple[str, str]] = {}
     for distribution in importlib.metadata.distributions(path=[str(root)]):
         metadata = distribution.metadata
-        licence = metadata.get("License-Expression") or metadata.get("License") or ""
-        owner = (f"{metadata['Name']}-{distribution.version}", licence.strip().splitlines()[0][:80] if licence.strip() else "")
+        licences = [metadata[key].strip() for key in ("License-Expression", "License") if key in metadata]
+        licence = next((text.splitlines()[0][:80] for text in licences if text), "")
+        owner = (f"{metadata['Name']}-{distribution.version}", licence)
         for file in distribution.files or []:
             owners[file.as_posix()] = owner
     return owners

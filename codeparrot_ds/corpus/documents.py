@@ -63,9 +63,7 @@ def parse_document(line: bytes, where: str) -> Document:
         value = row.get(key, "")
         return value if isinstance(value, str) else str(value)
 
-    return Document(
-        text, provenance("repo_name"), provenance("path"), provenance("license"), provenance("source")
-    )
+    return Document(text, provenance("repo_name"), provenance("path"), provenance("license"), provenance("source"))
 
 
 def read_documents(file: Path) -> Iterator[Document]:
@@ -73,7 +71,7 @@ def read_documents(file: Path) -> Iterator[Document]:
     number = 0
     try:
         with gzip.open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007 (named in the message below)
+            for number, line in enumerate(lines, start=1):
                 yield parse_document(line, f"{file}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(

@@ -6,7 +6,6 @@ tokenizer and the options; killed anywhere, a second call keeps the shards that 
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,8 +26,7 @@ from codeparrot_ds.files import (
 )
 from codeparrot_ds.jobs import progress, run_tasks
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
-from codeparrot_ds.tokenizer.encode import Encoder
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
 
 _BATCH_DOCUMENTS = 256
 _DIGEST_SPACE = 1 << 32
@@ -101,7 +99,7 @@ def build(
                 f"{corpus_directory}: no document fell to the {split} split at a valid fraction of {valid_fraction}. "
                 "Collect more documents, or change --valid-fraction."
             )
-    _copy_tokenizer(tokenizer_directory, output / "tokenizer")
+    copy_tokenizer(tokenizer_directory, output / "tokenizer")
     manifest.write()
     for task in tasks:
         _receipt(task).unlink(missing_ok=True)
@@ -137,7 +135,7 @@ def _build_one(task: _Task) -> list[ShardInfo]:
 
 
 def split_of(document: Document, valid_fraction: float) -> str:
-    """"valid" or "train" by a digest of the content alone, so that copies never straddle the split.
+    """ "valid" or "train" by a digest of the content alone, so that copies never straddle the split.
 
     The digest's last 32 bits decide: a corpus may have been sampled by the first.
     """
@@ -148,11 +146,3 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
     iterator = iter(documents)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """The Hugging Face files of a tokenizer; other files of its directory stay where they are."""
-    target.mkdir(exist_ok=True)
-    for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -23,7 +23,7 @@ import xxhash
 
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, digest_file, flush_to_disk, read_json, write_json
+from codeparrot_ds.files import MANIFEST, digest_file, digest_json, flush_to_disk, read_json, write_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
@@ -94,7 +94,7 @@ class ShardWriter:
             files[suffix] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
             flush_to_disk(path)
         for suffix in files:
-            os.replace(self._temporary(suffix), self._directory / f"{self._name}{suffix}")
+            self._temporary(suffix).replace(self._directory / f"{self._name}{suffix}")
         flush_to_disk(self._directory)
         return ShardInfo(self._name, self._split, len(self._lengths), sum(self._lengths), files)
 
@@ -103,9 +103,7 @@ class ShardWriter:
         ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         offsets = np.concatenate([np.zeros(1, "<i8"), ends[:-1]])
         first_sequence = np.arange(len(lengths) + 1, dtype="<i8")
-        header = _HEADER.pack(
-            _MAGIC, 1, _DTYPE_CODES[self._dtype.name], len(lengths), len(first_sequence)
-        )
+        header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype.name], len(lengths), len(first_sequence))
         return header + lengths.tobytes() + offsets.tobytes() + first_sequence.tobytes()
 
     def _write_provenance(self, path: Path) -> None:
@@ -113,7 +111,9 @@ class ShardWriter:
         import pyarrow.parquet as pq
 
         columns = zip(*self._documents, strict=True)
-        table = pa.table({key: pa.array(column, pa.string()) for key, column in zip(_DOCS_SCHEMA, columns, strict=True)})
+        table = pa.table(
+            {key: pa.array(column, pa.string()) for key, column in zip(_DOCS_SCHEMA, columns, strict=True)}
+        )
         pq.write_table(table, path, compression="zstd")
 
 
@@ -168,8 +168,6 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Digest of all shards' digests: equal for equal tokens in equal order."""
-        from codeparrot_ds.files import digest_json
-
         return digest_json([shard.files for shard in self.shards])
 
     def write(self) -> None:
@@ -187,7 +185,13 @@ class Manifest:
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "documents": {split: sum(s.documents for s in self.split(split)) for split in SPLITS},
             "shards": [
-                {"name": s.name, "split": s.split, "documents": s.documents, "tokens": s.tokens, "files": s.files}
+                {
+                    "name": s.name,
+                    "split": s.split,
+                    "documents": s.documents,
+                    "tokens": s.tokens,
+                    "files": s.files,
+                }
                 for s in self.shards
             ],
         }

@@ -1,5 +1,6 @@
 """Exact encoding of documents into token ids."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,3 +48,11 @@ class Encoder:
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`, [tokens] of any integer type; bytes cut in mid-character show as U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's Hugging Face files into `target`; other files of its directory stay where they are."""
+    target.mkdir(exist_ok=True)
+    for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -5,7 +5,14 @@ from typing import Any
 
 from codeparrot_ds.corpus.documents import Corpus
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, digest_file, finished_manifest, make_directory, publish_directory, write_json
+from codeparrot_ds.files import (
+    MANIFEST,
+    digest_file,
+    finished_manifest,
+    make_directory,
+    publish_directory,
+    write_json,
+)
 
 EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.files import digest_file, flush_to_disk
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.training.metrics import log
@@ -50,7 +50,10 @@ def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int,
         unfinished.rename(published.path)
         flush_to_disk(run.checkpoints)
         run.point_latest_at(published.path)
-        (run.checkpoints / "zero_to_fp32.py").unlink(missing_ok=True)  # DeepSpeed's script: it loads pickles
+        for script in run.checkpoints.glob(
+            "zero_to_*.py"
+        ):  # DeepSpeed's: they load pickles, and nothing here runs them
+            script.unlink()
         _remove_old(run, keep_last)
     ranks.gather(None)
 
@@ -71,33 +74,35 @@ def _remove_old(run: RunDirectory, keep_last: int) -> None:
         shutil.rmtree(old.path)
 
 
-def find_resume_point(run: RunDirectory, shards_digest: str, zero_stage: int, world_size: int) -> Checkpoint | None:
+def find_resume_point(
+    run: RunDirectory, identity: dict[str, Any], zero_stage: int, world_size: int
+) -> Checkpoint | None:
     """The newest undamaged checkpoint to go on from, or None when the run has none yet.
 
     A damaged one is reported and passed over. Raises CheckpointError when all are damaged (never silently back to
-    step 0), or when the newest belongs to other data, another ZeRO stage or another number of ranks.
+    step 0), or when the newest is of another model, other data, another ZeRO stage or another number of ranks.
     """
     found = run.complete_checkpoints()
+    wanted = {**identity, "ZeRO stage": zero_stage, "number of ranks": world_size}
     for checkpoint in reversed(found):
         try:
             checkpoint.verify()
         except CheckpointError as error:
             log.warning("%s", error)
             continue
-        for what, saved, now in (
-            ("ZeRO stage", checkpoint.zero_stage, zero_stage),
-            ("number of ranks", checkpoint.world_size, world_size),
-        ):
-            if saved != now:
-                raise CheckpointError(
-                    f"{checkpoint.path}: was saved with {what} {saved}, this run has {now}. "
-                    "Go on with the former, or start under another name (--set name=…)."
-                )
-        if checkpoint.shards_digest != shards_digest:
-            raise CheckpointError(
-                f"{checkpoint.path}: was trained on other shards than those of the recipe. "
-                "Restore data.shards, or start under another name (--set name=…)."
-            )
+        saved = {
+            **checkpoint.identity,
+            "ZeRO stage": checkpoint.zero_stage,
+            "number of ranks": checkpoint.world_size,
+        }
+        problems = [
+            f"{key}: saved with {saved.get(key)}, now {value}"
+            for key, value in wanted.items()
+            if saved.get(key) != value
+        ]
+        if problems:
+            mend = "go on with what it was saved with, or start under another name (--set name=…)"
+            raise CheckpointError(list_problems(str(checkpoint.path), [*problems, mend]))
         return checkpoint
     if found:
         raise CheckpointError(

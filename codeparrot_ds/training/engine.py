@@ -62,11 +62,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         if given is None or given == "auto":
             _set(resolved, key, value)
         elif given != value:
-            problems.append(f"{key}: {given!r}, but the recipe makes it {value!r}. Write \"auto\", or the same value.")
+            problems.append(f'{key}: {given!r}, but the recipe makes it {value!r}. Write "auto", or the same value.')
     for key, reason in _REFUSED.items():
         if _get(resolved, key) is not None:
             problems.append(f"{key}: remove it; {reason}.")
-    problems += [f"{key}: \"auto\" is left, and the recipe has no value for it. Give one." for key in _autos(resolved)]
+    problems += [f'{key}: "auto" is left, and the recipe has no value for it. Give one.' for key in _autos(resolved)]
     stage = _get(resolved, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage: {stage!r}; it must be 0, 1, 2 or 3.")
@@ -150,7 +150,7 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
 
     settings = recipe.optimizer
     groups = parameter_groups(network, settings.weight_decay)
-    options = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     if "cpu_adam" in required_ops(ds_config):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     else:

@@ -37,7 +37,7 @@ class Trainer:
     Attributes:
         engine: DeepSpeed's.
         train, valid: packed sequences.
-        shards_digest: goes into checkpoints, so that a resumed run can be held to the same data.
+        shards_digest: goes into checkpoints, so that a resumed run is held to the same data.
         metrics: on rank 0 only.
         step: optimizer steps taken.
     """
@@ -169,7 +169,7 @@ class Trainer:
             zero_stage=self.engine.zero_optimization_stage(),
             world_size=self.ranks.world_size,
             precision=self.recipe.engine.precision,
-            shards_digest=self.shards_digest,
+            identity=self.recipe.identity(self.shards_digest),
             files={},
             loss_valid=self.loss_valid if evaluated else None,
         )

@@ -37,7 +37,9 @@ def build_model(model: Model, eos_id: int, seed: int, ds_config: Mapping[str, An
     network.tie_weights()
     initialise(network, model, seed)
     if model.activation_checkpointing == "full":
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it in 5; the old name goes in 6.
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return network
 
 
@@ -63,7 +65,7 @@ def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> torc
         return torch.zeros(shape)
     # Each block adds two projections to the residual stream: scaled so that its variance does not grow with depth.
     std = _INIT_STD / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else _INIT_STD
-    generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}") >> 1)
+    generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}".encode()) >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -77,7 +79,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
     The number of dimensions decides, which no renaming can break; a ZeRO-3 partition keeps its own in `ds_shape`.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in network.parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         (decayed if dimensions >= 2 else plain).append(parameter)

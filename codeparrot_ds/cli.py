@@ -1,0 +1,320 @@
+"""The `codeparrot-ds` command. Every verb imports its stage only when it is called, so that --help is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from codeparrot_ds import __version__
+from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError, UserError
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _group(help_text: str) -> typer.Typer:
+    return typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
+
+
+app = _group("From folders of source code to a trained GPT-2 code model in Hugging Face format.")
+corpus_app = _group("Documents with their provenance.")
+tokenizer_app = _group("Byte-level BPE tokenizers.")
+shards_app = _group("Token ids in memory-mapped shards.")
+evaluate_app = _group("What a model is worth.")
+app.add_typer(corpus_app, name="corpus")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(shards_app, name="shards")
+app.add_typer(evaluate_app, name="evaluate")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> NoReturn:
+    """Run a verb. Exit codes: 0 done, 1 something you can mend, 2 usage; a traceback is a defect of ours."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        from codeparrot_ds.files import explain_os_error
+
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        _fail(str(explained))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def _print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_table(title, rows)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "30MB", "32kB", "5GB" or "1000" (decimal units). Raises ConfigError."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().rstrip("kKMGTBb ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.") from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@corpus_app.command("collect")
+def corpus_collect(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Corpus directory to make.")],
+    directories: Annotated[list[Path] | None, typer.Argument(help="Searched recursively.")] = None,
+    installed_python: Annotated[
+        bool, typer.Option(help="Also take this Python's standard library and installed packages.")
+    ] = False,
+    suffix: Annotated[str, typer.Option(help="Of the files to take.")] = ".py",
+    max_file_size: Annotated[str, typer.Option(help="Leave larger files out.")] = "1MB",
+    sample: Annotated[str | None, typer.Option(help="Stop at this much text: a uniform sample, e.g. 30MB.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Collect source files from this machine, without exact copies."""
+    from codeparrot_ds.corpus.build import collect
+
+    if not directories and not installed_python:
+        raise ConfigError("nothing to collect from: name directories, or add --installed-python.")
+    manifest = collect(
+        output,
+        directories or [],
+        installed_python=installed_python,
+        suffix=suffix,
+        max_file_bytes=parse_size(max_file_size),
+        sample_bytes=None if sample is None else parse_size(sample),
+    )
+    rows = [
+        ("documents", f"{manifest['documents']:,}"),
+        ("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"),
+        *((f"left out: {reason}", f"{count:,}") for reason, count in manifest["skipped"].items()),
+    ]
+    _print_result(json_output, str(output), rows, manifest)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    corpus: Annotated[Path, typer.Argument(help="Corpus directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Tokenizer directory to make.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and <|endoftext|> included.")] = 32_768,
+    max_seq_len: Annotated[int, typer.Option(help="Recorded as the model's longest input, tokens.")] = 1024,
+    json_output: JsonOption = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus."""
+    from codeparrot_ds.tokenizer.train import train
+
+    manifest = train(corpus, output, vocab_size, max_seq_len)
+    rows = [("vocabulary", f"{manifest['vocab_size']:,} tokens"), ("digest", manifest["digest"])]
+    _print_result(json_output, str(output), rows, manifest)
+
+
+@shards_app.command("build")
+def shards_build(
+    corpus: Annotated[Path, typer.Argument(help="Corpus directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Shard directory to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
+    valid_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.005,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.", min=1)] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Encode a corpus into shards."""
+    from codeparrot_ds.shards.build import build
+
+    _print_shards(build(corpus, tokenizer, output, valid_fraction=valid_fraction, workers=workers), json_output)
+
+
+@shards_app.command("verify")
+def shards_verify(
+    shards: Annotated[Path, typer.Argument(help="Shard directory.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: digests and indices.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Hold shards against their manifest."""
+    from codeparrot_ds.shards.verify import verify
+
+    _print_shards(verify(shards, deep=deep), json_output)
+
+
+def _print_shards(manifest: Any, json_output: bool) -> None:
+    from codeparrot_ds.shards.format import SPLITS
+
+    rows = [
+        (f"{split} tokens", f"{manifest.tokens(split):,} in {len(manifest.split(split))} shards") for split in SPLITS
+    ]
+    rows.append(("type", f"{manifest.dtype}, {manifest.vocab_size:,} tokens in the vocabulary"))
+    result = {
+        "directory": str(manifest.directory),
+        "tokens": {split: manifest.tokens(split) for split in SPLITS},
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "digest": manifest.digest,
+    }
+    _print_result(json_output, str(manifest.directory), rows, result)
+
+
+@app.command("launch")
+def launch(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+) -> None:
+    """Check what can be checked here, then train with deepspeed, whose command is printed."""
+    from codeparrot_ds.cluster.launch import launch as run
+
+    raise typer.Exit(run(recipe, hostfile, ranks, overrides or []))
+
+
+@app.command("status")
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    json_output: JsonOption = False,
+) -> None:
+    """What happened to a run."""
+    from codeparrot_ds.files import read_json
+    from codeparrot_ds.run_directory import RunDirectory
+
+    facts = read_json(RunDirectory(run).status_file, "run status")
+    _print_result(json_output, str(run), [(key, str(value)) for key, value in facts.items()], facts)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Run directory, or one checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Hugging Face directory to make.")],
+    tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Size of one safetensors file.")] = "5GB",
+    json_output: JsonOption = False,
+) -> None:
+    """Convert a ZeRO checkpoint to a Hugging Face directory, and prove it."""
+    from codeparrot_ds.evaluation.loss import validation_loss
+    from codeparrot_ds.export.convert import convert
+    from codeparrot_ds.export.zero import source_checkpoint
+    from codeparrot_ds.recipe import Recipe
+
+    def measure(directory: Path, recipe: Recipe) -> float | None:
+        if not recipe.data.shards.is_dir():
+            return None
+        return validation_loss(directory, recipe.data.shards, recipe.evaluation.sequences).loss_valid
+
+    certificate = convert(
+        source_checkpoint(source, tag),
+        output,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        measure_loss=measure,
+    )
+    loss = certificate["loss_valid"]
+    rows = [
+        ("step", f"{certificate['source']['step']:,}"),
+        ("parameters", f"{certificate['parameters']:,} in {certificate['dtype']}"),
+        ("validation loss of the checkpoint", str(loss["checkpoint"])),
+        ("validation loss of this model", str(loss["converted"])),
+    ]
+    _print_result(json_output, str(output), rows, certificate)
+
+
+@evaluate_app.command("loss")
+def evaluate_loss(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    shards: Annotated[Path, typer.Argument(help="Shard directory.")],
+    sequences: Annotated[int, typer.Option(help="At most so many validation sequences.", min=1)] = 512,
+    json_output: JsonOption = False,
+) -> None:
+    """Validation loss and perplexity, beside those of the unigram distribution of the same tokens."""
+    from codeparrot_ds.evaluation.loss import validation_loss
+
+    result = validation_loss(model, shards, sequences)
+    rows = [
+        ("validation loss", f"{result.loss_valid:.4f} (unigram {result.loss_unigram:.4f})"),
+        ("perplexity", f"{result.perplexity_valid:,.1f} (unigram {result.perplexity_unigram:,.1f})"),
+        ("over", f"{result.tokens:,} tokens in {result.sequences:,} sequences"),
+    ]
+    _print_result(json_output, str(model), rows, vars(result))
+
+
+@app.command("complete")
+def complete_command(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - reads one from standard input.")] = None,
+    num: Annotated[int, typer.Option(help="Completions of each prompt.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 0.4,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    json_output: JsonOption = False,
+) -> None:
+    """Complete prompts, cut where a new block starts."""
+    from codeparrot_ds.evaluation.complete import Sampling, complete
+
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ["-"]]
+    completions = complete(model, texts, Sampling(num, temperature, top_p, max_new_tokens, seed))
+    if json_output:
+        print(json.dumps([{"prompt": p, "completions": c} for p, c in zip(texts, completions, strict=True)], indent=2))
+        return
+    for prompt, found in zip(texts, completions, strict=True):
+        for number, completion in enumerate(found, start=1):
+            print(f"--- completion {number} of {len(found)}\n{printable(prompt + completion)}")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model writes must not drive the user's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+@app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    model: Annotated[Path, typer.Option(help="Its converted model.")],
+    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer's directory.")],
+    seconds: Annotated[float | None, typer.Option(help="Wall time to report.")] = None,
+    summary_file: Annotated[Path | None, typer.Option("--summary", help="Also write the figures here.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The figures of a finished run, from source files to converted model."""
+    from codeparrot_ds.evaluation.loss import validation_loss
+    from codeparrot_ds.files import write_json
+    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.report.summary import as_rows, summarise
+    from codeparrot_ds.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe)
+    loss = validation_loss(model, recipe.data.shards, recipe.evaluation.sequences)
+    summary = summarise(directory, model, tokenizer, loss, seconds)
+    if summary_file is not None:
+        write_json(summary_file, summary.to_dict())
+    _print_result(json_output, str(run), as_rows(summary), summary.to_dict())
+
+
+if __name__ == "__main__":
+    main()

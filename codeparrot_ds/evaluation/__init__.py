@@ -1,0 +1,1 @@
+"""What a converted model is worth: validation loss, completions."""

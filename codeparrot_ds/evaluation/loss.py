@@ -1,0 +1,54 @@
+"""Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.evaluation.pretrained import load_pretrained
+from codeparrot_ds.jobs import progress
+from codeparrot_ds.shards.sequences import PackedSequences
+from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Nats per token, over `tokens` targets of `sequences` sequences."""
+
+    loss_valid: float
+    perplexity_valid: float
+    loss_unigram: float
+    perplexity_unigram: float
+    sequences: int
+    tokens: int
+
+
+def validation_loss(model_directory: Path, shards: Path, sequences: int, batch_size: int = 8) -> ValidationLoss:
+    """Loss of a converted model on the validation split of `shards`, beside the unigram model's.
+
+    Args:
+        model_directory: a Hugging Face directory.
+        shards: a shard directory made with the same tokenizer.
+        sequences: at most this many, evenly spread; each as long as the model's context.
+        batch_size: sequences per forward.
+    """
+    model, _, device = load_pretrained(model_directory)
+    valid = PackedSequences.open(shards, "valid", model.config.n_positions)
+    numbers = validation_sequences(len(valid), sequences)
+    ids = torch.from_numpy(valid.batch(numbers))
+    if int(ids.max()) >= model.config.vocab_size:
+        raise ConfigError(
+            f"{shards}: holds ids beyond the model's {model.config.vocab_size:,} tokens. "
+            "Name the shards that were made with the model's tokenizer."
+        )
+    total = 0.0
+    batches = ids.split(batch_size)
+    with torch.no_grad():
+        for batch in progress(batches, "evaluating", len(batches), "batch"):
+            logits = model(input_ids=batch[:, :-1].to(device)).logits.float()
+            targets = batch[:, 1:].to(device)
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    loss = total / (len(ids) * valid.seq_len)
+    unigram = unigram_loss(ids[:, 1:].numpy(), model.config.vocab_size)
+    return ValidationLoss(loss, perplexity(loss), unigram, perplexity(unigram), len(ids), len(ids) * valid.seq_len)

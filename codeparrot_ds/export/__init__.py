@@ -1,0 +1,1 @@
+"""ZeRO checkpoints to Hugging Face directories, with a certificate."""

@@ -1,0 +1,100 @@
+"""The figures of a finished run from raw files to converted model, gathered from what each stage left behind."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from codeparrot_ds.corpus.documents import Corpus
+from codeparrot_ds.errors import DataError
+from codeparrot_ds.evaluation.loss import ValidationLoss
+from codeparrot_ds.files import read_json
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.shards.format import SPLITS, Manifest
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run. Losses are nats per token; `seconds` is the wall time that the caller measured."""
+
+    files: int
+    tokens: int
+    vocab_size: int
+    parameters: int
+    tokens_per_second: float
+    loss_step0: float
+    loss_valid: float
+    perplexity_valid: float
+    loss_unigram: float
+    perplexity_unigram: float
+    seconds: float | None
+    paths: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationLoss, seconds: float | None) -> Summary:
+    """Gather the figures of a finished run.
+
+    Args:
+        run: trained to its last step.
+        model: its converted model.
+        tokenizer: the directory that the shards' tokenizer was trained in.
+        loss: of `model` over the run's validation sequences.
+        seconds: wall time to report, or None.
+
+    Raises:
+        DataError: the run has not finished.
+    """
+    status = read_json(run.status_file, "run status")
+    if status.get("state") != "finished":
+        raise DataError(f"{run.status_file}: the run is {status.get('state')!r}, not finished. Train it first.")
+    shards = Path(yaml.safe_load(run.recipe.read_text())["data"]["shards"])
+    manifest = Manifest.read(shards)
+    steps = [row for row in _rows(run.metrics) if row["kind"] == "train"]
+    return Summary(
+        files=int(Corpus.open(Path(manifest.corpus)).manifest["documents"]),
+        tokens=sum(manifest.tokens(split) for split in SPLITS),
+        vocab_size=manifest.vocab_size,
+        parameters=status["parameters"],
+        tokens_per_second=median(row["tokens_per_second"] for row in steps),
+        loss_step0=steps[0]["loss"],
+        loss_valid=loss.loss_valid,
+        perplexity_valid=loss.perplexity_valid,
+        loss_unigram=loss.loss_unigram,
+        perplexity_unigram=loss.perplexity_unigram,
+        seconds=seconds,
+        paths={
+            "corpus": manifest.corpus,
+            "tokenizer": str(tokenizer),
+            "shards": str(shards),
+            "run": str(run.path),
+            "checkpoint": status["checkpoint"],
+            "model": str(model),
+        },
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def as_rows(summary: Summary) -> list[tuple[str, str]]:
+    """(name, value) of each figure, for a table."""
+    rows = [
+        ("source files", f"{summary.files:,}"),
+        ("tokens", f"{summary.tokens:,} ({summary.vocab_size:,} in the vocabulary)"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("training speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+        ("loss at step 0", f"{summary.loss_step0:.4f}"),
+        ("validation loss", f"{summary.loss_valid:.4f} (unigram {summary.loss_unigram:.4f})"),
+        ("perplexity", f"{summary.perplexity_valid:,.1f} (unigram {summary.perplexity_unigram:,.1f})"),
+    ]
+    if summary.seconds is not None:
+        rows.append(("time", f"{summary.seconds:,.0f} s"))
+    return rows + [(name, path) for name, path in summary.paths.items()]

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Make .venv and install this package into it with the pinned constraints. Needs nothing but Python 3.11.
+
+Run again, it goes on where it stopped: pip keeps its wheels, and a finished installation is left as it is.
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+FINISHED = VENV / "installed.sha256"  # digest of what was installed; missing while an installation is unfinished
+RESULTS = [ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart-data"]
+
+# program (or Python module) that must be there -> Debian package that has it
+BASE_PACKAGES = {"module:ensurepip": "python3-venv", "c++": "g++"}
+TEST_PACKAGES = {"pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ip": "iproute2"}
+
+
+def main() -> None:
+    """Set up what is asked for, printing each command that a user could type."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--fresh", action="store_true", help="remove .venv and the quickstart's results, start over")
+    parser.add_argument("--offline-wheels", type=Path, metavar="DIR", help="install from DIR, without a network")
+    parser.add_argument("--torch-index", metavar="URL", help="package index to take torch from, e.g. one of CPU builds")
+    parser.add_argument("--test", action="store_true", help="also install what the tests need")
+    options = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked)
+        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Start it as: python3.11 {__file__}")
+    if options.offline_wheels is not None and not options.offline_wheels.is_dir():
+        fail(f"{options.offline_wheels}: no such directory of wheels. Fill one with launch/wheelhouse.sh.")
+    os.chdir(ROOT)
+    if options.fresh:
+        for path in [VENV, *RESULTS]:
+            shutil.rmtree(path, ignore_errors=True)
+    install_system_packages({**BASE_PACKAGES, **(TEST_PACKAGES if options.test else {})})
+    install_python_packages(options)
+
+
+def install_system_packages(needed: dict[str, str]) -> None:
+    """Install what is missing with apt where this user may; else print the line to type."""
+    missing = [package for program, package in needed.items() if not is_there(program)]
+    if not missing:
+        return
+    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    may = shutil.which("apt-get") and (not as_root or (shutil.which("sudo") and succeeds([*as_root, "true"])))
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
+    if may:
+        environment = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive"]
+        run([*environment, "apt-get", "update", "-q"], quiet=True)
+        run([*environment, *install], quiet=True)
+        missing = [package for program, package in needed.items() if not is_there(program)]
+    if missing:
+        fail(
+            f"missing on this machine: {', '.join(missing)}. Type this, then start again:\n  sudo {shlex.join(install)}"
+        )
+
+
+def is_there(program: str) -> bool:
+    """Whether a program is on PATH, or a module can be imported by the Python that runs this."""
+    if program.startswith("module:"):
+        return succeeds([sys.executable, "-c", f"import {program.removeprefix('module:')}"])
+    return shutil.which(program) is not None
+
+
+def install_python_packages(options: argparse.Namespace) -> None:
+    """Make the virtual environment and install into it, torch first: unpinned, it pulls gigabytes of CUDA."""
+    inputs = [ROOT / "constraints.txt", ROOT / "pyproject.toml"]
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs) + sys.version.encode()).hexdigest()
+    wanted += " test" if options.test else ""
+    installed = FINISHED.read_text() if FINISHED.exists() else ""
+    if installed in (wanted, f"{wanted} test"):
+        print(f"{VENV.name} is ready.", flush=True)
+        return
+    python = VENV / "bin" / "python"
+    if not python.exists() or not succeeds([str(python), "-c", "import pip"]):
+        run([sys.executable, "-m", "venv", "--clear", VENV.name])
+    FINISHED.unlink(missing_ok=True)
+    install = [".venv/bin/pip", "install", "--quiet", "--constraint", "constraints.txt"]
+    if options.offline_wheels is not None:
+        install += ["--no-index", "--find-links", str(options.offline_wheels)]
+    torch_index = ["--index-url", options.torch_index] if options.torch_index else []
+    run([*install, *torch_index, "torch"])
+    run([*install, "--editable", ".[test]" if options.test else "."])
+    FINISHED.write_text(wanted)
+
+
+def run(command: list[str], quiet: bool = False) -> None:
+    """Print and run a command; end with its output and one line when it fails."""
+    print(f"$ {shlex.join(command)}", flush=True)
+    result = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if quiet else None, stderr=None)
+    if result.returncode:
+        if quiet:
+            print(result.stdout, file=sys.stderr)
+        fail(
+            f"`{shlex.join(command)}` failed with exit code {result.returncode}, see above. Mend that and start again."
+        )
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether a command exits with 0; its output is not shown."""
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def fail(message: str) -> None:
+    """One message, exit code 1."""
+    sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":
+    main()

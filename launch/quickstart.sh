@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From a clone to a trained, converted model on this machine's own Python source. Run again, it goes on where it
+# stopped. Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run() { printf '\n$ %s\n' "$(printf '%q ' "$@")"; "$@"; }
+
+python3 launch/bootstrap.py "$@"
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
+data=runs/quickstart-data
+model=runs/quickstart/hf
+
+run codeparrot-ds corpus collect --installed-python --max-file-size 32kB --sample 30MB -o $data/corpus
+run codeparrot-ds tokenizer train $data/corpus --vocab-size 8192 --max-seq-len 256 -o $data/tokenizer
+run codeparrot-ds shards build $data/corpus --tokenizer $data/tokenizer --valid-fraction 0.02 -o $data/shards
+run codeparrot-ds shards verify $data/shards --deep
+run codeparrot-ds launch launch/recipes/quickstart.yaml
+run codeparrot-ds convert runs/quickstart $model
+run codeparrot-ds complete $model --num 1 \
+  $'"""Get the area of a rectangle."""\ndef area(width, height):\n    ' \
+  $'import numpy as np\n\ndef mean(values):\n    """The mean of a list of values."""\n    '
+run codeparrot-ds report runs/quickstart --model $model --tokenizer $data/tokenizer \
+  --seconds $SECONDS --summary runs/quickstart/summary.json
+
+cat <<END
+
+What to do next:
+  complete your own prompt     codeparrot-ds complete $model 'def main():'
+  watch the curves             tensorboard --logdir runs/quickstart/tensorboard
+  train CodeParrot itself      launch/recipes/codeparrot-small.yaml, launch/recipes/codeparrot-xl.yaml
+  train on your own code       codeparrot-ds corpus collect DIRECTORY -o data/corpus
+(first: export PATH=$PWD/.venv/bin:\$PATH)
+END
