@@ -74,7 +74,8 @@ class ZeroCheckpoint:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
         if self._stage == 0:
-            yield from self._module.items()
+            for name, tensor in self._module.items():
+                yield name, tensor.detach().float()
         elif self._stage == 3:
             yield from self._stage_3()
         else:
@@ -98,7 +99,7 @@ class _FlatStream:
     """Flat tensors end to end, read front to back."""
 
     def __init__(self, pieces: list[torch.Tensor]) -> None:
-        self._pieces = [piece.flatten() for piece in pieces]
+        self._pieces = [piece.detach().flatten() for piece in pieces]  # some are saved as parameters
 
     def take(self, count: int) -> torch.Tensor:
         """The next `count` elements, [count]. Raises CheckpointError when there are fewer."""

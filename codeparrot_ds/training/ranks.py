@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -83,17 +84,30 @@ def join() -> Ranks:
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            # One thread a core: ranks that each take all cores wait for one another.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        # The op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _prepare_cpu(local_world_size)
         device = torch.device("cpu")
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _prepare_cpu(local_world_size: int) -> None:
+    """Settings for ranks that compute on CPU cores."""
+    import deepspeed
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # One thread a core: ranks that each take all cores wait for one another.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # glibc gives every tensor above 32 MB back to the kernel when it is freed, and takes fresh pages for the next:
+    # half of a step went into page faults. Keep the memory instead.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def leave() -> None:

@@ -1,0 +1,163 @@
+"""Shared fixtures: a small real corpus with its tokenizer and shards, and real `deepspeed` launches on CPU ranks."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from codeparrot_ds.corpus.build import collect
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.shards.build import build
+from codeparrot_ds.tokenizer.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 512
+SEQ_LEN = 32
+LAUNCH_TIMEOUT = 300  # seconds: a hung rendezvous would wait for ten minutes and more
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with `corpus`, `tokenizer` and `shards` of two standard-library packages."""
+    root = tmp_path_factory.mktemp("data")
+    standard_library = Path(sysconfig.get_path("stdlib"))
+    collect(root / "corpus", [standard_library / "asyncio", standard_library / "email"])
+    train(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
+    build(root / "corpus", root / "tokenizer", root / "shards", valid_fraction=0.1, workers=1)
+    return root
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, data: Path) -> dict[str, Any]:
+    """A recipe of some 50,000 parameters on `data`, writing below `tmp_path`; tests change it before saving it."""
+    return {
+        "name": "tiny",
+        "runs": str(tmp_path / "runs"),
+        "model": {
+            "vocab_size": VOCAB_SIZE,
+            "seq_len": SEQ_LEN,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "activation_checkpointing": "full",
+        },
+        "data": {"shards": str(data / "shards")},
+        "batch": {"global_batch_size": 4},
+        "optimizer": {"learning_rate": 0.01},
+        "schedule": {"steps": 6, "warmup_steps": 1},
+        "engine": {"deepspeed": str(ROOT / "ds_configs" / "zero3.json"), "precision": "fp32"},
+        "evaluation": {"every_steps": 3, "sequences": 7},
+        "checkpoints": {"every_steps": 3, "keep_last": 2},
+        "logging": {"every_steps": 2, "tensorboard": False},
+    }
+
+
+def save_recipe(body: dict[str, Any], path: Path) -> Path:
+    """Write a recipe as YAML and return its path."""
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+@dataclass
+class Launched:
+    """A `deepspeed` command that has ended."""
+
+    returncode: int
+    output: str  # of the launcher and all ranks, standard output and standard error together
+
+
+Deepspeed = Callable[..., Launched]
+
+
+@pytest.fixture(scope="session")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Deepspeed:
+    """Run `deepspeed --num_gpus N ...` on CPU ranks. All launches share one directory of compiled operators."""
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch-extensions"))
+
+    def run(
+        *arguments: str | Path,
+        ranks: int = 2,
+        options: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> Launched:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
+        command = [program, "--quiet", *options, "--master_port", port]
+        if "--hostfile" not in options:
+            command += ["--num_gpus", str(ranks)]
+        command += [str(argument) for argument in arguments]
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": extensions,
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **(env or {}),
+        }
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=cwd,
+            timeout=LAUNCH_TIMEOUT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return Launched(done.returncode, done.stdout)
+
+    return run
+
+
+@dataclass
+class Trained:
+    """A finished training run."""
+
+    run: RunDirectory
+    rows: list[dict[str, Any]]
+
+    def losses(self) -> list[str]:
+        """Training loss of each step as an exact hex float."""
+        return [row["loss"].hex() for row in self.rows if row["kind"] == "train"]
+
+    def valid_losses(self) -> dict[int, float]:
+        """Validation loss by step."""
+        return {row["step"]: row["loss_valid"] for row in self.rows if row["kind"] == "valid"}
+
+    def digests(self) -> list[str]:
+        """Digest of the ids fed at each step."""
+        return [row["batch_digest"] for row in self.rows if row["kind"] == "train"]
+
+
+@pytest.fixture
+def train_tiny(deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., Trained]:
+    """Train the tiny recipe with real ranks: `train_tiny(name, ranks=2, stage=3, **sections)`."""
+
+    def run(name: str, *, ranks: int = 2, stage: int = 3, options: Sequence[str] = ()) -> Trained:
+        body = {**tiny_recipe, "name": name}
+        ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
+        body["engine"] = {**body["engine"], "deepspeed": str(ds_config)}
+        path = save_recipe(body, tmp_path / f"{name}.yaml")
+        overrides = [part for option in options for part in ("--set", option)]
+        done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks)
+        assert done.returncode == 0, done.output
+        directory = RunDirectory(Path(body["runs"]) / name)
+        rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+        return Trained(directory, rows)
+
+    return run

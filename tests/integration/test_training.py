@@ -1,0 +1,168 @@
+"""Real training on two gloo ranks: each shipped DeepSpeed JSON, conversion, resume, reproducibility."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.evaluation.loss import validation_loss
+from codeparrot_ds.export.convert import convert
+from codeparrot_ds.export.zero import ZeroCheckpoint, source_checkpoint
+from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, Trained, save_recipe
+
+pytestmark = pytest.mark.slow
+Train = Callable[..., Trained]
+
+
+def convert_run(trained: Trained, output: Path, **options: Any) -> dict[str, Any]:
+    """Convert a run's newest checkpoint, holding its loss against the engine's."""
+
+    def measure(directory: Path, recipe: Any) -> float:
+        return validation_loss(directory, recipe.data.shards, recipe.evaluation.sequences).loss_valid
+
+    return convert(source_checkpoint(trained.run.path), output, measure_loss=measure, **options)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_stage_trains_and_converts_without_a_warning(train_tiny: Train, tmp_path: Path, stage: int) -> None:
+    trained = train_tiny(f"stage{stage}", stage=stage)
+    losses = trained.valid_losses()
+    assert abs(losses[0] - math.log(VOCAB_SIZE)) < 0.3
+    assert losses[6] < losses[3] < losses[0]
+    assert json.loads(trained.run.status_file.read_text())["state"] == "finished"
+
+    output = tmp_path / "hf"
+    certificate = convert_run(trained, output)
+    assert certificate["tied"] == {"lm_head.weight": "transformer.wte.weight"}
+    assert abs(certificate["loss_valid"]["converted"] - losses[6]) < 1e-3
+
+    # In a process of its own, so that nothing set here keeps a warning back.
+    code = (
+        "import sys, transformers as t; transformers_verbosity = t.logging.set_verbosity_warning();"
+        "m, info = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True);"
+        "tok = t.AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "assert not any(info.values()), info;"
+        "assert m.lm_head.weight.data_ptr() == m.transformer.wte.weight.data_ptr();"
+        "assert tok.decode(tok('def f(x):\\n  return x  !').input_ids) == 'def f(x):\\n  return x  !'"
+    )
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:transformers", "-c", code, str(output)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower()
+    assert "missing" not in done.stderr.lower()
+
+
+def test_the_converted_tensors_are_the_engines_own(train_tiny: Train, tmp_path: Path) -> None:
+    """ZeRO-3 at two ranks and ZeRO-3 at one hold the same function of the data; both convert to what they hold."""
+    trained = train_tiny("sharded")
+    convert_run(trained, tmp_path / "whole")
+    convert_run(trained, tmp_path / "parts", max_shard_bytes=40_000)
+    assert (tmp_path / "parts" / "model.safetensors.index.json").exists()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    parts = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    held = dict(ZeroCheckpoint(source_checkpoint(trained.run.path)).tensors())
+    assert set(held) | {"lm_head.weight"} == set(whole) == set(parts)
+    assert all(torch.equal(tensor, whole[name]) and torch.equal(tensor, parts[name]) for name, tensor in held.items())
+
+
+def test_two_runs_with_one_seed_give_the_same_losses_and_another_seed_does_not(train_tiny: Train) -> None:
+    first, second = train_tiny("first"), train_tiny("second")
+    other = train_tiny("other", options=["seed=2"])
+    assert first.losses() == second.losses()
+    assert first.valid_losses() == second.valid_losses()
+    assert first.losses() != other.losses()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny: Train) -> None:
+    whole = train_tiny("whole")
+    # The first half ends with a checkpoint at step 3 of a schedule of 6: stop it there by a kill at step 5.
+    halved = train_tiny("halved")
+    newest = halved.run.checkpoint(6)
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    resumed = train_tiny("halved")
+    assert resumed.losses() == whole.losses()
+    assert resumed.digests() == whole.digests()
+    assert resumed.valid_losses() == whole.valid_losses()
+    assert [row["step"] for row in resumed.rows if row["kind"] == "train"] == list(range(6))
+
+
+def test_every_world_size_sees_the_same_data_and_loses_the_same(train_tiny: Train) -> None:
+    two, one = train_tiny("two", ranks=2), train_tiny("one", ranks=1, options=["batch.micro_batch_size=2"])
+    assert two.digests() == one.digests()
+    for a, b in zip(two.losses(), one.losses(), strict=True):
+        assert math.isclose(float.fromhex(a), float.fromhex(b), rel_tol=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: Train) -> None:
+    trained = train_tiny("damaged")
+    file = trained.run.checkpoint(6) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name):
+        source_checkpoint(trained.run.path).verify()
+    again = train_tiny("damaged")
+    assert again.losses() == trained.losses()
+    log = (again.run.logs / "rank_00000.log").read_text()
+    assert file.name in log
+    assert "step-00000003" in log
+
+
+def test_bad_input_ends_every_rank_with_one_message(
+    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong_vocabulary = {**tiny_recipe, "model": {**tiny_recipe["model"], "vocab_size": 1000}}
+    unknown_key = {**tiny_recipe, "modle": {}}
+    for body, expected in ((wrong_vocabulary, "Set model.vocab_size=512"), (unknown_key, "modle: unknown key")):
+        done = deepspeed("--module", "codeparrot_ds.train", save_recipe(body, tmp_path / "bad.yaml"))
+        assert done.returncode == 1
+        assert done.output.count("error: ") == 1
+        assert expected in done.output
+        assert "Traceback" not in done.output
+
+
+def test_a_missing_hostfile_never_trains_locally(
+    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+    options = ["--hostfile", str(tmp_path / "absent")]
+    done = deepspeed("--module", "codeparrot_ds.train", recipe, options=options)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'absent'}: no such hostfile" in done.output
+    assert not Path(tiny_recipe["runs"]).exists()
+
+
+def test_offload_without_a_compiler_is_refused_by_name(
+    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    (tmp_path / "offload.json").write_text(json.dumps(config))
+    tiny_recipe["engine"]["deepspeed"] = str(tmp_path / "offload.json")
+    recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("env", "bash", "sh"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    path = f"{Path(sys.executable).parent}:{tools}"
+    done = deepspeed("--module", "codeparrot_ds.train", recipe, env={"PATH": path})
+    assert done.returncode == 1
+    assert "cpu_adam" in done.output
+    assert "apt-get install g++" in done.output
