@@ -1,6 +1,7 @@
 """The `codeparrot-ds` command. Every verb imports its stage only when it is called, so that --help is quick."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -70,12 +71,10 @@ def _print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result
 def parse_size(text: str) -> int:
     """Bytes from "30MB", "32kB", "5GB" or "1000" (decimal units). Raises ConfigError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number = text.strip().rstrip("kKMGTBb ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.") from None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.")
+    return int(float(match[1]) * units[match[2]])
 
 
 @app.callback(invoke_without_command=True)

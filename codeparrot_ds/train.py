@@ -1,19 +1,21 @@
 """What every rank runs: `deepspeed [--hostfile H] --module codeparrot_ds.train RECIPE [--set key=value …]`.
 
-Everything that can be refused is refused before torch is imported or anything allocated. A run started again on
-its directory goes on from its newest checkpoint.
+Everything that can be refused is refused before anything is allocated, on one host before torch is imported. A run
+started again on its directory goes on from its newest checkpoint.
 """
 
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.cluster.hostfile import check_launch_command
-from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError, UserError
+from codeparrot_ds.errors import EXIT_USER_ERROR, ClusterError, ConfigError, UserError, list_problems
 from codeparrot_ds.files import (
     exclusive_lock,
     explain_os_error,
@@ -30,12 +32,15 @@ from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
 
+if TYPE_CHECKING:
+    from codeparrot_ds.training.ranks import Ranks
+
 _CHECKPOINT_BYTES_PER_PARAMETER = 18  # fp32 weights and two fp32 moments, bf16 weights, and room for a file system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of every rank; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="codeparrot_ds.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="codeparrot_ds.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", type=Path, help="YAML file, e.g. launch/recipes/quickstart.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
@@ -46,15 +51,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error if isinstance(error, UserError) else explain_os_error(error)
         if message is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if _environment("RANK", 0) == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no other rank and no memory."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    manifest: Manifest
+    run: RunDirectory
+
+
 def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
     """Train one recipe to its last step on this rank. Raises UserError for what a user can mend."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _environment("WORLD_SIZE", 1)
+    plan, failure = None, None
+    try:
+        plan = check(recipe_path, overrides, world_size)
+    except UserError as error:
+        if _environment("LOCAL_SIZE", world_size) == world_size:
+            raise
+        failure = error  # other hosts may find nothing wrong: tell them, or they would wait for this one
+
+    from codeparrot_ds.training import ranks as rank_module
+
+    rank_module.die_with_launcher()
+    ranks = rank_module.join()
+    _refuse_on_all_hosts(ranks, failure)
+    assert plan is not None
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            busy = f"{plan.run.path}: another process is training in this directory. Stop it, or use --set name=…"
+            stack.enter_context(exclusive_lock(plan.run.path / ".lock", busy))
+        try:
+            _train_on_rank(plan, ranks)
+        except BaseException as error:
+            if ranks.rank == 0:
+                plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
+            raise
+    rank_module.leave()
+
+
+def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Plan:
+    """Check all that this host can know before training: recipe, DeepSpeed JSON, shards, compiler, run directory."""
     check_launch_command()
     recipe = load_recipe(recipe_path, overrides)
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
@@ -62,16 +106,7 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
     manifest = check_shards(recipe)
     run = RunDirectory(recipe.run_directory)
     make_directory(run.path)
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("RANK", "0") == "0":
-            busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
-            stack.enter_context(exclusive_lock(run.path / ".lock", busy))
-        try:
-            _train_on_rank(recipe, ds_config, manifest, run)
-        except BaseException as error:
-            if os.environ.get("RANK", "0") == "0":
-                run.write_status("failed", error=f"{type(error).__name__}: {error}")
-            raise
+    return Plan(recipe, ds_config, manifest, run)
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -85,24 +120,33 @@ def check_shards(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest, run: RunDirectory) -> None:
+def _environment(name: str, default: int) -> int:
+    """What the launcher set; `default` for a bare `python -m codeparrot_ds.train`."""
+    return int(os.environ.get(name, default))
+
+
+def _refuse_on_all_hosts(ranks: "Ranks", failure: UserError | None) -> None:
+    """Raise on every rank when any host found something wrong, so that none waits and rank 0 can name the host."""
+    found = ranks.gather(None if failure is None else f"host {socket.gethostname()}: {failure}")
+    problems = sorted({problem for problem in found if problem is not None})
+    if problems:
+        raise ClusterError(list_problems("not all hosts can train", problems))
+
+
+def _train_on_rank(plan: Plan, ranks: "Ranks") -> None:
     from codeparrot_ds.training import checkpoint as checkpoints
-    from codeparrot_ds.training import ranks as rank_module
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log, open_log
     from codeparrot_ds.training.model import build_model
 
-    rank_module.die_with_launcher()
-    ranks = rank_module.join()
+    recipe, ds_config, manifest, run = plan.recipe, plan.ds_config, plan.manifest, plan.run
+    stage = ds_config["zero_optimization"]["stage"]
     open_log(run, ranks.rank)
     splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")}
-    resume_from = checkpoints.find_resume_point(
-        run, recipe.identity(manifest.digest), ds_config["zero_optimization"]["stage"], ranks.world_size
-    )
+    resume_from = checkpoints.find_resume_point(run, recipe.identity(manifest.digest), stage, ranks.world_size)
     if resume_from is not None and resume_from.step >= recipe.schedule.steps:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
-        rank_module.leave()
         return
     if ranks.rank == 0:
         write_atomically(run.recipe, recipe.to_yaml())
@@ -121,14 +165,28 @@ def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest
         log.info("going on from %s", resume_from.path)
     log.info(
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
-        recipe.name, parameters / 1e6, engine.zero_optimization_stage(), ranks.world_size, ranks.device.type,
-        recipe.engine.precision, f"{len(splits['train']):,}", recipe.model.seq_len,
-    )  # fmt: skip
+        recipe.name,
+        parameters / 1e6,
+        stage,
+        ranks.world_size,
+        ranks.device.type,
+        recipe.engine.precision,
+        f"{len(splits['train']):,}",
+        recipe.model.seq_len,
+    )
     step = resume_from.step if resume_from else 0
     metrics = Metrics(run, recipe, step) if ranks.rank == 0 else None
     trainer = Trainer(
-        recipe, ranks, engine, splits["train"], splits["valid"], manifest.digest, run, metrics, step
-    )  # fmt: skip
+        recipe=recipe,
+        ranks=ranks,
+        engine=engine,
+        train=splits["train"],
+        valid=splits["valid"],
+        shards_digest=manifest.digest,
+        run=run,
+        metrics=metrics,
+        step=step,
+    )
     trainer.fit()
     if metrics is not None:
         metrics.close()
@@ -142,7 +200,6 @@ def _train_on_rank(recipe: Recipe, ds_config: dict[str, Any], manifest: Manifest
             loss_valid=trainer.loss_valid,
             checkpoint=str(run.checkpoint(trainer.step)),
         )
-    rank_module.leave()
 
 
 if __name__ == "__main__":

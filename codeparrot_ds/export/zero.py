@@ -9,6 +9,7 @@ Files are memory-mapped, so only the tensor at hand takes memory. Source of the 
 """
 
 import math
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,8 @@ class _FlatStream:
 @contextmanager
 def _allow_deepspeed_classes() -> Iterator[None]:
     """Let `weights_only` loading build the few plain classes that DeepSpeed puts beside the tensors."""
+    # Nothing is computed with DeepSpeed here; left to choose, it looks for a GPU and prints what it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -50,16 +50,6 @@ class Ranks:
         return gathered
 
 
-def world_size_from_environment() -> int:
-    """WORLD_SIZE as the launcher set it; 1 for a bare `python -m codeparrot_ds.train`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_environment() -> int:
-    """RANK as the launcher set it; 0 for a bare `python -m codeparrot_ds.train`."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def die_with_launcher() -> None:
     """Have the kernel end this rank when DeepSpeed's launcher dies: its SIGKILL would leave orphans that train on."""
     parent = psutil.Process(os.getppid())

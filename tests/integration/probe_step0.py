@@ -56,7 +56,5 @@ groups = [
 ]
 accumulated = str(engine.get_data_types()[1])
 if ranks.rank == 0:
-    options.out.write_text(
-        json.dumps({"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated})
-    )
+    options.out.write_text(json.dumps({"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated}))
 rank_module.leave()

@@ -1,0 +1,257 @@
+"""Two real hosts on one machine: network, host name, processes, `/etc/hosts` and sshd of each are its own."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import pytest
+
+from tests.conftest import Launched
+
+TOOLS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
+TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip are not on everyone's PATH
+ADDRESSES = ("192.0.2.1", "192.0.2.2")  # RFC 5737: for documentation, so they stand for no real machine
+SET_UP_TIMEOUT = 30  # seconds; it takes about one
+
+# Runs as the first process of a host, in namespaces of its own: nothing mounted here is seen outside, and all of it
+# ends with the host. sshd wants an empty directory in /run, which the machine has only once its own sshd has started.
+FIRST_PROCESS = """
+set -e
+hostname "$1"
+mount -t tmpfs tmpfs /run
+mkdir -m 755 /run/sshd
+mount --bind "$2" /etc/hosts
+exec "$3" -D -e -f "$4"
+"""
+
+SSHD_CONFIG = """
+HostKey {directory}/host_key
+AuthorizedKeysFile {directory}/user_key.pub
+# The files above are below the world-writable /tmp.
+StrictModes no
+PermitRootLogin prohibit-password
+KbdInteractiveAuthentication no
+PasswordAuthentication no
+UsePAM no
+UseDNS no
+PidFile none
+"""
+
+SSH_CONFIG = """
+BatchMode yes
+ConnectTimeout 5
+IdentitiesOnly yes
+IdentityFile {directory}/user_key
+UserKnownHostsFile {directory}/known_hosts
+GlobalKnownHostsFile /dev/null
+StrictHostKeyChecking yes
+LogLevel ERROR
+"""
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """Two hosts that reach each other by name over `eth0`, as root with a throw-away key. They share all files.
+
+    Attributes:
+        hosts: their names, which are also those of their network namespaces (`ip -n NAME link set eth0 down`).
+        addresses: of their `eth0`.
+        ssh_config: for `ssh -F`; `run` hands it to pdsh.
+        first_processes: process id of each host's sshd, as this machine sees it.
+    """
+
+    hosts: tuple[str, str]
+    addresses: tuple[str, str]
+    ssh_config: Path
+    first_processes: tuple[int, int]
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        *,
+        timeout: float,
+        host: int = 0,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = Path("/"),
+    ) -> Launched:
+        """Run a command on the first host (or `host`) with `env` added to this environment.
+
+        When it takes more than `timeout` seconds, everything on both hosts but sshd is killed and the test fails.
+        """
+        environment = {
+            **os.environ,
+            "PATH": TOOLS_PATH,
+            "PDSH_RCMD_TYPE": "ssh",
+            "PDSH_SSH_ARGS_APPEND": f"-F {self.ssh_config}",
+            **(env or {}),
+        }
+        enter = ["nsenter", f"--target={self.first_processes[host]}", "--mount", "--uts", "--net", "--pid", "--"]
+        full = [*enter, "env", f"--chdir={cwd}", *map(str, command)]
+        # A file, for a pipe would stay open as long as any grandchild that outlives the command.
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            process = subprocess.Popen(
+                full, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                process.wait(timeout)
+            except BaseException as error:  # Ctrl-C too: the command has no terminal that would end it
+                self._end_commands(process)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                output.seek(0)
+                text = f"not done after {timeout:g} s. Its output:\n{output.read()}"
+                pytest.fail(f"{' '.join(map(str, command))}: {text}")
+            output.seek(0)
+            return Launched(process.returncode, output.read())
+
+    def _end_commands(self, entered: subprocess.Popen[bytes]) -> None:
+        """Kill all that runs on the hosts but sshd.
+
+        By SIGKILL: at SIGTERM `deepspeed` would have each host `pkill -f` the name of its launcher.
+        """
+        for pid in (entered.pid, *self.first_processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+        entered.kill()
+        entered.wait()
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    """Two hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
+    if os.geteuid() != 0:
+        _unavailable("only root can make network namespaces")
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=TOOLS_PATH) is None]
+    if missing:
+        _unavailable(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh util-linux")
+    with contextlib.ExitStack() as undo:
+        yield _start_hosts(tmp_path_factory.mktemp("hosts"), undo)
+
+
+def _unavailable(reason: str) -> NoReturn:
+    """Skip the test; in CI, where a skipped test would go unseen, fail it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"two hosts cannot be made here: {reason}")
+    pytest.skip(f"two hosts cannot be made here: {reason}")
+
+
+def _start_hosts(directory: Path, undo: contextlib.ExitStack) -> TwoHosts:
+    """Make both hosts and wait until each answers by its name; `undo` gets what ends them."""
+    identity = secrets.token_hex(3)
+    names = (f"ds-{identity}-a", f"ds-{identity}-b")
+    _write_ssh_files(directory, names)
+    _make_network(names, undo)
+    started = [_start_sshd(directory, name, undo) for name in names]
+    hosts = TwoHosts(names, ADDRESSES, directory / "ssh_config", (started[0], started[1]))
+    # Each must answer from where the test will call it, and under its own name: proof that ssh arrives there.
+    for name in names:
+        _wait_for_answer(hosts, name, directory)
+    return hosts
+
+
+def _write_ssh_files(directory: Path, names: tuple[str, str]) -> None:
+    for key in ("host_key", "user_key"):
+        _set_up(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "two-hosts-test", "-f", str(directory / key)])
+    host_key = (directory / "host_key.pub").read_text()
+    (directory / "known_hosts").write_text(f"{','.join(names)} {host_key}")
+    (directory / "sshd_config").write_text(SSHD_CONFIG.format(directory=directory))
+    (directory / "ssh_config").write_text(SSH_CONFIG.format(directory=directory))
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in zip(ADDRESSES, names, strict=True))]
+    (directory / "hosts").write_text("\n".join(lines) + "\n")
+
+
+def _make_network(names: tuple[str, str], undo: contextlib.ExitStack) -> None:
+    for name in names:
+        done = _call(["ip", "netns", "add", name])
+        if done.returncode != 0:  # as in a container without CAP_SYS_ADMIN
+            _unavailable(f"ip netns add: {done.stdout.strip()}")
+        undo.callback(_call, ["ip", "netns", "delete", name])
+    # Both ends are made where they belong: the machine itself never has a second eth0, and they go with the namespaces.
+    _set_up(["ip", "-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1]])
+    for name, address in zip(names, ADDRESSES, strict=True):
+        _set_up(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"])
+        _set_up(["ip", "-n", name, "link", "set", "lo", "up"])
+        _set_up(["ip", "-n", name, "link", "set", "eth0", "up"])
+
+
+def _start_sshd(directory: Path, name: str, undo: contextlib.ExitStack) -> int:
+    """Start a host's sshd in process, mount and UTS namespaces of its own and return its process id.
+
+    It is the first process of its process namespace, so the kernel ends all others there with it. setpriv ends it
+    with pytest, should pytest be killed before it can clean up.
+    """
+    sshd = shutil.which("sshd", path=TOOLS_PATH) or "sshd"  # sshd insists on an absolute path
+    command = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", name]
+    command += ["unshare", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+    command += ["sh", "-c", FIRST_PROCESS, "host", name, str(directory / "hosts"), sshd, str(directory / "sshd_config")]
+    with open(directory / f"{name}.log", "w") as log:
+        process = subprocess.Popen(
+            command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+    undo.callback(_end_host, process)
+    deadline = time.monotonic() + SET_UP_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        if children := psutil.Process(process.pid).children():
+            return children[0].pid
+        time.sleep(0.05)
+    pytest.fail(f"{name} did not start:\n{(directory / f'{name}.log').read_text()}")
+
+
+def _end_host(process: subprocess.Popen[bytes]) -> None:
+    """End a host and wait until all its processes are gone: `unshare` ends only after its child, and that only last."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            child.kill()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(10)
+
+
+def _wait_for_answer(hosts: TwoHosts, name: str, directory: Path) -> None:
+    deadline = time.monotonic() + SET_UP_TIMEOUT
+    while True:
+        answer = hosts.run(["ssh", "-F", hosts.ssh_config, name, "uname -n"], timeout=SET_UP_TIMEOUT)
+        if answer.returncode == 0:
+            break
+        if time.monotonic() > deadline:
+            log = (directory / f"{name}.log").read_text()
+            pytest.fail(f"no ssh from {hosts.hosts[0]} to {name}:\n{answer.output}\nThe log of its sshd:\n{log}")
+        time.sleep(0.2)
+    if answer.output.strip() != name:
+        pytest.fail(f"ssh to {name} arrived at {answer.output.strip()}")
+
+
+def _set_up(command: Sequence[str]) -> None:
+    done = _call(command)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
+
+
+def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SET_UP_TIMEOUT,
+        check=False,
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": TOOLS_PATH}

@@ -1,0 +1,73 @@
+"""`deepspeed --hostfile` over two real hosts (see conftest.py): real ssh, real pdsh, a real network between them."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.files import read_json
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.training.metrics import read_metrics
+from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched, Trained, save_recipe
+from tests.multinode.conftest import TOOLS_PATH, TwoHosts
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_hosts_train_exactly_as_two_ranks_on_one(
+    two_hosts: TwoHosts, train_tiny: Callable[..., Trained], tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    received_before = [received_bytes(two_hosts, host) for host in (0, 1)]
+    launched = launch(two_hosts, save_recipe({**tiny_recipe, "name": "two-hosts"}, tmp_path / "tiny.yaml"), tmp_path)
+    assert launched.returncode == 0, launched.output
+    received = [received_bytes(two_hosts, host) - received_before[host] for host in (0, 1)]
+
+    run = RunDirectory(Path(tiny_recipe["runs"]) / "two-hosts")
+    status = read_json(run.status_file, "status")
+    steps = tiny_recipe["schedule"]["steps"]
+    assert (status["state"], status["step"], status["world_size"]) == ("finished", steps, 2), launched.output
+    assert (run.logs / "rank_00001.log").exists()
+
+    # pdsh puts before each line the name of the host it came from, and two_hosts has seen that ssh arrives at it.
+    launchers = re.findall(r"^(\S+): .*nnodes=2, num_local_procs=1, node_rank=(\d)", launched.output, re.MULTILINE)
+    assert dict(launchers) == {two_hosts.hosts[0]: "0", two_hosts.hosts[1]: "1"}, launched.output
+    # And the ranks met over the wire: at each step each of them lacks half of the weights, 4 bytes a parameter.
+    assert min(received) > steps * 4 * status["parameters"] / 2
+
+    one_host = train_tiny("one-host", ranks=2)
+    two = Trained(run, read_metrics(run.metrics))
+    assert len(two.losses()) == steps
+    assert two.losses() == one_host.losses()
+    assert two.valid_losses() == one_host.valid_losses()
+    assert two.digests() == one_host.digests()
+
+
+def launch(two_hosts: TwoHosts, recipe: Path, directory: Path) -> Launched:
+    """Run `deepspeed` on the first host for one rank a host, with its hostfile and environment file in `directory`."""
+    hostfile = directory / "hostfile"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in two_hosts.hosts))
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
+    }
+    # sshd gives the ranks a bare environment; DeepSpeed hands them what this file says.
+    home = directory / "home"
+    home.mkdir()
+    (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
+    deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
+    command = [deepspeed, "--hostfile", hostfile, "--launcher", "pdsh", "--master_addr", two_hosts.addresses[0]]
+    command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
+    return two_hosts.run(command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT)
+
+
+def received_bytes(two_hosts: TwoHosts, host: int) -> int:
+    """Bytes that have come in at a host's eth0."""
+    counter = two_hosts.run(["cat", "/sys/class/net/eth0/statistics/rx_bytes"], timeout=10, host=host)
+    return int(counter.output)

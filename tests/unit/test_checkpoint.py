@@ -1,0 +1,111 @@
+"""Checkpoint directories: what counts as complete, and what is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.export.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.files import digest_file
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.training.checkpoint import find_resume_point
+
+IDENTITY = {"model": {"n_layer": 1}, "seed": 1}
+
+
+def publish(run: RunDirectory, step: int, files: dict[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint of stage 3 from one rank with `files` (saved with torch)."""
+    directory = run.checkpoint(step)
+    directory.mkdir(parents=True)
+    for name, value in (files or {"weights.pt": torch.ones(3)}).items():
+        torch.save(value, directory / name)
+    entries = {path.name: {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)} for path in directory.iterdir()}
+    checkpoint = Checkpoint(directory, step, step * 4, 3, 1, "fp32", IDENTITY, entries, None)
+    checkpoint.write(directory)
+    return checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+def test_unfinished_directories_do_not_count(run: RunDirectory) -> None:
+    publish(run, 10)
+    publish(run, 9)
+    (run.checkpoints / "step-00000011.tmp").mkdir()
+    (run.checkpoints / "step-00000012").mkdir()  # no manifest
+    assert [c.step for c in run.complete_checkpoints()] == [9, 10]
+    assert run.newest_checkpoint().step == 10
+    found = find_resume_point(run, IDENTITY, 3, 1)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_run_without_checkpoints_starts_at_step_0(run: RunDirectory) -> None:
+    assert find_resume_point(run, IDENTITY, 3, 1) is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        run.newest_checkpoint()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_silently_all(run: RunDirectory) -> None:
+    publish(run, 5)
+    newest = publish(run, 10)
+    file = newest.path / "weights.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    found = find_resume_point(run, IDENTITY, 3, 1)
+    assert found is not None
+    assert found.step == 5
+    (run.checkpoint(5) / "weights.pt").unlink()
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is undamaged"):
+        find_resume_point(run, IDENTITY, 3, 1)
+
+
+def test_another_model_stage_or_world_size_is_refused_with_all_differences(run: RunDirectory) -> None:
+    publish(run, 10)
+    with pytest.raises(CheckpointError) as caught:
+        find_resume_point(run, {**IDENTITY, "seed": 2}, 1, 4)
+    for expected in ("seed: saved with 1, now 2", "ZeRO stage: saved with 3, now 1", "number of ranks"):
+        assert expected in str(caught.value)
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_pickle_is_refused_before_it_runs(run: RunDirectory, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    publish(run, 1, {"zero_pp_rank_0_mp_rank_00_model_states.pt": {"param_shapes": Hostile(trap)}})
+    with pytest.raises(CheckpointError, match="loading it could run code"):
+        ZeroCheckpoint(source_checkpoint(run.path))
+    assert not trap.exists()
+
+
+def test_partitions_too_short_for_the_parameters_are_refused(run: RunDirectory) -> None:
+    publish(
+        run,
+        1,
+        {
+            "zero_pp_rank_0_mp_rank_00_model_states.pt": {"param_shapes": [{"w": torch.Size([4])}]},
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt": {
+                "optimizer_state_dict": {"fp32_flat_groups": [torch.ones(3)]}
+            },
+        },
+    )
+    with pytest.raises(CheckpointError, match="fewer weights than its parameters need"):
+        list(ZeroCheckpoint(source_checkpoint(run.path)).tensors())
+
+
+def test_a_missing_file_is_named(run: RunDirectory) -> None:
+    publish(run, 1)
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_0_mp_rank_00_model_states\.pt: missing"):
+        ZeroCheckpoint(source_checkpoint(run.path))

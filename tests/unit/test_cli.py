@@ -1,0 +1,103 @@
+"""The command line: exit codes, one message, and output that cannot drive a terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.cli import parse_size, printable
+from codeparrot_ds.errors import ConfigError
+
+COMMAND = Path(sys.executable).with_name("codeparrot-ds")
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command."""
+    return subprocess.run(
+        [str(COMMAND), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_lists_the_verbs() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for verb in ("corpus", "tokenizer", "shards", "launch", "status", "convert", "complete", "evaluate", "report"):
+        assert verb in done.stdout
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run("shards", "build").returncode == 2
+    assert run("no-such-verb").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["corpus", "collect", "-o", "{tmp}/c", "{tmp}"], "no .py files found in {tmp}"),
+        (["corpus", "collect", "-o", "{tmp}/c"], "add --installed-python"),
+        (["corpus", "collect", "-o", "/proc/c", "--max-file-size", "90kB", "{stdlib}"], "/proc/c: cannot write here"),
+        (["tokenizer", "train", "{tmp}", "-o", "{tmp}/t"], "codeparrot-ds corpus collect"),
+        (["shards", "verify", "{tmp}"], "codeparrot-ds shards build"),
+        (["launch", "{tmp}/r.yaml"], "no such recipe"),
+        (["convert", "{tmp}/run", "{tmp}/hf"], "no such run or checkpoint"),
+        (["complete", "{tmp}", "x"], "codeparrot-ds convert"),
+        (["status", "{tmp}"], "no run status here"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
+    tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    names = {"tmp": str(tmp_path), "stdlib": str(Path(json.__file__).parent)}
+    done = run(*(argument.format(**names) for argument in arguments))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert expected.format(**names) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_full_disk_is_told_while_writing(tmp_path: Path) -> None:
+    """A real small file system: the check beforehand passes, the write does not."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        sources = Path(json.__file__).parent
+        done = run("corpus", "collect", sources.parent / "email", "-o", disk / "corpus")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.returncode == 1
+    assert "the corpus needs about" in done.stderr or "the disk is full" in done.stderr
+
+
+def test_json_output_is_json(data: Path) -> None:
+    done = run("shards", "verify", data / "shards", "--deep", "--json")
+    assert json.loads(done.stdout)["vocab_size"] == 512
+
+
+@pytest.mark.parametrize(("text", "size"), [("30MB", 30_000_000), ("5 gb", 5 * 10**9), ("32kB", 32_000), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "3 apples", "nan", "1e400GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it like 30MB"):
+        parse_size(text)
+
+
+def test_generated_text_cannot_drive_the_terminal() -> None:
+    assert printable("a\tb\nc é") == "a\tb\nc é"
+    assert printable("\x1b[2J\x07\r\u202e") == "\\x1b[2J\\x07\\r\\u202e"

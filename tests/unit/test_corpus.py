@@ -1,0 +1,123 @@
+"""Collecting documents, and refusing bad ones by name."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.corpus.build import collect
+from codeparrot_ds.corpus.documents import Corpus, parse_document, read_documents
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import MANIFEST
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    root = tmp_path / "sources"
+    for name, content in {
+        "a.py": b"print('a')\n",
+        "copy/of_a.py": b"print('a')\n",
+        "b.py": b"import os\n" * 30,
+        "empty.py": b" \n",
+        "latin.py": b"# caf\xe9\n",
+        "big.py": b"x = 1\n" * 100_000,
+        "notes.txt": b"not python",
+        ".git/hook.py": b"print('never')\n",
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (root / "link.py").symlink_to(root / "b.py")
+    return root
+
+
+def test_copies_links_and_unfit_files_are_left_out_and_counted(sources: Path, tmp_path: Path) -> None:
+    manifest = collect(tmp_path / "corpus", [sources], max_file_bytes=10_000)
+    documents = list(Corpus.open(tmp_path / "corpus"))
+    assert sorted((d.repository, d.path) for d in documents) == [("sources", "a.py"), ("sources", "b.py")]
+    assert manifest["documents"] == 2
+    assert manifest["skipped"] == {"duplicate": 1, "empty": 1, "not UTF-8": 1, "too large": 1}
+
+
+def test_the_bytes_are_a_function_of_the_sources(sources: Path, tmp_path: Path) -> None:
+    first = collect(tmp_path / "one", [sources])
+    second = collect(tmp_path / "two", [sources])
+    assert first == second
+    assert [f.read_bytes() for f in Corpus.open(tmp_path / "one").files] == [
+        f.read_bytes() for f in Corpus.open(tmp_path / "two").files
+    ]
+
+
+def test_a_sample_is_a_part_of_the_whole(sources: Path, tmp_path: Path) -> None:
+    for number in range(50):
+        (sources / f"n{number}.py").write_text(f"n = {number}\n" * 10)
+    whole = {d.path for d in _collected(sources, tmp_path / "whole", None)}
+    part = {d.path for d in _collected(sources, tmp_path / "part", 2_000)}
+    assert part < whole
+    assert 5 < len(part) < 30
+
+
+def _collected(sources: Path, output: Path, sample_bytes: int | None) -> list:
+    collect(output, [sources], max_file_bytes=10_000, sample_bytes=sample_bytes)
+    return list(Corpus.open(output))
+
+
+def test_a_finished_corpus_is_kept_and_other_options_are_refused(sources: Path, tmp_path: Path) -> None:
+    manifest = collect(tmp_path / "corpus", [sources])
+    (sources / "new.py").write_text("new = 1\n")
+    assert collect(tmp_path / "corpus", [sources]) == manifest
+    with pytest.raises(DataError, match="made otherwise"):
+        collect(tmp_path / "corpus", [sources], max_file_bytes=5)
+
+
+def test_no_source_files_is_an_error_that_says_where(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"no \.py files found in {tmp_path}"):
+        collect(tmp_path / "corpus", [tmp_path])
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent: no such directory"):
+        collect(tmp_path / "corpus", [tmp_path / "absent"])
+
+
+def test_installed_python_carries_names_and_licences(tmp_path: Path) -> None:
+    collect(tmp_path / "corpus", [], installed_python=True, max_file_bytes=3_000, sample_bytes=300_000)
+    documents = list(Corpus.open(tmp_path / "corpus"))
+    assert len(documents) > 100
+    assert any(d.licence for d in documents)
+    assert len({d.repository for d in documents}) > 5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b'{"path": "x"}', b'{"content": 3}', b'{"content": "\\ud800"}', b'{"content": "\xff"}'],
+)
+def test_a_bad_line_is_named_by_file_and_number(line: bytes) -> None:
+    with pytest.raises(DataError, match=r"some-file:7: not a document"):
+        parse_document(line, "some-file:7")
+
+
+def test_unicode_survives(tmp_path: Path) -> None:
+    text = "s = 'naïve 🦜 \u2028 \\x00'\n"
+    file = tmp_path / "d.jsonl.gz"
+    file.write_bytes(gzip.compress((json.dumps({"content": text}) + "\n").encode()))
+    assert [d.text for d in read_documents(file)] == [text]
+
+
+def test_truncated_gzip_is_named(sources: Path, tmp_path: Path) -> None:
+    collect(tmp_path / "corpus", [sources])
+    (file,) = Corpus.open(tmp_path / "corpus").files
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=f"{file}: damaged gzip"):
+        list(read_documents(file))
+    with pytest.raises(DataError, match="the manifest says"):
+        Corpus.open(tmp_path / "corpus")
+
+
+def test_without_a_manifest_it_is_no_corpus(sources: Path, tmp_path: Path) -> None:
+    collect(tmp_path / "corpus", [sources])
+    (tmp_path / "corpus" / MANIFEST).unlink()
+    with pytest.raises(DataError, match="codeparrot-ds corpus collect"):
+        Corpus.open(tmp_path / "corpus")

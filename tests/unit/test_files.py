@@ -1,0 +1,72 @@
+"""Whole or absent, locks, and what the operating system refuses."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds import files
+from codeparrot_ds.errors import ConfigError, DataError
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with pytest.raises(RuntimeError), files.publish_directory(target) as unfinished:
+        (unfinished / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with files.publish_directory(target) as unfinished:
+        (unfinished / "whole").write_text("x")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    with pytest.raises(ConfigError, match="already exists"), files.publish_directory(target):
+        pass
+
+
+def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from codeparrot_ds.files import exclusive_lock\n"
+        "with exclusive_lock(Path(sys.argv[1]), 'busy'): print('held', flush=True); sys.stdin.read()"
+    )
+    lock = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="busy"), files.exclusive_lock(lock, "busy"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with files.exclusive_lock(lock, "busy"):
+        pass
+
+
+def test_a_disk_too_small_is_refused_with_figures(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the shards needs about 1,000,000,000,000 MB"):
+        files.require_free_space(tmp_path, 10**18, "the shards")
+    files.require_free_space(tmp_path, 1, "the shards")
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, but a directory is needed"):
+        files.make_directory(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot write here"):
+        files.make_directory(Path("/proc/codeparrot"))  # not even root may
+
+
+def test_operating_system_errors_are_told_apart() -> None:
+    assert "disk is full" in str(files.explain_os_error(OSError(errno.ENOSPC, "", "/x/y")))
+    assert "permission denied" in str(files.explain_os_error(PermissionError(errno.EACCES, "", "/x/y")))
+    assert files.explain_os_error(OSError(errno.EBADF, "")) is None
+
+
+def test_a_manifest_made_otherwise_is_told_from_none(tmp_path: Path) -> None:
+    assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) is None
+    files.write_json(tmp_path / files.MANIFEST, {"a": 1, "b": 2})
+    assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) == {"a": 1, "b": 2}
+    with pytest.raises(DataError, match=r"a = 1, asked for 3"):
+        files.finished_manifest(tmp_path, "corpus", {"a": 3})

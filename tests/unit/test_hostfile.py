@@ -1,0 +1,49 @@
+"""Hostfiles, and the launch command above a rank."""
+
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.cluster.hostfile import check_launch_command, read_hostfile
+from codeparrot_ds.cluster.launch import deepspeed_command
+from codeparrot_ds.errors import ClusterError
+from tests.conftest import ROOT
+
+
+def test_the_example_is_valid() -> None:
+    assert read_hostfile(ROOT / "hostfile.example") == {"worker-0": 8, "worker-1": 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a slots = 8", "line 1: 'a slots = 8' is not `host slots=N`"),
+        ("a slots=8\na slots=8", "line 2: host a is named twice"),
+        ("a slots=0", "N at least 1"),
+        ("a", "not `host slots=N`"),
+        ("# nothing\n\n", "names no host"),
+        ("a slots=x\nb\n", "2 problems"),
+    ],
+)
+def test_a_bad_hostfile_is_refused_line_by_line(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(content)
+    with pytest.raises(ClusterError) as caught:
+        read_hostfile(path)
+    assert expected in str(caught.value)
+
+
+def test_a_hostfile_that_the_launch_command_names_must_exist(tmp_path: Path) -> None:
+    missing = str(tmp_path / "absent")
+    python, deepspeed = "/usr/bin/python3", "/opt/venv/bin/deepspeed"
+    for arguments in ([python, deepspeed, "--hostfile", missing, "x.py"], [python, deepspeed, f"-H={missing}"]):
+        with pytest.raises(ClusterError, match="no such hostfile"):
+            check_launch_command([["bash"], arguments, ["init"]])
+    check_launch_command([["bash"], [python, deepspeed, "--num_gpus", "2", "x.py"]])
+    check_launch_command([["bash", "-c", f"something --hostfile {missing}"]])
+
+
+def test_the_command_that_launch_runs() -> None:
+    command = deepspeed_command(Path("r.yaml"), Path("hosts"), None, ["a.b=1"])
+    assert " ".join(command[1:]) == "--quiet --hostfile hosts --module codeparrot_ds.train r.yaml --set a.b=1"
+    assert deepspeed_command(Path("r.yaml"), None, 2, [])[2:4] == ["--num_gpus", "2"]

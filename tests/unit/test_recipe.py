@@ -1,0 +1,212 @@
+"""Recipes and DeepSpeed JSON: what ships is right, and what is wrong is named."""
+
+import itertools
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.recipe import Recipe, Schedule, load_recipe
+from codeparrot_ds.training.engine import (
+    check_compiler,
+    learning_rate,
+    load_ds_config,
+    required_ops,
+    resolve,
+)
+from tests.conftest import ROOT, save_recipe
+
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def test_the_recipes_and_configurations_that_ship() -> None:
+    assert {"codeparrot-small", "codeparrot-xl", "quickstart"} <= {path.stem for path in RECIPES}
+    assert {"zero1", "zero2", "zero3"} <= {path.stem for path in DS_CONFIGS}
+
+
+@pytest.mark.parametrize(("recipe", "ds_config"), list(itertools.product(RECIPES, DS_CONFIGS)), ids=lambda p: p.stem)
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_every_recipe_resolves_with_every_configuration(recipe: Path, ds_config: Path, world_size: int) -> None:
+    loaded = load_recipe(recipe)
+    resolved = resolve(load_ds_config(ds_config), loaded, world_size)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    per_step = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
+    assert per_step == resolved["train_batch_size"] == loaded.batch.global_batch_size
+    assert resolved["zero_optimization"]["stage"] == int(ds_config.stem[-1])
+    assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (loaded.engine.precision == "bf16", False)
+    assert required_ops(resolved) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "global_batch", "learning_rate", "warmup", "steps"),
+    [("codeparrot-small", 111.0, 192, 5e-4, 2000, 150_000), ("codeparrot-xl", 1529.6, 512, 2e-4, 750, 50_000)],
+)
+def test_full_size_recipes_have_the_published_figures(
+    name: str, millions: float, global_batch: int, learning_rate: float, warmup: int, steps: int
+) -> None:
+    recipe = load_recipe(ROOT / "launch" / "recipes" / f"{name}.yaml")
+    with torch.device("meta"):
+        network = GPT2LMHeadModel(GPT2Config(**recipe.model.hugging_face_config(eos_id=0)))
+    assert round(network.num_parameters() / 1e6, 1) == millions
+    assert recipe.batch.global_batch_size == global_batch
+    assert recipe.optimizer.learning_rate == learning_rate
+    assert (recipe.schedule.warmup_steps, recipe.schedule.steps) == (warmup, steps)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.gradient_clipping, recipe.seed) == (0.1, 1.0, 1)
+    assert recipe.model.scale_attn_by_inverse_layer_idx
+    assert recipe.model.seq_len == 1024
+    assert recipe.batch.micro_batch_and_accumulation(16) == ((12, 1) if name == "codeparrot-small" else (2, 16))
+
+
+def test_all_problems_are_reported_at_once(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    tiny_recipe["modle"] = {}
+    tiny_recipe["model"]["n_head"] = 3
+    tiny_recipe["batch"]["micro_batch_size"] = "many"
+    del tiny_recipe["optimizer"]["learning_rate"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(save_recipe(tiny_recipe, tmp_path / "r.yaml"))
+    message = str(caught.value)
+    for expected in (
+        "4 problems",
+        "modle: unknown key",
+        "n_embd 32 is not a multiple of n_head 3",
+        "optimizer.learning_rate: missing",
+        "batch.micro_batch_size: ",
+    ):
+        assert expected in message
+
+
+def test_overrides_win_and_are_checked(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = save_recipe(tiny_recipe, tmp_path / "r.yaml")
+    assert load_recipe(path, ["optimizer.learning_rate=1e-4", "schedule.steps=9"]).optimizer.learning_rate == 1e-4
+    with pytest.raises(ConfigError, match=r"schedule\.stepz: unknown key"):
+        load_recipe(path, ["schedule.stepz=9"])
+    with pytest.raises(ConfigError, match=r"write it as section\.key=value"):
+        load_recipe(path, ["schedule.steps"])
+    with pytest.raises(ConfigError, match="name is a value, not a section"):
+        load_recipe(path, ["name.x=1"])
+
+
+def test_a_stored_recipe_loads_as_the_same(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(save_recipe(tiny_recipe, tmp_path / "r.yaml"))
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("- a", "is a mapping"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.system [id]", "not valid YAML")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "world_size", "expected"),
+    [(12, 3, 2, (3, 2)), (12, "auto", 4, (3, 1)), (8, "auto", 3, "3 ranks"), (12, 4, 2, "Use a divisor of 6")],
+)
+def test_batch_arithmetic(
+    tiny_recipe: dict[str, Any], global_batch: int, micro: int | str, world_size: int, expected: Any
+) -> None:
+    tiny_recipe["batch"] = {"global_batch_size": global_batch, "micro_batch_size": micro}
+    batch = Recipe.model_validate(tiny_recipe).batch
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            batch.micro_batch_and_accumulation(world_size)
+    else:
+        assert batch.micro_batch_and_accumulation(world_size) == expected
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`config` with one dotted key replaced."""
+    result = deepcopy(config)
+    *sections, last = key.split(".")
+    target = result
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train_batch_size", 7, "train_batch_size: 7, but the recipe makes it 4"),
+        ("bf16.enabled", True, r"bf16\.enabled: True, but the recipe makes it False"),
+        ("data_types.grad_accum_dtype", "bf16", r"data_types\.grad_accum_dtype: 'bf16'"),
+        ("zero_optimization.reduce_bucket_size", "auto", r'zero_optimization\.reduce_bucket_size: "auto" is left'),
+        ("zero_optimization.stage", 4, r"zero_optimization\.stage: 4"),
+        ("optimizer", {"type": "AdamW"}, "optimizer: remove it"),
+        ("scheduler", {"type": "WarmupLR"}, "scheduler: remove it"),
+        ("checkpoint.writer", {"type": "fast"}, r"checkpoint\.writer: remove it"),
+        ("elasticity", {"enabled": True}, "elasticity: remove it"),
+    ],
+)
+def test_a_wrong_engine_setting_is_named(tiny_recipe: dict[str, Any], key: str, value: Any, expected: str) -> None:
+    config = changed(load_ds_config(ROOT / "ds_configs" / "zero3.json"), key, value)
+    with pytest.raises(ConfigError, match=expected):
+        resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
+
+
+def test_an_equal_value_and_a_missing_key_are_both_fine(tiny_recipe: dict[str, Any]) -> None:
+    config = changed(load_ds_config(ROOT / "ds_configs" / "zero3.json"), "train_batch_size", 4)
+    del config["gradient_clipping"]
+    before = deepcopy(config)
+    resolved = resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
+    assert (resolved["train_batch_size"], resolved["gradient_clipping"]) == (4, 1.0)
+    assert config == before  # resolving changes nothing outside
+
+
+def test_all_wrong_settings_are_named_at_once(tiny_recipe: dict[str, Any]) -> None:
+    config = changed(load_ds_config(ROOT / "ds_configs" / "zero3.json"), "train_batch_size", 7)
+    config = changed(config, "optimizer", {})
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*train_batch_size.*optimizer"):
+        resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
+
+
+def test_a_file_that_is_no_ds_config(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{,}")
+    with pytest.raises(ConfigError, match="not a readable DeepSpeed JSON"):
+        load_ds_config(tmp_path / "c.json")
+    with pytest.raises(ConfigError, match="no such DeepSpeed configuration"):
+        load_ds_config(tmp_path / "absent.json")
+
+
+def test_operators_are_compiled_for_offload_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = load_ds_config(ROOT / "ds_configs" / "zero3.json")
+    offload = changed(plain, "zero_optimization.offload_optimizer", {"device": "nvme"})
+    assert required_ops(offload) == ["cpu_adam", "async_io"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_compiler(plain)
+    with pytest.raises(ConfigError, match=r"cpu_adam and async_io.*apt-get install g\+\+"):
+        check_compiler(offload)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    schedule = Schedule(steps=100, warmup_steps=10, min_ratio=0.1)
+    rates = [learning_rate(schedule, 2.0, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert max(rates) == rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(0.2 + 1.8 * 0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.2 <= rates[-1] < 0.21
+    with pytest.raises(ValueError, match="must be below steps"):
+        Schedule(steps=10, warmup_steps=10)
+
+
+def test_yaml_floats_without_a_dot_are_numbers(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """YAML 1.1 reads 5e-4 as text; users write it all the same."""
+    text = yaml.safe_dump(tiny_recipe).replace("learning_rate: 0.01", "learning_rate: 5e-4")
+    (tmp_path / "r.yaml").write_text(text)
+    assert load_recipe(tmp_path / "r.yaml").optimizer.learning_rate == 5e-4

@@ -1,0 +1,216 @@
+"""Shards: the format read back by an independent reader, determinism, verification."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from codeparrot_ds.corpus.documents import Corpus, Document
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import MANIFEST
+from codeparrot_ds.shards.build import build, split_of
+from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for, read_index
+from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
+from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.tokenizer.encode import Encoder
+
+
+def read_megatron(prefix: Path) -> list[np.ndarray]:
+    """Every sequence of a Megatron-LM dataset, written from its public description, without our code."""
+    index = prefix.with_suffix(".idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, documents = struct.unpack("<QBQQ", index[9:34])
+    assert version == 1
+    dtype = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}[code]
+    lengths = np.frombuffer(index, "<i4", sequences, 34)
+    pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
+    bounds = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
+    assert len(index) == 34 + 12 * sequences + 8 * documents
+    assert bounds.tolist() == list(range(sequences + 1))  # one sequence a document
+    data = prefix.with_suffix(".bin").read_bytes()
+    return [np.frombuffer(data, dtype, n, offset) for n, offset in zip(lengths, pointers, strict=True)]
+
+
+def test_an_independent_reader_finds_every_document_in_order(data: Path) -> None:
+    encoder = Encoder(data / "tokenizer")
+    manifest = Manifest.read(data / "shards")
+    found = {split: [] for split in ("train", "valid")}
+    for shard in manifest.shards:
+        documents = read_megatron(data / "shards" / shard.name)
+        provenance = pq.read_table(data / "shards" / f"{shard.name}.docs.parquet").to_pylist()
+        assert len(documents) == shard.documents == len(provenance)
+        assert sum(map(len, documents)) == shard.tokens
+        found[shard.split] += list(zip(documents, provenance, strict=True))
+    corpus = list(Corpus.open(data / "corpus"))
+    assert len(corpus) == sum(map(len, found.values()))
+    for split, rows in found.items():
+        expected = [document for document in corpus if split_of(document, 0.1) == split]
+        for document, (ids, where) in zip(expected, rows, strict=True):
+            assert ids[-1] == encoder.eos_id
+            assert encoder.decode(ids[:-1]) == document.text
+            assert (where["repository"], where["path"]) == (document.repository, document.path)
+            assert (where["licence"], where["source"]) == (document.licence, document.source)
+
+
+@pytest.mark.parametrize(("vocab_size", "name"), [(8192, "uint16"), (65_499, "uint16"), (65_500, "int32")])
+def test_ids_are_16_bit_while_the_vocabulary_fits(tmp_path: Path, vocab_size: int, name: str) -> None:
+    dtype = dtype_for(vocab_size)
+    assert dtype.name == name
+    writer = ShardWriter(tmp_path, "train-00000", "train", dtype)
+    ids = [np.array([1, vocab_size - 1, 0]), np.array([0])]
+    for each in ids:
+        writer.append(each, Document("x", "r", "p", "", ""))
+    info = writer.finish()
+    assert info is not None
+    assert [a.tolist() for a in read_megatron(tmp_path / "train-00000")] == [a.tolist() for a in ids]
+    assert read_index(tmp_path / "train-00000.idx").lengths.tolist() == [3, 1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(data / "corpus", corpus)
+    _split_corpus(corpus, 3)
+    one = build(corpus, data / "tokenizer", tmp_path / "one", valid_fraction=0.1, workers=1)
+    assert len(one.split("train")) == 3
+    build(corpus, data / "tokenizer", tmp_path / "two", valid_fraction=0.1, workers=2)
+    # Interrupted: two tasks done, the third half written, no manifest.
+    broken = tmp_path / "broken"
+    with pytest.raises(DataError):
+        _build_with_damaged_last_file(corpus, data / "tokenizer", broken)
+    assert not (broken / MANIFEST).exists()
+    build(corpus, data / "tokenizer", broken, valid_fraction=0.1, workers=1)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(broken)
+
+
+def _split_corpus(corpus: Path, parts: int) -> None:
+    """Deal the documents of a one-file corpus to `parts` files."""
+    import gzip
+
+    manifest = json.loads((corpus / MANIFEST).read_text())
+    lines = [document.to_json() for document in Corpus.open(corpus)]
+    files = []
+    for part in range(parts):
+        content = gzip.compress("".join(lines[part::parts]).encode(), mtime=0)
+        (corpus / f"part-{part}.jsonl.gz").write_bytes(content)
+        files.append({"name": f"part-{part}.jsonl.gz", "bytes": len(content)})
+    (corpus / MANIFEST).write_text(json.dumps({**manifest, "files": files}))
+
+
+def _build_with_damaged_last_file(corpus: Path, tokenizer: Path, output: Path) -> None:
+    last = corpus / "part-2.jsonl.gz"
+    good = last.read_bytes()
+    damaged = bytearray(good)
+    damaged[len(good) // 2 :] = bytes(len(good) - len(good) // 2)  # the same size, so that opening does not tell
+    last.write_bytes(damaged)
+    try:
+        build(corpus, tokenizer, output, valid_fraction=0.1, workers=1)
+    finally:
+        last.write_bytes(good)
+
+
+def test_copies_never_straddle_the_split() -> None:
+    documents = [Document(f"text {n}", f"repo{n % 7}", f"{n}.py", "", "") for n in range(2_000)]
+    valid = [d for d in documents if split_of(d, 0.1) == "valid"]
+    assert 140 < len(valid) < 260
+    for document in valid:
+        copy = Document(document.text, "elsewhere", "copy.py", "MIT", "")
+        assert split_of(copy, 0.1) == "valid"
+
+
+def test_finished_shards_are_kept_and_others_are_refused(data: Path, tmp_path: Path) -> None:
+    build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
+    before = (tmp_path / "s" / MANIFEST).stat().st_mtime_ns
+    build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
+    assert (tmp_path / "s" / MANIFEST).stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="made otherwise"):
+        build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.2, workers=1)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=1.5)
+
+
+@pytest.fixture
+def shards(data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(data / "shards", tmp_path / "shards")
+
+
+def test_whole_shards_pass(shards: Path) -> None:
+    assert verify(shards, deep=True).tokens("train") > 10_000
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".docs.parquet"])
+def test_a_flipped_byte_is_found_and_named(shards: Path, suffix: str) -> None:
+    path = shards / f"train-00000{suffix}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    verify(shards)  # sizes cannot tell
+    with pytest.raises(DataError, match=path.name):
+        verify(shards, deep=True)
+
+
+def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
+    (shards / "train-00000.idx").unlink()
+    path = shards / "valid-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"(?s)train-00000\.idx is missing.*valid-00000\.bin") as caught:
+        verify(shards)
+    assert str(caught.value).count("valid-00000") == 1
+
+
+def test_swapped_shards_and_another_tokenizer_are_found(shards: Path, data: Path) -> None:
+    (shards / "tokenizer" / "tokenizer.json").write_text(
+        (data / "tokenizer" / "tokenizer.json").read_text().replace('"id": 0', '"id":  0')
+    )
+    with pytest.raises(DataError, match="not the tokenizer that made these shards"):
+        verify(shards, deep=True)
+
+
+def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
+    (shards / MANIFEST).write_text('{"kind": "corpus"}')
+    with pytest.raises(DataError, match="not a manifest of shards"):
+        verify(shards)
+    (shards / MANIFEST).write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        verify(shards)
+
+
+def test_packed_sequences_use_every_token_once_across_shards(data: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(0, 300, n).astype("<u2") for n in (10, 1, 57, 33)]
+    infos = []
+    for number, ids in enumerate(pieces):
+        writer = ShardWriter(tmp_path, f"train-{number:05d}", "train", np.dtype("<u2"))
+        writer.append(ids, Document("x", "r", "p", "", ""))
+        infos.append(writer.finish())
+    manifest = Manifest(tmp_path, 300, 0, "", "", "", {}, tuple(infos), "uint16")
+    stream = np.concatenate(pieces)
+    packed = PackedSequences(manifest, "train", 8)
+    assert len(packed) == (len(stream) - 1) // 8 == 12
+    for i in range(len(packed)):
+        assert packed.read(i).tolist() == stream[i * 8 : i * 8 + 9].tolist()
+    batch = packed.batch(np.array([3, 0]))
+    assert batch.dtype == np.int64
+    assert batch.tolist() == [stream[24:33].tolist(), stream[0:9].tolist()]
+    with pytest.raises(IndexError):
+        packed.read(12)
+    with pytest.raises(DataError, match="fewer than one sequence"):
+        PackedSequences(manifest, "train", 200)
+
+
+def test_the_batch_digest_sees_content_and_not_the_dealing() -> None:
+    ids = np.arange(40).reshape(4, 10)
+    whole = batch_digest(ids)
+    assert (batch_digest(ids[:1]) + batch_digest(ids[1:])) % 2**64 == whole
+    assert batch_digest(ids[::-1]) == whole
+    changed = ids.copy()
+    changed[2, 3] += 1
+    assert batch_digest(changed) != whole
