@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run() { printf '\n$ %s\n' "$(printf '%q ' "$@")"; "$@"; }
+run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }
 
 python3 launch/bootstrap.py "$@"
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1

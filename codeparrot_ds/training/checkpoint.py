@@ -1,10 +1,12 @@
 """Saving, publishing and resuming. A checkpoint becomes visible only when every rank's files are on disk.
 
-The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files; (3) all agree that all
-went well; (4) rank 0 writes the manifest; (5) renames the directory; (6) replaces `latest`; (7) removes old ones.
+The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files; (3) all meet, which they do
+only if all went well; (4) rank 0 writes the manifest; (5) renames the directory; (6) replaces `latest`; (7) removes
+old ones.
 DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are down.
 """
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -24,26 +26,26 @@ _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int, ranks: Ranks) -> None:
     """Save and publish `checkpoint`, whose `files` are filled in here. All ranks must call.
 
-    Raises CheckpointError on every rank when any rank could not write; older checkpoints are then untouched.
+    Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
+    waiting in DeepSpeed's own barrier. Older checkpoints are then untouched.
     """
     unfinished = checkpoint.path.with_name(f"{checkpoint.path.name}.tmp")
     if ranks.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     ranks.gather(None)  # nobody writes before rank 0 has cleared the place
-    failure, files = "", {}
     try:
         state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
         engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, client_state=state, save_latest=False)
         files = _flush_and_hash(unfinished, ranks.rank)
-    except OSError as error:
-        failure = f"rank {ranks.rank}: {error}"
-    outcomes = ranks.gather((failure, files))
-    failures = [failure for failure, _ in outcomes if failure]
-    if failures:
-        raise CheckpointError(f"{unfinished}: not saved ({'; '.join(failures)}). Older checkpoints are untouched.")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        message = f"{unfinished}: rank {ranks.rank} could not save ({error}). Older checkpoints are untouched."
+        log.error("%s", message)
+        raise CheckpointError(message) from error
+    files_of_all_ranks = ranks.gather(files)  # reached by all only when all went well
     if ranks.rank == 0:
-        published = Checkpoint(**{**vars(checkpoint), "files": {k: v for _, f in outcomes for k, v in f.items()}})
+        merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
+        published = dataclasses.replace(checkpoint, files=merged)
         published.write(unfinished)
         flush_to_disk(unfinished)
         shutil.rmtree(published.path, ignore_errors=True)  # the same step, saved again after a fall-back

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from codeparrot_ds.files import write_atomically
 from codeparrot_ds.recipe import Recipe
 from codeparrot_ds.run_directory import RunDirectory
 
@@ -86,4 +87,4 @@ def _drop_rows_from(path: Path, first_step: int) -> None:
         for row in read_metrics(path)
         if row["step"] < first_step or (row["kind"] == "valid" and row["step"] == first_step)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

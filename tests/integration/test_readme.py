@@ -5,8 +5,8 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -36,17 +36,22 @@ def clone(target: Path) -> Path:
     return target
 
 
-def bash(block: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block as a user would, outside this environment: without our .venv on PATH."""
+def user_environment() -> dict[str, str]:
+    """A user's: without our .venv on PATH, and without what these tests set."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "PYTEST", "DS_", "PYTHON"))}
     venv_bin = str(ROOT / ".venv" / "bin")
     environment["PATH"] = ":".join(p for p in os.environ["PATH"].split(":") if p != venv_bin)
     # The block that runs the tests would run this one again, for ever: there pytest only collects.
     environment["PYTEST_ADDOPTS"] = "--collect-only --quiet"
+    return environment
+
+
+def bash(block: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block to its end."""
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=cwd,
-        env=environment,
+        env=user_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -54,21 +59,48 @@ def bash(block: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clone(tmp_path_factory.mktemp("clone"))
-
-
-def test_every_block_runs(copy: Path) -> None:
+def test_every_block_runs_and_a_killed_quickstart_goes_on(tmp_path: Path) -> None:
+    copy = clone(tmp_path / "clone")
+    run_until_killed("./launch/quickstart.sh", copy, "checkpoint runs/quickstart/checkpoints/step-")
     found = blocks()
     assert any("./launch/quickstart.sh" in block for block in found)
     assert any("./launch/test.sh" in block for block in found)
     for block in found:
         done = bash(block, copy)
         assert done.returncode == 0, f"{block}\n{done.stdout}"
-        if "quickstart" in block:
+        if "./launch/quickstart.sh" in block:
+            assert "going on from runs/quickstart/checkpoints/step-" in done.stdout
             check_output(done.stdout)
     check_summary(copy)
+
+    first = json.loads((copy / "runs" / "quickstart" / "summary.json").read_text())
+    again = bash("./launch/quickstart.sh", copy)
+    assert again.returncode == 0, again.stdout
+    assert "already trained to step" in again.stdout
+    second = json.loads((copy / "runs" / "quickstart" / "summary.json").read_text())
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def run_until_killed(command: str, cwd: Path, line: str) -> None:
+    """Start a command and SIGKILL it and all that it started once it prints `line`."""
+    with subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        output = ""
+        for printed in process.stdout:
+            output += printed
+            if line in printed:
+                break
+        ended = process.poll()
+        os.killpg(process.pid, signal.SIGKILL)
+    assert line in output, f"ended with {ended}:\n{output}"
 
 
 def check_output(output: str) -> None:
@@ -99,36 +131,3 @@ def check_summary(copy: Path) -> None:
     rows = [json.loads(line) for line in (copy / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     engine_loss = next(row["loss_valid"] for row in reversed(rows) if row["kind"] == "valid")
     assert abs(engine_loss - summary["loss_valid"]) < 1e-3
-
-
-def test_running_it_again_goes_on_where_it_stopped(copy: Path) -> None:
-    """After everything: nothing is made again. After a kill in training: only the rest is trained."""
-    first = json.loads((copy / "runs" / "quickstart" / "summary.json").read_text())
-    done = bash("./launch/quickstart.sh", copy)
-    assert done.returncode == 0, done.stdout
-    assert "already trained to step" in done.stdout
-    second = json.loads((copy / "runs" / "quickstart" / "summary.json").read_text())
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-
-    checkpoints = sorted((copy / "runs" / "quickstart" / "checkpoints").glob("step-*"))
-    assert len(checkpoints) == 2
-    shutil.rmtree(checkpoints[-1])
-    shutil.rmtree(copy / "runs" / "quickstart" / "hf")
-    started = subprocess.Popen(
-        ["bash", "./launch/quickstart.sh"],
-        cwd=copy,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert started.stdout is not None
-    output = ""
-    deadline = time.monotonic() + 300
-    for line in started.stdout:
-        output += line
-        if "going on from" in line or time.monotonic() > deadline:
-            break
-    os.killpg(started.pid, 9)
-    started.wait()
-    assert "going on from runs/quickstart/checkpoints/step-" in output, output

@@ -1,0 +1,28 @@
+"""`pip install .`: the wheel holds every module and gives the command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.integration.test_readme import clone
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_gives_the_command(tmp_path: Path) -> None:
+    source, site = clone(tmp_path / "clone"), tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
+    subprocess.run(install, check=True)
+    modules = {path.relative_to(ROOT) for path in (ROOT / "codeparrot_ds").rglob("*.py")}
+    assert {path.relative_to(site) for path in (site / "codeparrot_ds").rglob("*.py")} == modules
+
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    where = "import codeparrot_ds; print(codeparrot_ds.__file__)"
+    found = subprocess.check_output([sys.executable, "-c", where], env=environment, cwd=tmp_path, text=True)
+    assert found.startswith(str(site))
+    command = [str(site / "bin" / "codeparrot-ds"), "--version"]
+    version = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
+    assert version.strip() == "0.1.0"
