@@ -18,8 +18,8 @@ run codeparrot-ds shards verify $data/shards --deep
 run codeparrot-ds launch launch/recipes/quickstart.yaml
 run codeparrot-ds convert runs/quickstart $model
 run codeparrot-ds complete $model --num 1 \
-  $'"""Get the area of a rectangle."""\ndef area(width, height):\n    ' \
-  $'import numpy as np\n\ndef mean(values):\n    """The mean of a list of values."""\n    '
+  $'# the area of a rectangle\ndef area(width, height):' \
+  $'import numpy as np\n\n# the mean of a list of values\ndef mean(values):'
 run codeparrot-ds report runs/quickstart --model $model --tokenizer $data/tokenizer \
   --seconds $SECONDS --summary runs/quickstart/summary.json
 

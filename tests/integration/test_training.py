@@ -149,20 +149,35 @@ def test_a_missing_hostfile_never_trains_locally(
     assert not Path(tiny_recipe["runs"]).exists()
 
 
-def test_offload_without_a_compiler_is_refused_by_name(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.fixture
+def offload_recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """The tiny recipe with its optimizer on the CPU, which takes an operator that DeepSpeed compiles."""
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     (tmp_path / "offload.json").write_text(json.dumps(config))
     tiny_recipe["engine"]["deepspeed"] = str(tmp_path / "offload.json")
-    recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+    return save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+
+
+def test_offload_trains_after_saying_that_it_builds_an_operator(
+    deepspeed: Deepspeed, offload_recipe: Path, tiny_recipe: dict[str, Any]
+) -> None:
+    done = deepspeed("--module", "codeparrot_ds.train", offload_recipe)
+    assert done.returncode == 0, done.output
+    assert "DeepSpeed's cpu_adam operator is built" in done.output
+    status = json.loads((Path(tiny_recipe["runs"]) / "tiny" / "status.json").read_text())
+    assert status["loss_valid"] < math.log(VOCAB_SIZE) - 0.3
+
+
+def test_offload_without_a_compiler_is_refused_by_name(
+    deepspeed: Deepspeed, offload_recipe: Path, tmp_path: Path
+) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("env", "bash", "sh"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
     path = f"{Path(sys.executable).parent}:{tools}"
-    done = deepspeed("--module", "codeparrot_ds.train", recipe, env={"PATH": path})
+    done = deepspeed("--module", "codeparrot_ds.train", offload_recipe, env={"PATH": path})
     assert done.returncode == 1
     assert "cpu_adam" in done.output
     assert "apt-get install g++" in done.output

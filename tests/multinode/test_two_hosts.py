@@ -46,6 +46,22 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     assert two.digests() == one_host.digests()
 
 
+def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
+    two_hosts: TwoHosts, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    """Stock DeepSpeed: the other host waits in the rendezvous for many minutes, and nobody says why."""
+    shards = shutil.copytree(data / "shards", tmp_path / "shards")
+    tiny_recipe["data"]["shards"] = str(shards)
+    hidden = two_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # seen by that host alone
+    assert hidden.returncode == 0, hidden.output
+    launched = launch(two_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
+    assert launched.returncode != 0
+    assert f"host {two_hosts.hosts[1]}: {shards}" in launched.output
+    assert f"host {two_hosts.hosts[0]}:" not in launched.output
+    assert "Traceback" not in launched.output
+    assert not (Path(tiny_recipe["runs"]) / "tiny" / "checkpoints").exists()
+
+
 def launch(two_hosts: TwoHosts, recipe: Path, directory: Path) -> Launched:
     """Run `deepspeed` on the first host for one rank a host, with its hostfile and environment file in `directory`."""
     hostfile = directory / "hostfile"
