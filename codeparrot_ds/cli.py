@@ -198,10 +198,9 @@ def status(
     json_output: JsonOption = False,
 ) -> None:
     """What happened to a run."""
-    from codeparrot_ds.files import read_json
     from codeparrot_ds.run_directory import RunDirectory
 
-    facts = read_json(RunDirectory(run).status_file, "run status")
+    facts = RunDirectory(run).read_status()
     _print_result(json_output, str(run), [(key, str(value)) for key, value in facts.items()], facts)
 
 
@@ -233,6 +232,9 @@ def convert_command(
         measure_loss=measure,
     )
     loss = certificate["loss_valid"]
+    if None in loss.values():
+        why = "the shards are out of reach" if loss["converted"] is None else "the checkpoint was not evaluated"
+        print(f"note: the validation loss is not proved, for {why}.", file=sys.stderr)
     rows = [
         ("step", f"{certificate['source']['step']:,}"),
         ("parameters", f"{certificate['parameters']:,} in {certificate['dtype']}"),

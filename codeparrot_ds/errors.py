@@ -30,8 +30,9 @@ class ClusterError(UserError):
     """A hostfile or a host is wrong."""
 
 
-def list_problems(subject: str, problems: Sequence[str]) -> str:
-    """One message for all `problems` found in `subject`: inline for one, a list for several."""
+def list_problems(subject: str, problems: Sequence[str], mend: str = "") -> str:
+    """One message for all `problems` found in `subject` (inline for one, a list for several) and how to `mend` them."""
     if len(problems) == 1:
-        return f"{subject}: {problems[0]}"
-    return f"{subject}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems)
+        return f"{subject}: {problems[0]}" + (f". {mend}" if mend else "")
+    lines = [f"{subject}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)]
+    return "\n".join([*lines, mend] if mend else lines)

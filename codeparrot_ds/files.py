@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import xxhash
 from codeparrot_ds.errors import ConfigError, DataError, UserError
 
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 1  # of every manifest
 _READ_SIZE = 1 << 20
 
 
@@ -50,6 +52,7 @@ def publish_directory(path: Path) -> Iterator[Path]:
 
     Raises ConfigError when `path` already holds something, so that nothing of the user's is replaced.
     """
+    path = path.resolve()  # "." has no name to put another beside
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
     beside = path.with_name(f".{path.name}.tmp")
@@ -92,16 +95,31 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, so there is no {what} here.") from None
+    except OSError as error:
+        raise DataError(f"{path}: this {what} cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: this {what} is not valid JSON ({error}). Make it again.") from None
 
 
-def finished_manifest(directory: Path, what: str, expected: dict[str, Any]) -> dict[str, Any] | None:
+def read_manifest(directory: Path, kind: str, maker: str = "") -> dict[str, Any]:
+    """The manifest of a finished `directory` of this `kind` ("corpus", "shards", …), made by the command `maker`.
+
+    Raises DataError when there is none, or when it is of another kind or a later format.
+    """
+    path = directory / MANIFEST
+    body = read_json(path, f"{kind} manifest" + (f" (it is made by `{maker}`)" if maker else ""))
+    if not isinstance(body, dict) or body.get("kind") != kind or body.get("format_version") != FORMAT_VERSION:
+        found = body.get("kind") if isinstance(body, dict) else type(body).__name__
+        raise DataError(f"{path}: a manifest of {found!r}, not of {kind!r} in format version {FORMAT_VERSION}.")
+    return body
+
+
+def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a finished `directory`, or None when there is nothing finished there yet.
 
     Args:
         directory: what an earlier call may have made.
-        what: its name in the message, e.g. "corpus".
+        kind: of the manifest, e.g. "corpus".
         expected: keys that must be equal in the manifest, so that a second call never passes off another
             result as its own.
 
@@ -110,25 +128,25 @@ def finished_manifest(directory: Path, what: str, expected: dict[str, Any]) -> d
     """
     if not (directory / MANIFEST).exists():
         return None
-    manifest = read_json(directory / MANIFEST, f"{what} manifest")
+    manifest = read_manifest(directory, kind)
     differing = [key for key, value in expected.items() if manifest.get(key) != value]
     if differing:
         shown = ", ".join(f"{key} = {manifest.get(key)!r}, asked for {expected[key]!r}" for key in differing)
         raise DataError(
-            f"{directory}: holds a {what} that was made otherwise ({shown}). "
+            f"{directory}: holds a finished {kind} that was made otherwise ({shown}). "
             "Name another output directory, or remove this one."
         )
-    return dict(manifest)
+    return manifest
 
 
 def make_directory(path: Path) -> Path:
     """Create `path` and its parents and see that files can be made in it. Raises ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-probe-{os.getpid()}"
+        probe = path / f".write-probe-{secrets.token_hex(8)}"  # several hosts may try at once
         probe.touch()
         probe.unlink()
-    except FileExistsError:
+    except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{path}: is a file, but a directory is needed. Name another place.") from None
     except OSError as error:
         raise ConfigError(

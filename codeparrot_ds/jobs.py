@@ -30,7 +30,7 @@ def progress(items: Iterable[Item], what: str, total: int, unit: str = "file") -
         yield item
         if time.monotonic() - last >= _LOG_SECONDS:
             last = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} {unit}s")
+            say(f"{what}: {done:,} of {total:,} ({unit})")
 
 
 def run_tasks(function: Callable[[Item], Result], tasks: Sequence[Item], workers: int) -> Iterator[Result]:

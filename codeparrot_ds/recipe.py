@@ -177,8 +177,18 @@ class Recipe(_Section):
         }
 
     def to_yaml(self) -> str:
-        """The resolved recipe, from which the run can be repeated."""
+        """The recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def resolved(self, ds_config: Path) -> "Recipe":
+        """This recipe with absolute paths, naming the resolved DeepSpeed JSON `ds_config`: it holds from anywhere."""
+        return self.model_copy(
+            update={
+                "runs": self.runs.resolve(),
+                "data": Data(shards=self.data.shards.resolve()),
+                "engine": self.engine.model_copy(update={"deepspeed": ds_config.resolve()}),
+            }
+        )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -229,8 +239,9 @@ def _explain(error: ValidationError) -> list[str]:
     """A sentence a key. A key that may be one of several types fails once for each: their reasons are joined."""
     reasons: dict[str, list[str]] = {}
     for detail in error.errors():
-        # Branches of a union follow the key ("micro_batch_size", "constrained-int"): pydantic's words, not the user's.
-        key = ".".join(str(part) for part in detail["loc"] if not set("-[") & set(str(part)))
+        # The branch of a union follows its key ("micro_batch_size", "constrained-int"): pydantic's word, not ours.
+        loc = [part for part in detail["loc"] if part != "constrained-int" and not str(part).startswith("literal[")]
+        key = ".".join(map(str, loc))
         if detail["type"] == "extra_forbidden":
             reason = "unknown key. Remove it, or correct its spelling."
         elif detail["type"] == "missing":

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import CheckpointError, DataError, list_problems
-from codeparrot_ds.files import MANIFEST, digest_file, read_json, write_atomically, write_json
+from codeparrot_ds.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    digest_file,
+    read_json,
+    read_manifest,
+    write_atomically,
+    write_json,
+)
 
 _STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 
@@ -72,30 +80,33 @@ class RunDirectory:
         """Replace status.json. States: running, finished, failed. Exit codes of launchers prove nothing."""
         write_json(self.status_file, {"state": state, **facts})
 
+    def read_status(self) -> dict[str, Any]:
+        """What `write_status` wrote last. Raises DataError when the run has none."""
+        status = read_json(self.status_file, "run status")
+        if not isinstance(status, dict):
+            raise DataError(f"{self.status_file}: not a run status.")
+        return status
+
     def checkpoint(self, step: int) -> Path:
         """Directory of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
-    def complete_checkpoints(self) -> list["Checkpoint"]:
-        """All published checkpoints, oldest first. Those still being written have other names."""
+    def checkpoint_directories(self) -> list[Path]:
+        """Every published checkpoint, oldest first, damaged or not. Those still being written have other names."""
         if not self.checkpoints.is_dir():
             return []
-        found = [
-            Checkpoint.read(path)
-            for path in self.checkpoints.iterdir()
-            if _STEP_DIRECTORY.fullmatch(path.name) and (path / MANIFEST).is_file()
-        ]
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+        found = [path for path in self.checkpoints.iterdir() if _STEP_DIRECTORY.fullmatch(path.name)]
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name[5:]))
 
     def newest_checkpoint(self) -> "Checkpoint":
-        """The newest published checkpoint. Raises CheckpointError when there is none.
+        """The newest published checkpoint. Raises CheckpointError when there is none, or it is damaged.
 
         The directories decide, not the `latest` file, which a crash may leave behind by one.
         """
-        found = self.complete_checkpoints()
+        found = self.checkpoint_directories()
         if not found:
             raise CheckpointError(f"{self.checkpoints}: no complete checkpoint here. Train first, or name another run.")
-        return found[-1]
+        return Checkpoint.read(found[-1])
 
     def point_latest_at(self, checkpoint: Path) -> None:
         """Replace the `latest` file, which DeepSpeed's own tools read."""
@@ -131,13 +142,13 @@ class Checkpoint:
     def write(self, directory: Path) -> None:
         """Write the manifest into `directory`, which becomes `path` when it is renamed."""
         body = {key: value for key, value in vars(self).items() if key != "path"}
-        write_json(directory / MANIFEST, {"format_version": 1, "kind": "checkpoint", **body})
+        write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "kind": "checkpoint", **body})
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
         """Read a checkpoint's manifest. Raises CheckpointError."""
         try:
-            body = read_json(path / MANIFEST, "checkpoint manifest")
+            body = read_manifest(path, "checkpoint")
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
         except (DataError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -157,6 +168,14 @@ class Checkpoint:
             elif digest_file(file) != expected["xxh3_128"]:
                 problems.append(f"{name}: its bytes are not those that were written (digests differ)")
         if problems:
-            raise CheckpointError(
-                list_problems(str(self.path), [*problems, "remove this checkpoint to go on from the one before it"])
-            )
+            mend = "Training goes on from the checkpoint before it."
+            raise CheckpointError(list_problems(str(self.path), problems, mend))
+
+
+def classes_in_checkpoints() -> list[Any]:
+    """The few plain classes that DeepSpeed puts beside tensors: all that a checkpoint may make torch build."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]

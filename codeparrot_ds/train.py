@@ -33,6 +33,7 @@ from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
 
 if TYPE_CHECKING:
+    from codeparrot_ds.run_directory import Checkpoint
     from codeparrot_ds.training.ranks import Ranks
 
 _CHECKPOINT_BYTES_PER_PARAMETER = 18  # fp32 weights and two fp32 moments, bf16 weights, and room for a file system
@@ -48,13 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(options.recipe, options.set)
     except (UserError, OSError) as error:
-        message = error if isinstance(error, UserError) else explain_os_error(error)
-        if message is None:
-            raise
+        message = _user_error(error)
         if _environment("RANK", 0) == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
+
+
+def _user_error(error: UserError | OSError) -> UserError:
+    """What a user can mend about `error`; raises it again when that is nothing."""
+    if isinstance(error, UserError):
+        return error
+    explained = explain_os_error(error)
+    if explained is None:
+        raise error
+    return explained
 
 
 @dataclass(frozen=True)
@@ -73,26 +82,33 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
     plan, failure = None, None
     try:
         plan = check(recipe_path, overrides, world_size)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        failure = _user_error(error)
         if _environment("LOCAL_SIZE", world_size) == world_size:
-            raise
-        failure = error  # other hosts may find nothing wrong: tell them, or they would wait for this one
+            raise failure from None
+        # Other hosts may find nothing wrong: they are told below, or they would wait for this one.
 
     from codeparrot_ds.training import ranks as rank_module
 
     rank_module.die_with_launcher()
     ranks = rank_module.join()
-    _refuse_on_all_hosts(ranks, failure)
+    _agree(ranks, failure)
     assert plan is not None
     with contextlib.ExitStack() as stack:
-        if ranks.rank == 0:
-            busy = f"{plan.run.path}: another process is training in this directory. Stop it, or use --set name=…"
-            stack.enter_context(exclusive_lock(plan.run.path / ".lock", busy))
+        resume_from = None
         try:
-            _train_on_rank(plan, ranks)
+            resume_from = _accept(plan, ranks, stack)
+        except (UserError, OSError) as error:
+            failure = _user_error(error)
+        _agree(ranks, failure)
+        resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
+        try:
+            _train_on_rank(plan, ranks, resume_from)
         except BaseException as error:
             if ranks.rank == 0:
                 plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
+            elif isinstance(error, UserError):
+                print(f"error: rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             raise
     rank_module.leave()
 
@@ -125,40 +141,61 @@ def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _refuse_on_all_hosts(ranks: "Ranks", failure: UserError | None) -> None:
-    """Raise on every rank when any host found something wrong, so that none waits and rank 0 can name the host."""
-    found = ranks.gather(None if failure is None else f"host {socket.gethostname()}: {failure}")
-    problems = sorted({problem for problem in found if problem is not None})
+def _agree(ranks: "Ranks", failure: UserError | None) -> None:
+    """Raise on every rank when any rank has failed, so that none waits for it and rank 0 can say why."""
+    found = ranks.gather(None if failure is None else (socket.gethostname(), str(failure)))
+    hosts = {host for host, _ in filter(None, found)}
+    if failure is not None and len(hosts) == 1 and _environment("LOCAL_SIZE", ranks.world_size) == ranks.world_size:
+        raise failure
+    problems = sorted({f"host {host}: {message}" for host, message in filter(None, found)})
     if problems:
-        raise ClusterError(list_problems("not all hosts can train", problems))
+        raise ClusterError(list_problems("training cannot start", problems))
 
 
-def _train_on_rank(plan: Plan, ranks: "Ranks") -> None:
+def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
+    """Take the run directory for this run and find where it goes on from, which rank 0 returns."""
+    from codeparrot_ds.training.checkpoint import find_resume_point
+    from codeparrot_ds.training.metrics import open_log
+
+    run, recipe = plan.run, plan.recipe
+    if ranks.rank == 0:
+        busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
+        stack.enter_context(exclusive_lock(run.path / ".lock", busy))
+    open_log(run, ranks.rank)
+    if ranks.rank > 0:
+        return None
+    stage = plan.ds_config["zero_optimization"]["stage"]
+    resume_from = find_resume_point(run, recipe.identity(plan.manifest.digest), stage, ranks.world_size)
+    write_json(run.ds_config, plan.ds_config)
+    write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
+    copy_tokenizer(recipe.data.shards / "tokenizer", run.tokenizer)
+    return resume_from
+
+
+def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
     from codeparrot_ds.training import checkpoint as checkpoints
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.loop import Trainer
-    from codeparrot_ds.training.metrics import Metrics, log, open_log
+    from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
 
     recipe, ds_config, manifest, run = plan.recipe, plan.ds_config, plan.manifest, plan.run
-    stage = ds_config["zero_optimization"]["stage"]
-    open_log(run, ranks.rank)
-    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")}
-    resume_from = checkpoints.find_resume_point(run, recipe.identity(manifest.digest), stage, ranks.world_size)
     if resume_from is not None and resume_from.step >= recipe.schedule.steps:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
+        if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
+            _write_finished(run, resume_from, run.read_status()["parameters"], ranks)
         return
-    if ranks.rank == 0:
-        write_atomically(run.recipe, recipe.to_yaml())
-        write_json(run.ds_config, ds_config)
-        copy_tokenizer(recipe.data.shards / "tokenizer", run.tokenizer)
-        run.write_status("running", world_size=ranks.world_size)
+    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")}
     for op in required_ops(ds_config):
         log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
 
     network = build_model(recipe.model, manifest.eos_id, recipe.seed, ds_config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
-    require_free_space(run.path, parameters * _CHECKPOINT_BYTES_PER_PARAMETER, "one checkpoint")
+    if ranks.rank == 0:
+        run.write_status("running", world_size=ranks.world_size, device=ranks.device.type, parameters=parameters)
+        missing = recipe.checkpoints.keep_last + 1 - len(run.checkpoint_directories())  # one more while it is written
+        needed_bytes = max(1, missing) * parameters * _CHECKPOINT_BYTES_PER_PARAMETER
+        require_free_space(run.path, needed_bytes, f"{max(1, missing)} more checkpoints")
     engine = build_engine(network, recipe, ds_config)
     if resume_from is not None:
         checkpoints.load(engine, resume_from)
@@ -167,7 +204,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks") -> None:
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
         recipe.name,
         parameters / 1e6,
-        stage,
+        ds_config["zero_optimization"]["stage"],
         ranks.world_size,
         ranks.device.type,
         recipe.engine.precision,
@@ -190,16 +227,20 @@ def _train_on_rank(plan: Plan, ranks: "Ranks") -> None:
     trainer.fit()
     if metrics is not None:
         metrics.close()
-        run.write_status(
-            "finished",
-            world_size=ranks.world_size,
-            device=ranks.device.type,
-            parameters=parameters,
-            step=trainer.step,
-            samples_seen=trainer.samples_seen,
-            loss_valid=trainer.loss_valid,
-            checkpoint=str(run.checkpoint(trainer.step)),
-        )
+        _write_finished(run, run.newest_checkpoint(), parameters, ranks)
+
+
+def _write_finished(run: RunDirectory, last: "Checkpoint", parameters: int, ranks: "Ranks") -> None:
+    run.write_status(
+        "finished",
+        world_size=ranks.world_size,
+        device=ranks.device.type,
+        parameters=parameters,
+        step=last.step,
+        samples_seen=last.samples_seen,
+        loss_valid=last.loss_valid,
+        checkpoint=os.path.relpath(last.path),
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def main() -> None:
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Start it as: python3.11 {__file__}")
     if options.offline_wheels is not None and not options.offline_wheels.is_dir():
         fail(f"{options.offline_wheels}: no such directory of wheels. Fill one with launch/wheelhouse.sh.")
+    if options.offline_wheels is not None:
+        options.offline_wheels = options.offline_wheels.resolve()
     os.chdir(ROOT)
     if options.fresh:
         for path in [VENV, *RESULTS]:

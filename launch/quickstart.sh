@@ -2,11 +2,10 @@
 # From a clone to a trained, converted model on this machine's own Python source. Run again, it goes on where it
 # stopped. Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
 run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }
 
-python3 launch/bootstrap.py "$@"
+python3 "$(dirname "$0")/bootstrap.py" "$@"
+cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 data=runs/quickstart-data
 model=runs/quickstart/hf

@@ -1,5 +1,6 @@
 """Hostfiles. DeepSpeed only warns when one is missing, and then trains on this machine alone: here it is an error."""
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def check_launch_command(command_lines: Sequence[Sequence[str]] | None = None) -
         command_lines = [_command_line(parent) for parent in psutil.Process().parents()]
     for arguments in command_lines:
         if any(Path(argument).name in ("deepspeed", "ds", "deepspeed.launcher.runner") for argument in arguments[:4]):
-            hostfile = _option(arguments, ("-H", "--hostfile"))
+            hostfile = _hostfile_option(arguments)
             if hostfile is not None:
                 read_hostfile(Path(hostfile))
             return
@@ -64,11 +65,11 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def _option(arguments: Sequence[str], names: tuple[str, ...]) -> str | None:
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in names:
-            if equals:
-                return value
-            return arguments[position + 1] if position + 1 < len(arguments) else None
-    return None
+def _hostfile_option(arguments: Sequence[str]) -> str | None:
+    """The hostfile that a `deepspeed` command line names, in any of the ways in which argparse lets it be written."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("-H", "--hostfile")
+    try:
+        return parser.parse_known_args(list(arguments))[0].hostfile
+    except argparse.ArgumentError:  # deepspeed has refused it itself
+        return None

@@ -1,8 +1,9 @@
-"""Start `deepspeed` after everything that can be checked here has been checked."""
+"""Start `deepspeed` for a recipe. Every rank checks the rest (shards, DeepSpeed JSON, compiler) before it allocates."""
 
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 from codeparrot_ds.cluster.hostfile import read_hostfile
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.jobs import say
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.recipe import Batch, load_recipe
 
+_DEEPSPEED_PORT = 29500  # its default `--master_port`
 _CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
 
 
@@ -31,12 +33,36 @@ def launch(recipe: Path, hostfile: Path | None, ranks: int | None, overrides: Se
         ranks = ranks or _CPU_RANKS
         environment["DS_ACCELERATOR"] = "cpu"
     else:
-        # As many GPUs as the global batch can be dealt to evenly.
-        ranks = ranks or max(n for n in range(1, gpus + 1) if batch.global_batch_size % n == 0)
+        ranks = ranks or _most_ranks(batch, gpus)
     command = deepspeed_command(recipe, hostfile, ranks, overrides)
     accelerator = "DS_ACCELERATOR=cpu " if environment.get("DS_ACCELERATOR") == "cpu" else ""
     say(f"$ {accelerator}{shlex.join(command)}")
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _most_ranks(batch: Batch, gpus: int) -> int:
+    """The largest number of GPUs to which the recipe's batch can be dealt."""
+    for ranks in range(gpus, 1, -1):
+        try:
+            batch.micro_batch_and_accumulation(ranks)
+        except ConfigError:
+            continue
+        return ranks
+    return 1
+
+
+def _port_options() -> list[str]:
+    """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
+    for port in (_DEEPSPEED_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            found = probe.getsockname()[1]
+            return [] if found == _DEEPSPEED_PORT else ["--master_port", str(found)]
+    return []
 
 
 def _count_gpus() -> int:
@@ -51,7 +77,9 @@ def _count_gpus() -> int:
 def deepspeed_command(recipe: Path, hostfile: Path | None, ranks: int | None, overrides: Sequence[str]) -> list[str]:
     """The command that a user could type."""
     command = [_find_deepspeed(), "--quiet"]
-    if hostfile is not None:
+    if hostfile is None:
+        command += _port_options()
+    else:
         command += ["--hostfile", str(hostfile)]
     if ranks is not None:
         command += ["--num_gpus", str(ranks)]

@@ -18,6 +18,7 @@ from typing import Any
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.files import (
+    FORMAT_VERSION,
     MANIFEST,
     digest_file,
     digest_json,
@@ -96,7 +97,7 @@ def collect(
     require_free_space(output, int(total_bytes * _GZIP_RATIO), "the corpus")
     files = _write(output, chosen)
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "kind": "corpus",
         "options": options,
         "documents": len(chosen),
@@ -153,6 +154,10 @@ def _distributions_by_file(root: Path) -> dict[str, tuple[str, str]]:
 
 def _read_text(candidate: Candidate, max_file_bytes: int) -> str:
     """The text of a candidate. Raises ValueError with the reason why it is left out."""
+    try:
+        candidate.path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("name not UTF-8") from None
     try:
         size = candidate.file.stat().st_size
         if size > max_file_bytes:
@@ -213,8 +218,9 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             text_bytes += chosen[end][1]
             end += 1
         path = output / f"documents-{len(files):05d}.jsonl.gz"
+        beside = path.with_name(f".{path.name}.tmp")
         # No name and no time in the gzip header: the bytes are a function of the documents.
-        with open(path, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
+        with open(beside, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
             for digest, _, candidate in chosen[start:end]:
                 document = _document(candidate, candidate.file.read_bytes().decode())
                 if document.digest() != digest:
@@ -223,6 +229,7 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             out.close()
             raw.flush()
             os.fsync(raw.fileno())
+        beside.replace(path)
         files.append(
             {
                 "name": path.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, digest_bytes, read_json
+from codeparrot_ds.files import digest_bytes, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,15 @@ def parse_document(line: bytes, where: str) -> Document:
     try:
         row = json.loads(line)
         text = row["content"]
-        text.encode()  # a lone surrogate is valid JSON, but not text that could be stored
+        where_from = [str(row.get(key) or "") for key in ("repo_name", "path", "license", "source")]
+        for string in (text, *where_from):
+            string.encode()  # a lone surrogate is valid JSON, but not text that could be stored
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where}: not a document ({type(error).__name__}: {error}). Each line must be a JSON object with a "
             "text field `content`; remove or mend this line."
         ) from None
-
-    def provenance(key: str) -> str:
-        value = row.get(key, "")
-        return value if isinstance(value, str) else str(value)
-
-    return Document(text, provenance("repo_name"), provenance("path"), provenance("license"), provenance("source"))
+    return Document(text, *where_from)
 
 
 def read_documents(file: Path) -> Iterator[Document]:
@@ -90,7 +87,7 @@ class Corpus:
     @classmethod
     def open(cls, directory: Path) -> "Corpus":
         """Open `directory` and see that all its files are there in full. Raises DataError."""
-        manifest = read_json(directory / MANIFEST, "corpus manifest (make it with `codeparrot-ds corpus collect`)")
+        manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus collect")
         files = []
         for entry in manifest["files"]:
             path = directory / entry["name"]

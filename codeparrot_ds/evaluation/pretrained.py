@@ -11,6 +11,7 @@ from codeparrot_ds.errors import DataError
 def load_pretrained(directory: Path) -> tuple[Any, Any, torch.device]:
     """(model in evaluation mode, tokenizer, device) of a converted model. Raises DataError when it is none."""
     import transformers
+    from safetensors import SafetensorError
 
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: no Hugging Face model here. Make one with `codeparrot-ds convert`.")
@@ -19,6 +20,6 @@ def load_pretrained(directory: Path) -> tuple[Any, Any, torch.device]:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{directory}: cannot be loaded ({str(error).splitlines()[0]}). Convert it again.") from None
     return model.to(device).eval(), tokenizer, device

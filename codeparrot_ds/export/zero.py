@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
 
 
 class ZeroCheckpoint:
@@ -41,20 +41,24 @@ class ZeroCheckpoint:
             model_state = self._load("mp_rank_00_model_states.pt")
         self.tied: dict[str, str] = dict(model_state.get("shared_params") or {})
         if self._stage == 0:
-            self._module = {k: v for k, v in model_state["module"].items() if k not in self.tied}
+            self._module: dict[str, torch.Tensor] = {}
+            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their memory
+            for name, tensor in model_state["module"].items():
+                owner = first_name.setdefault(tensor.data_ptr(), name)
+                if owner == name:
+                    self._module[name] = tensor
+                else:
+                    self.tied[name] = owner
             self.shapes = {name: tensor.shape for name, tensor in self._module.items()}
             return
         self._groups: list[dict[str, torch.Size]] = [dict(group) for group in model_state["param_shapes"]]
         self.shapes = {name: shape for group in self._groups for name, shape in group.items()}
         key = "fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"
-        prefix = "bf16_" if checkpoint.precision == "bf16" and self._stage < 3 else ""
+        prefix = "bf16_" if checkpoint.precision == "bf16" else ""
         self._partitions: list[list[torch.Tensor]] = []
         for rank in range(ranks):
-            name = self._existing(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", prefix)
-            self._partitions.append(list(self._load(name)["optimizer_state_dict"][key]))
-
-    def _existing(self, name: str, prefix: str) -> str:
-        return f"{prefix}{name}" if (self._path / f"{prefix}{name}").is_file() else name
+            state = self._load(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            self._partitions.append(list(state["optimizer_state_dict"][key]))
 
     def _load(self, name: str) -> dict[str, Any]:
         path = self._path / name
@@ -122,12 +126,7 @@ def _allow_deepspeed_classes() -> Iterator[None]:
     """Let `weights_only` loading build the few plain classes that DeepSpeed puts beside the tensors."""
     # Nothing is computed with DeepSpeed here; left to choose, it looks for a GPU and prints what it found.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    allowed = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-    with torch.serialization.safe_globals(allowed):
+    with torch.serialization.safe_globals(classes_in_checkpoints()):
         yield
 
 
@@ -136,8 +135,7 @@ def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
 
     Raises CheckpointError when there is none.
     """
-    from codeparrot_ds.run_directory import RunDirectory
-
+    source = source.resolve()
     if (source / "checkpoints").is_dir():
         run = RunDirectory(source)
         return run.newest_checkpoint() if step is None else Checkpoint.read(run.checkpoint(step))

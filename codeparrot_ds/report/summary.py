@@ -1,19 +1,16 @@
 """The figures of a finished run from raw files to converted model, gathered from what each stage left behind."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
-from codeparrot_ds.corpus.documents import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.evaluation.loss import ValidationLoss
-from codeparrot_ds.files import read_json
+from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.format import SPLITS, Manifest
+from codeparrot_ds.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,14 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
     Raises:
         DataError: the run has not finished.
     """
-    status = read_json(run.status_file, "run status")
+    status = run.read_status()
     if status.get("state") != "finished":
         raise DataError(f"{run.status_file}: the run is {status.get('state')!r}, not finished. Train it first.")
-    shards = Path(yaml.safe_load(run.recipe.read_text())["data"]["shards"])
+    shards = load_recipe(run.recipe).data.shards
     manifest = Manifest.read(shards)
-    steps = [row for row in _rows(run.metrics) if row["kind"] == "train"]
+    steps = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     return Summary(
-        files=int(Corpus.open(Path(manifest.corpus)).manifest["documents"]),
+        files=sum(shard.documents for shard in manifest.shards),
         tokens=sum(manifest.tokens(split) for split in SPLITS),
         vocab_size=manifest.vocab_size,
         parameters=status["parameters"],
@@ -72,7 +69,7 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
         paths={
             "corpus": manifest.corpus,
             "tokenizer": str(tokenizer),
-            "shards": str(shards),
+            "shards": _shown(shards),
             "run": str(run.path),
             "checkpoint": status["checkpoint"],
             "model": str(model),
@@ -80,8 +77,10 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _shown(path: Path) -> str:
+    """`path` as a user would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def as_rows(summary: Summary) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from codeparrot_ds.corpus.documents import Corpus, Document, read_documents
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.files import (
     digest_json,
+    exclusive_lock,
     finished_manifest,
     make_directory,
     read_json,
@@ -29,6 +30,7 @@ from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter
 from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
 
 _BATCH_DOCUMENTS = 256
+_BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _DIGEST_SPACE = 1 << 32
 
 
@@ -67,13 +69,31 @@ def build(
         raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
     corpus = Corpus.open(corpus_directory)
     encoder = Encoder(tokenizer_directory)
-    options = {"valid_fraction": valid_fraction}
-    inputs = {"corpus_digest": corpus.digest, "tokenizer_digest": encoder.digest, "options": options}
-    if finished_manifest(output, "shard set", inputs):
+    inputs: dict[str, Any] = {
+        "corpus_digest": corpus.digest,
+        "tokenizer_digest": encoder.digest,
+        "options": {"valid_fraction": valid_fraction},
+    }
+    if finished_manifest(output, "shards", inputs):
         return Manifest.read(output)
     make_directory(output)
-    # Two bytes a token and at least two bytes of text a token: never more than the text (twice for int32).
-    require_free_space(output, corpus.manifest["text_bytes"], "the shards")
+    tokens = corpus.manifest["text_bytes"] / _BYTES_PER_TOKEN
+    require_free_space(output, int(tokens * dtype_for(encoder.vocab_size).itemsize), "the shards")
+    with exclusive_lock(
+        output / ".lock", f"{output}: another process is building shards here. Wait for it, or stop it."
+    ):
+        return _build(corpus, tokenizer_directory, encoder, output, inputs, valid_fraction, workers)
+
+
+def _build(
+    corpus: Corpus,
+    tokenizer_directory: Path,
+    encoder: Encoder,
+    output: Path,
+    inputs: dict[str, Any],
+    valid_fraction: float,
+    workers: int | None,
+) -> Manifest:
     tasks = [
         _Task(number, file, tokenizer_directory, output, valid_fraction, digest_json(inputs))
         for number, file in enumerate(corpus.files)
@@ -87,22 +107,23 @@ def build(
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
         tokenizer_digest=encoder.digest,
-        corpus=str(corpus_directory),
+        corpus=str(corpus.directory),
         corpus_digest=corpus.digest,
-        options=options,
+        options=inputs["options"],
         shards=tuple(sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))),
         dtype=dtype_for(encoder.vocab_size).name,
     )
     for split in SPLITS:
         if not manifest.split(split):
             raise DataError(
-                f"{corpus_directory}: no document fell to the {split} split at a valid fraction of {valid_fraction}. "
+                f"{corpus.directory}: no document fell to the {split} split at a valid fraction of {valid_fraction}. "
                 "Collect more documents, or change --valid-fraction."
             )
     copy_tokenizer(tokenizer_directory, output / "tokenizer")
     manifest.write()
     for task in tasks:
         _receipt(task).unlink(missing_ok=True)
+    (output / ".lock").unlink()
     return manifest
 
 
@@ -117,6 +138,7 @@ def _build_one(task: _Task) -> list[ShardInfo]:
         done: dict[str, Any] = read_json(receipt, "task receipt")
         if done["fingerprint"] == task.fingerprint:
             return [ShardInfo(**shard) for shard in done["shards"]]
+        receipt.unlink()  # of other inputs: it must not outlive the shards that it speaks of
     encoder = Encoder(task.tokenizer)
     dtype = dtype_for(encoder.vocab_size)
     writers = {split: ShardWriter(task.output, f"{split}-{task.number:05d}", split, dtype) for split in SPLITS}

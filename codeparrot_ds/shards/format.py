@@ -23,9 +23,16 @@ import xxhash
 
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, digest_file, digest_json, flush_to_disk, read_json, write_json
+from codeparrot_ds.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    digest_file,
+    digest_json,
+    flush_to_disk,
+    read_manifest,
+    write_json,
+)
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -167,8 +174,8 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Digest of all shards' digests: equal for equal tokens in equal order."""
-        return digest_json([shard.files for shard in self.shards])
+        """Digest of the digests of all ids, and of nothing else: equal for equal tokens in equal shards."""
+        return digest_json([(shard.split, shard.files[".bin"]["xxh3_128"]) for shard in self.shards])
 
     def write(self) -> None:
         """Publish: written last, so that its presence says the directory is finished."""
@@ -201,9 +208,7 @@ class Manifest:
     def read(cls, directory: Path) -> "Manifest":
         """Read a finished directory's manifest. Raises DataError."""
         path = directory / MANIFEST
-        body = read_json(path, "shard manifest (make shards with `codeparrot-ds shards build`)")
-        if not isinstance(body, dict) or body.get("kind") != "shards" or body.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"{path}: not a manifest of shards in format version {FORMAT_VERSION}.")
+        body = read_manifest(directory, "shards", "codeparrot-ds shards build")
         try:
             return cls(
                 directory=directory,

@@ -5,7 +5,7 @@ from pathlib import Path
 from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.files import digest_file
 from codeparrot_ds.shards.format import Manifest, ShardInfo, read_index
-from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 
 def verify(directory: Path, *, deep: bool = False) -> Manifest:
@@ -13,20 +13,23 @@ def verify(directory: Path, *, deep: bool = False) -> Manifest:
 
     Args:
         directory: a finished shard directory.
-        deep: also read all bytes: digests, index consistency, and the tokenizer's digest.
+        deep: also read all bytes of the shards: digests and index consistency.
 
     Raises:
         DataError: names every file that is missing, cut short or altered.
     """
     manifest = Manifest.read(directory)
     problems = [problem for shard in manifest.shards for problem in _check_sizes(directory, shard)]
+    tokenizer = directory / "tokenizer" / TOKENIZER_FILE
+    if not tokenizer.is_file():
+        problems.append(f"tokenizer/{TOKENIZER_FILE} is missing")
+    elif digest_file(tokenizer) != manifest.tokenizer_digest:
+        problems.append(f"tokenizer/{TOKENIZER_FILE}: not the tokenizer that made these shards")
     if deep and not problems:
         problems = [problem for shard in manifest.shards for problem in _check_bytes(directory, shard)]
-        if Encoder(directory / "tokenizer").digest != manifest.tokenizer_digest:
-            problems.append(f"{directory / 'tokenizer'}: not the tokenizer that made these shards")
     if problems:
-        mend = "copy these files again, or run `codeparrot-ds shards build` into a new directory"
-        raise DataError(list_problems(str(directory), [*problems, f"to mend it, {mend}"]))
+        mend = "Copy these files again, or run `codeparrot-ds shards build` into a new directory."
+        raise DataError(list_problems(str(directory), problems, mend))
     return manifest
 
 

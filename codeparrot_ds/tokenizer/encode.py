@@ -1,13 +1,12 @@
 """Exact encoding of documents into token ids."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import digest_file
+from codeparrot_ds.files import digest_file, write_atomically
 from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
 
 
@@ -51,8 +50,13 @@ class Encoder:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's Hugging Face files into `target`; other files of its directory stay where they are."""
+    """Copy a tokenizer's Hugging Face files into `target`; other files of its directory stay where they are.
+
+    Raises DataError when `source` holds no tokenizer.
+    """
+    if not (source / TOKENIZER_FILE).is_file():
+        raise DataError(f"{source / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
     target.mkdir(exist_ok=True)
     for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            write_atomically(target / name, (source / name).read_bytes())

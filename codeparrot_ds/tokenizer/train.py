@@ -6,6 +6,7 @@ from typing import Any
 from codeparrot_ds.corpus.documents import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.files import (
+    FORMAT_VERSION,
     MANIFEST,
     digest_file,
     finished_manifest,
@@ -62,7 +63,7 @@ def train(corpus_directory: Path, output: Path, vocab_size: int, max_seq_len: in
         tokenizer.save(str(unfinished / TOKENIZER_FILE))
         write_json(unfinished / "tokenizer_config.json", _hugging_face_config(max_seq_len))
         manifest = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "kind": "tokenizer",
             **inputs,
             "eos_id": tokenizer.token_to_id(EOS_TOKEN),

@@ -16,7 +16,8 @@ import torch
 
 from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.files import digest_file, flush_to_disk
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
+from codeparrot_ds.training.engine import silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
 
@@ -45,19 +46,33 @@ def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int,
     files_of_all_ranks = ranks.gather(files)  # reached by all only when all went well
     if ranks.rank == 0:
         merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
-        published = dataclasses.replace(checkpoint, files=merged)
-        published.write(unfinished)
-        flush_to_disk(unfinished)
-        shutil.rmtree(published.path, ignore_errors=True)  # the same step, saved again after a fall-back
-        unfinished.rename(published.path)
-        flush_to_disk(run.checkpoints)
-        run.point_latest_at(published.path)
+        _publish(run, dataclasses.replace(checkpoint, files=merged), unfinished)
         for script in run.checkpoints.glob(
             "zero_to_*.py"
         ):  # DeepSpeed's: they load pickles, and nothing here runs them
             script.unlink()
-        _remove_old(run, keep_last)
+        for old in run.checkpoint_directories()[:-keep_last]:
+            shutil.rmtree(old)
     ranks.gather(None)
+
+
+def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> None:
+    """Make a checkpoint visible. Raises CheckpointError when a rank's files did not arrive in this directory."""
+    absent = [name for name in checkpoint.files if not (unfinished / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            list_problems(
+                str(unfinished),
+                [f"{name} was written by another host and is not here" for name in absent],
+                "Put the run directory on a disk that all hosts share.",
+            )
+        )
+    checkpoint.write(unfinished)
+    flush_to_disk(unfinished)
+    shutil.rmtree(checkpoint.path, ignore_errors=True)  # the same step, saved again after a fall-back
+    unfinished.rename(checkpoint.path)
+    flush_to_disk(run.checkpoints)
+    run.point_latest_at(checkpoint.path)
 
 
 def _flush_and_hash(directory: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -71,56 +86,50 @@ def _flush_and_hash(directory: Path, rank: int) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _remove_old(run: RunDirectory, keep_last: int) -> None:
-    for old in run.complete_checkpoints()[:-keep_last]:
-        shutil.rmtree(old.path)
-
-
 def find_resume_point(
     run: RunDirectory, identity: dict[str, Any], zero_stage: int, world_size: int
 ) -> Checkpoint | None:
-    """The newest undamaged checkpoint to go on from, or None when the run has none yet.
+    """The newest undamaged checkpoint to go on from, or None when the run has none yet. For rank 0 alone.
 
-    A damaged one is reported and passed over. Raises CheckpointError when all are damaged (never silently back to
-    step 0), or when the newest is of another model, other data, another ZeRO stage or another number of ranks.
+    Damaged ones are reported and passed over, and renamed so that retention never counts them. Raises
+    CheckpointError when all are damaged (never silently back to step 0), or when the newest good one is of another
+    model, other data, another ZeRO stage or another number of ranks.
     """
-    found = run.complete_checkpoints()
-    wanted = {**identity, "ZeRO stage": zero_stage, "number of ranks": world_size}
-    for checkpoint in reversed(found):
+    damaged: list[Path] = []
+    for directory in reversed(run.checkpoint_directories()):
         try:
+            checkpoint = Checkpoint.read(directory)
             checkpoint.verify()
         except CheckpointError as error:
             log.warning("%s", error)
+            damaged.append(directory)
             continue
-        saved = {
-            **checkpoint.identity,
-            "ZeRO stage": checkpoint.zero_stage,
-            "number of ranks": checkpoint.world_size,
-        }
-        problems = [
-            f"{key}: saved with {saved.get(key)}, now {value}"
-            for key, value in wanted.items()
-            if saved.get(key) != value
-        ]
-        if problems:
-            mend = "go on with what it was saved with, or start under another name (--set name=…)"
-            raise CheckpointError(list_problems(str(checkpoint.path), [*problems, mend]))
+        _check_identity(checkpoint, {**identity, "ZeRO stage": zero_stage, "number of ranks": world_size})
+        for path in damaged:
+            path.rename(path.with_name(f"{path.name}.damaged"))
         return checkpoint
-    if found:
+    if damaged:
         raise CheckpointError(
-            f"{run.checkpoints}: none of the {len(found)} checkpoints is undamaged (see above). Restore one from a "
-            "copy, or remove them all to start again from step 0."
+            f"{run.checkpoints}: no undamaged checkpoint is left ({len(damaged)} damaged, see above). Restore one from "
+            "a copy, or remove them all to start again from step 0."
         )
     return None
 
 
-def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Load weights and optimizer state; only tensors and the few classes below are unpickled. All ranks must call."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+def _check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
+    saved = {**checkpoint.identity, "ZeRO stage": checkpoint.zero_stage, "number of ranks": checkpoint.world_size}
+    problems = [
+        f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
+    ]
+    if problems:
+        mend = "Go on with what it was saved with, or start under another name (--set name=…)."
+        raise CheckpointError(list_problems(str(checkpoint.path), problems, mend))
 
-    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
-    path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+
+def load(engine: Any, checkpoint: Checkpoint) -> None:
+    """Load weights and optimizer state; nothing that could run code is unpickled. All ranks must call."""
+    torch.serialization.add_safe_globals(classes_in_checkpoints())
+    with silence_prints():
+        path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if path is None or state["samples_seen"] != checkpoint.samples_seen:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it. Remove it to go on from an older one.")

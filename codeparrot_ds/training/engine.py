@@ -1,7 +1,9 @@
 """The DeepSpeed engine of a run: its JSON resolved against the recipe, its optimizer and its operators."""
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -19,6 +21,9 @@ _REFUSED = {
     "optimizer": "the recipe's `optimizer` section decides",
     "scheduler": "the recipe's `schedule` section decides",
     "elasticity": "DeepSpeed 0.19.8 has no elastic training any more",
+    "bfloat16": "`bf16` is its name now, and the recipe's `engine.precision` decides",
+    "amp": "the recipe's `engine.precision` decides",
+    "torch_autocast": "the recipe's `engine.precision` decides",
     "checkpoint.writer": "this writer saves what DeepSpeed cannot load again",
 }
 
@@ -55,8 +60,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default under bf16 is bf16, which loses small gradients
     }
     resolved = deepcopy(dict(ds_config))
-    resolved.setdefault("zero_optimization", {"stage": 0})
-    problems = []
+    problems = [
+        f'{section}: {resolved.pop(section)!r}; it is a section, as {{"enabled": "auto"}}.'
+        for section in ("bf16", "fp16", "data_types", "zero_optimization")
+        if not isinstance(resolved.setdefault(section, {}), dict)
+    ]
     for key, value in decided.items():
         given = _get(resolved, key)
         if given is None or given == "auto":
@@ -69,7 +77,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
     problems += [f'{key}: "auto" is left, and the recipe has no value for it. Give one.' for key in _autos(resolved)]
     stage = _get(resolved, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage: {stage!r}; it must be 0, 1, 2 or 3.")
+        problems.append(f"zero_optimization.stage: {stage!r}; give 0, 1, 2 or 3.")
+    elif stage == 0 and recipe.engine.precision != "fp32":
+        problems.append(
+            f"zero_optimization.stage: 0 cannot accumulate {recipe.engine.precision} gradients in fp32. Use 1."
+        )
     if problems:
         raise ConfigError(list_problems(str(recipe.engine.deepspeed), problems))
     # Ours reports the steps; DeepSpeed's own lines would repeat them.
@@ -127,8 +139,6 @@ def check_compiler(ds_config: Mapping[str, Any]) -> None:
 
 
 def _find_compiler() -> str | None:
-    import os
-
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
@@ -156,7 +166,15 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
     else:
         # torch's fused AdamW: one kernel a group, and nothing to compile, unlike DeepSpeed's FusedAdam.
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    engine, *_ = deepspeed.initialize(
-        model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
-    )
+    with silence_prints():
+        engine, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
+        )
     return engine
+
+
+@contextlib.contextmanager
+def silence_prints() -> Iterator[None]:
+    """Keep DeepSpeed's bare print() calls from the user; its errors and its logger are not touched."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,9 +1,10 @@
-"""The training loop. Read `train` first, then `train_step`."""
+"""The training loop. Read `Trainer.fit` first, then `train_step`."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from codeparrot_ds.recipe import Recipe
@@ -27,6 +28,7 @@ class Step:
     digest: int  # of the ids this rank fed
     learning_rate: float
     gradient_norm: Any
+    skipped_steps: int  # so far, by the engine, for overflow
     seconds: float
 
 
@@ -85,6 +87,9 @@ class Trainer:
         rate = learning_rate(self.recipe.schedule, self.recipe.optimizer.learning_rate, self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
+        if self.recipe.model.dropout:  # a function of the position, so that a resumed run draws the same
+            words = np.random.SeedSequence([self.recipe.seed, self.step, self.ranks.rank]).generate_state(1, np.uint64)
+            torch.manual_seed(int(words[0]) >> 1)
         micro, accumulation = batch.micro_batch_and_accumulation(self.ranks.world_size)
         numbers = order.take(self.samples_seen, batch.global_batch_size)
         mine = self.train.batch(numbers[self.ranks.slice(micro * accumulation)])
@@ -95,7 +100,8 @@ class Trainer:
             engine.step()  # acts on the last micro-batch only
             loss += micro_loss.detach() / accumulation
         norm = engine.get_global_grad_norm()
-        return Step(self.step, loss, batch_digest(mine), rate, norm, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Step(self.step, loss, batch_digest(mine), rate, norm, engine.skipped_steps, seconds)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64."""
@@ -126,7 +132,7 @@ class Trainer:
                     "tokens_per_second": tokens_per_step / step.seconds,
                     "samples_seen": (step.step + 1) * batch_size,
                     "tokens_seen": (step.step + 1) * tokens_per_step,
-                    "skipped_steps": self.engine.skipped_steps,
+                    "skipped_steps": step.skipped_steps,
                     "batch_digest": f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}",
                 }
             )

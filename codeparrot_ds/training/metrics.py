@@ -39,7 +39,7 @@ class Metrics:
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
             self._board.add_text("recipe", f"```yaml\n{recipe.to_yaml()}```")
 
     def step(self, row: dict[str, Any]) -> None:
@@ -85,6 +85,6 @@ def _drop_rows_from(path: Path, first_step: int) -> None:
     kept = [
         row
         for row in read_metrics(path)
-        if row["step"] < first_step or (row["kind"] == "valid" and row["step"] == first_step)
+        if row["step"] < first_step or (row["kind"] == "valid" and row["step"] == first_step > 0)
     ]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -93,7 +93,7 @@ def _prepare_cpu(local_world_size: int) -> None:
     # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # glibc gives every tensor above 32 MB back to the kernel when it is freed, and takes fresh pages for the next:
-    # half of a step went into page faults. Keep the memory instead.
+    # a third of a step went into page faults. Keep the memory instead.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -1,4 +1,7 @@
-"""Run by ranks: build a recipe's engine and write what it holds at step 0. Usage: probe_step0.py RECIPE OUT [STAGE]."""
+"""Run by ranks: build a recipe's engine, write what it holds at step 0, and save a checkpoint of it.
+
+Usage: probe_step0.py RECIPE OUT STAGE PRECISION
+"""
 
 import argparse
 import json
@@ -8,9 +11,11 @@ import torch
 
 from codeparrot_ds.files import digest_bytes
 from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.shards.sequences import PackedSequences
 from codeparrot_ds.training import ranks as rank_module
+from codeparrot_ds.training.checkpoint import save
 from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
 from codeparrot_ds.training.model import build_model, next_token_loss
 
@@ -18,10 +23,11 @@ parser = argparse.ArgumentParser()
 parser.add_argument("recipe", type=Path)
 parser.add_argument("out", type=Path)
 parser.add_argument("stage", type=int)
+parser.add_argument("precision")
 parser.add_argument("--local_rank")
 options = parser.parse_args()
 
-recipe = load_recipe(options.recipe)
+recipe = load_recipe(options.recipe, [f"engine.precision={options.precision}", f"name={options.out.stem}"])
 ds_config = load_ds_config(recipe.engine.deepspeed)
 ds_config["zero_optimization"]["stage"] = options.stage
 ranks = rank_module.join()
@@ -44,17 +50,21 @@ with torch.no_grad():
     loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]).double()
 loss = (ranks.sum(loss) / ranks.world_size).item()
 # The engine's own optimizer, whatever ZeRO has wrapped around it: which weight decay reaches which parameter.
+grouped = (
+    getattr(engine.optimizer, "fp16_groups", None)
+    or getattr(engine.optimizer, "bit16_groups", None)
+    or getattr(engine.optimizer, "bf16_groups", None)
+    or [group["params"] for group in engine.optimizer.param_groups]
+)
 groups = [
     {"weight_decay": group["weight_decay"], "parameters": sorted(names[id(p)] for p in parameters)}
-    for group, parameters in zip(
-        engine.optimizer.param_groups,
-        getattr(engine.optimizer, "fp16_groups", None)
-        or getattr(engine.optimizer, "bit16_groups", None)
-        or [group["params"] for group in engine.optimizer.param_groups],
-        strict=True,
-    )
+    for group, parameters in zip(engine.optimizer.param_groups, grouped, strict=True)
 ]
-accumulated = str(engine.get_data_types()[1])
+run = RunDirectory(recipe.run_directory)
+checkpoint = Checkpoint(run.checkpoint(0), 0, 0, options.stage, ranks.world_size, options.precision, {}, {}, None)
+save(engine, run, checkpoint, keep_last=1, ranks=ranks)
 if ranks.rank == 0:
-    options.out.write_text(json.dumps({"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated}))
+    accumulated = str(engine.get_data_types()[1])
+    found = {"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated, "run": str(run.path)}
+    options.out.write_text(json.dumps(found))
 rank_module.leave()

@@ -1,5 +1,7 @@
 """Checkpoint directories: what counts as complete, and what is refused."""
 
+import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.export.convert import _check_loss
 from codeparrot_ds.export.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.files import digest_file
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
@@ -38,7 +41,7 @@ def test_unfinished_directories_do_not_count(run: RunDirectory) -> None:
     publish(run, 9)
     (run.checkpoints / "step-00000011.tmp").mkdir()
     (run.checkpoints / "step-00000012").mkdir()  # no manifest
-    assert [c.step for c in run.complete_checkpoints()] == [9, 10]
+    assert [path.name for path in run.checkpoint_directories()] == ["step-00000009", "step-00000010"]
     assert run.newest_checkpoint().step == 10
     found = find_resume_point(run, IDENTITY, 3, 1)
     assert found is not None
@@ -60,8 +63,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_silently_all(run: RunDire
     assert found is not None
     assert found.step == 5
     (run.checkpoint(5) / "weights.pt").unlink()
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is undamaged"):
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint is left \(1 damaged"):
         find_resume_point(run, IDENTITY, 3, 1)
+
+
+@pytest.mark.parametrize("damage", ["file", "manifest"])
+def test_retention_never_counts_a_damaged_checkpoint(run: RunDirectory, damage: str) -> None:
+    publish(run, 5)
+    broken = publish(run, 10).path / ("weights.pt" if damage == "file" else "manifest.json")
+    broken.write_bytes(broken.read_bytes()[:-20])
+    found = find_resume_point(run, IDENTITY, 3, 1)
+    assert found is not None
+    assert found.step == 5
+    assert [path.name for path in run.checkpoint_directories()] == ["step-00000005"]
+    assert (run.checkpoints / "step-00000010.damaged").is_dir()  # kept for a look, but never gone on from
 
 
 def test_another_model_stage_or_world_size_is_refused_with_all_differences(run: RunDirectory) -> None:
@@ -109,3 +124,11 @@ def test_a_missing_file_is_named(run: RunDirectory) -> None:
     publish(run, 1)
     with pytest.raises(CheckpointError, match=r"zero_pp_rank_0_mp_rank_00_model_states\.pt: missing"):
         ZeroCheckpoint(source_checkpoint(run.path))
+
+
+def test_a_conversion_whose_loss_differs_or_is_no_number_fails(run: RunDirectory) -> None:
+    checkpoint = dataclasses.replace(publish(run, 1), loss_valid=5.0)
+    _check_loss(checkpoint, 5.0005, "float32")
+    for loss in (5.002, math.nan, math.inf):
+        with pytest.raises(CheckpointError, match="Nothing was written"):
+            _check_loss(checkpoint, loss, "float32")

@@ -50,12 +50,20 @@ def test_usage_errors_exit_with_2() -> None:
         (["convert", "{tmp}/run", "{tmp}/hf"], "no such run or checkpoint"),
         (["complete", "{tmp}", "x"], "codeparrot-ds convert"),
         (["status", "{tmp}"], "no run status here"),
+        (["status", "{stdlib}/__init__.py"], "this run status cannot be read (Not a directory)"),
+        (["shards", "verify", "{stdlib}/__init__.py"], "cannot be read (Not a directory)"),
+        (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards', not of 'corpus'"),
+        (
+            ["shards", "build", "{data}/tokenizer", "--tokenizer", "{data}/tokenizer", "-o", "{tmp}/s"],
+            "not of 'corpus'",
+        ),
+        (["tokenizer", "train", "{data}/corpus", "--vocab-size", "300", "-o", "{stdlib}/__init__.py/t"], "__init__.py"),
     ],
 )
 def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
-    tmp_path: Path, arguments: list[str], expected: str
+    tmp_path: Path, data: Path, arguments: list[str], expected: str
 ) -> None:
-    names = {"tmp": str(tmp_path), "stdlib": str(Path(json.__file__).parent)}
+    names = {"tmp": str(tmp_path), "data": str(data), "stdlib": str(Path(json.__file__).parent)}
     done = run(*(argument.format(**names) for argument in arguments))
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
@@ -64,8 +72,8 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
     assert done.stdout == ""
 
 
-def test_a_full_disk_is_told_while_writing(tmp_path: Path) -> None:
-    """A real small file system: the check beforehand passes, the write does not."""
+def test_a_disk_too_small_is_told_before_writing(tmp_path: Path) -> None:
+    """A real small file system."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     disk = tmp_path / "disk"
@@ -79,7 +87,7 @@ def test_a_full_disk_is_told_while_writing(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert done.returncode == 1
-    assert "the corpus needs about" in done.stderr or "the disk is full" in done.stderr
+    assert f"{disk / 'corpus'}: the corpus needs about" in done.stderr
 
 
 def test_json_output_is_json(data: Path) -> None:

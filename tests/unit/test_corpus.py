@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def test_no_source_files_is_an_error_that_says_where(tmp_path: Path) -> None:
     assert not (tmp_path / "corpus").exists()
 
 
+def test_a_file_name_that_is_not_utf8_is_counted(sources: Path, tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(sources) + b"/caf\xe9.py"))).write_text("print('name')")
+    manifest = collect(tmp_path / "corpus", [sources])
+    assert manifest["skipped"]["name not UTF-8"] == 1
+
+
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="absent: no such directory"):
         collect(tmp_path / "corpus", [tmp_path / "absent"])
@@ -92,7 +99,15 @@ def test_installed_python_carries_names_and_licences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"{", b"[]", b'{"path": "x"}', b'{"content": 3}', b'{"content": "\\ud800"}', b'{"content": "\xff"}'],
+    [
+        b"{",
+        b"[]",
+        b'{"path": "x"}',
+        b'{"content": 3}',
+        b'{"content": "\\ud800"}',
+        b'{"content": "\xff"}',
+        b'{"content": "x", "path": "\\ud800"}',
+    ],
 )
 def test_a_bad_line_is_named_by_file_and_number(line: bytes) -> None:
     with pytest.raises(DataError, match=r"some-file:7: not a document"):

@@ -66,7 +66,8 @@ def test_operating_system_errors_are_told_apart() -> None:
 
 def test_a_manifest_made_otherwise_is_told_from_none(tmp_path: Path) -> None:
     assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) is None
-    files.write_json(tmp_path / files.MANIFEST, {"a": 1, "b": 2})
-    assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) == {"a": 1, "b": 2}
+    body = {"format_version": files.FORMAT_VERSION, "kind": "corpus", "a": 1, "b": 2}
+    files.write_json(tmp_path / files.MANIFEST, body)
+    assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) == body
     with pytest.raises(DataError, match=r"a = 1, asked for 3"):
         files.finished_manifest(tmp_path, "corpus", {"a": 3})

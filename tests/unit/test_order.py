@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codeparrot_ds.recipe import Batch
 from codeparrot_ds.shards.order import Order, Permutation
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
+from codeparrot_ds.training.ranks import Ranks
 
 
 @settings(deadline=None)
@@ -37,14 +40,16 @@ def test_it_looks_random() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_every_world_size_sees_the_same_global_batch(world_size: int, micro: int) -> None:
-    order, global_batch = Order(1000, seed=7), 24
+    """Each rank as training asks for its part: the global batch, of which it takes its slice."""
+    order, batch = Order(1000, seed=7), Batch(global_batch_size=24, micro_batch_size=micro)
+    size, accumulation = batch.micro_batch_and_accumulation(world_size)
+    alone = np.concatenate([order.take(sample, 1) for sample in range(50 * 24)])  # one at a time, on one rank
     for step in range(50):
-        share = global_batch // world_size
-        seen = [
-            order.take(step * global_batch, global_batch)[rank * share : (rank + 1) * share].reshape(-1, micro)
-            for rank in range(world_size)
-        ]
-        assert np.concatenate(seen).ravel().tolist() == order.take(step * global_batch, global_batch).tolist()
+        seen = []
+        for rank in range(world_size):
+            ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+            seen.append(order.take(step * 24, 24)[ranks.slice(size * accumulation)].reshape(accumulation, size))
+        assert np.concatenate([part.ravel() for part in seen]).tolist() == alone[step * 24 : step * 24 + 24].tolist()
 
 
 def test_an_epoch_visits_every_sequence_once_and_the_next_in_another_order() -> None:

@@ -83,6 +83,13 @@ def test_all_problems_are_reported_at_once(tiny_recipe: dict[str, Any], tmp_path
         assert expected in message
 
 
+def test_an_unknown_key_is_named_whole(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    tiny_recipe["log-ging"] = {}
+    tiny_recipe["model"]["n-layer"] = 3
+    with pytest.raises(ConfigError, match=r"(?s)model\.n-layer: unknown key.*log-ging: unknown key"):
+        load_recipe(save_recipe(tiny_recipe, tmp_path / "r.yaml"))
+
+
 def test_overrides_win_and_are_checked(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     path = save_recipe(tiny_recipe, tmp_path / "r.yaml")
     assert load_recipe(path, ["optimizer.learning_rate=1e-4", "schedule.steps=9"]).optimizer.learning_rate == 1e-4
@@ -92,6 +99,19 @@ def test_overrides_win_and_are_checked(tiny_recipe: dict[str, Any], tmp_path: Pa
         load_recipe(path, ["schedule.steps"])
     with pytest.raises(ConfigError, match="name is a value, not a section"):
         load_recipe(path, ["name.x=1"])
+
+
+def test_the_resolved_recipe_holds_from_anywhere(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(save_recipe(tiny_recipe, tmp_path / "r.yaml"))
+    (tmp_path / "ds_config.json").write_text(json.dumps(resolve(load_ds_config(recipe.engine.deepspeed), recipe, 2)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "again.yaml").write_text(recipe.resolved(Path("ds_config.json")).to_yaml())
+    monkeypatch.chdir("/")
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again.data.shards.is_absolute()
+    assert resolve(load_ds_config(again.engine.deepspeed), again, 2)["train_micro_batch_size_per_gpu"] == 2
 
 
 def test_a_stored_recipe_loads_as_the_same(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -151,6 +171,10 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("scheduler", {"type": "WarmupLR"}, "scheduler: remove it"),
         ("checkpoint.writer", {"type": "fast"}, r"checkpoint\.writer: remove it"),
         ("elasticity", {"enabled": True}, "elasticity: remove it"),
+        ("bfloat16", {"enabled": True}, "bfloat16: remove it"),
+        ("torch_autocast", {"enabled": True}, "torch_autocast: remove it"),
+        ("bf16", "auto", "bf16: 'auto'; it is a section"),
+        ("zero_optimization", {}, r"zero_optimization\.stage: None"),
     ],
 )
 def test_a_wrong_engine_setting_is_named(tiny_recipe: dict[str, Any], key: str, value: Any, expected: str) -> None:
@@ -181,6 +205,14 @@ def test_a_file_that_is_no_ds_config(tmp_path: Path) -> None:
         load_ds_config(tmp_path / "c.json")
     with pytest.raises(ConfigError, match="no such DeepSpeed configuration"):
         load_ds_config(tmp_path / "absent.json")
+
+
+def test_stage_0_is_for_fp32_alone(tiny_recipe: dict[str, Any]) -> None:
+    config = changed(load_ds_config(ROOT / "ds_configs" / "zero3.json"), "zero_optimization", {"stage": 0})
+    resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
+    tiny_recipe["engine"]["precision"] = "bf16"
+    with pytest.raises(ConfigError, match="cannot accumulate bf16 gradients in fp32"):
+        resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
 
 
 def test_operators_are_compiled_for_offload_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

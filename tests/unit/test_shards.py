@@ -1,5 +1,6 @@
 """Shards: the format read back by an independent reader, determinism, verification."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -11,7 +12,7 @@ import pytest
 
 from codeparrot_ds.corpus.documents import Corpus, Document
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import MANIFEST
+from codeparrot_ds.files import MANIFEST, exclusive_lock
 from codeparrot_ds.shards.build import build, split_of
 from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
@@ -91,6 +92,27 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_pat
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(broken)
 
 
+def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, tmp_path: Path) -> None:
+    """Three builds, two of them interrupted: a receipt must not outlive the shards that it speaks of."""
+    output = tmp_path / "shards"
+    manifest = build(data / "corpus", data / "tokenizer", output, valid_fraction=0.1, workers=1)
+    receipt = {"fingerprint": "of the first build", "shards": [dataclasses.asdict(s) for s in manifest.shards]}
+    (output / ".task-00000.json").write_text(json.dumps(receipt))
+    (output / MANIFEST).unlink()
+    build(data / "corpus", data / "tokenizer", output, valid_fraction=0.3, workers=1)
+    verify(output, deep=True)
+    assert not list(output.glob(".*"))
+
+
+def test_two_builds_at_once_are_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with (
+        exclusive_lock(tmp_path / "shards" / ".lock", ""),
+        pytest.raises(ConfigError, match="another process is building shards here"),
+    ):
+        build(data / "corpus", data / "tokenizer", tmp_path / "shards", valid_fraction=0.1, workers=1)
+
+
 def _split_corpus(corpus: Path, parts: int) -> None:
     """Deal the documents of a one-file corpus to `parts` files."""
     import gzip
@@ -166,17 +188,39 @@ def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
     assert str(caught.value).count("valid-00000") == 1
 
 
-def test_swapped_shards_and_another_tokenizer_are_found(shards: Path, data: Path) -> None:
+def test_two_shards_that_have_changed_places_are_found(tmp_path: Path, data: Path) -> None:
+    corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
+    _split_corpus(corpus, 2)
+    shards = tmp_path / "shards"
+    build(corpus, data / "tokenizer", shards, valid_fraction=0.1, workers=1)
+    manifest = json.loads((shards / MANIFEST).read_text())
+    first, second = (shards / f"train-0000{n}.bin" for n in (0, 1))
+    content = first.read_bytes(), second.read_bytes()
+    first.write_bytes(content[1])
+    second.write_bytes(content[0])
+    sizes = {f"train-0000{n}": len(content[1 - n]) for n in (0, 1)}  # even where sizes cannot tell
+    for shard in manifest["shards"]:
+        shard["files"][".bin"]["bytes"] = sizes.get(shard["name"], shard["files"][".bin"]["bytes"])
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    verify(shards)
+    with pytest.raises(DataError, match=r"(?s)train-00000\.bin.*train-00001\.bin"):
+        verify(shards, deep=True)
+
+
+def test_another_tokenizer_or_none_is_found(shards: Path, data: Path) -> None:
     (shards / "tokenizer" / "tokenizer.json").write_text(
         (data / "tokenizer" / "tokenizer.json").read_text().replace('"id": 0', '"id":  0')
     )
     with pytest.raises(DataError, match="not the tokenizer that made these shards"):
-        verify(shards, deep=True)
+        verify(shards)
+    (shards / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+        verify(shards)
 
 
 def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
     (shards / MANIFEST).write_text('{"kind": "corpus"}')
-    with pytest.raises(DataError, match="not a manifest of shards"):
+    with pytest.raises(DataError, match="a manifest of 'corpus', not of 'shards'"):
         verify(shards)
     (shards / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
