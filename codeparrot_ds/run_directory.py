@@ -121,6 +121,7 @@ class Checkpoint:
         path: its directory.
         step: optimizer steps taken.
         samples_seen: position in the data, sequences.
+        parameters: of the model, tied ones once.
         zero_stage: 0 to 3.
         world_size: ranks that wrote it.
         precision: "bf16", "fp16" or "fp32".
@@ -132,6 +133,7 @@ class Checkpoint:
     path: Path
     step: int
     samples_seen: int
+    parameters: int
     zero_stage: int
     world_size: int
     precision: str

@@ -26,7 +26,7 @@ from codeparrot_ds.files import (
 )
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
-from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.shards.format import SPLITS, Manifest
 from codeparrot_ds.shards.sequences import PackedSequences
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
@@ -73,6 +73,7 @@ class Plan:
     recipe: Recipe
     ds_config: dict[str, Any]
     manifest: Manifest
+    splits: dict[str, PackedSequences]
     run: RunDirectory
 
 
@@ -120,9 +121,10 @@ def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Plan:
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
     check_compiler(ds_config)
     manifest = check_shards(recipe)
+    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in SPLITS}
     run = RunDirectory(recipe.run_directory)
     make_directory(run.path)
-    return Plan(recipe, ds_config, manifest, run)
+    return Plan(recipe, ds_config, manifest, splits, run)
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -179,17 +181,16 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
 
-    recipe, ds_config, manifest, run = plan.recipe, plan.ds_config, plan.manifest, plan.run
+    recipe, ds_config, splits, run = plan.recipe, plan.ds_config, plan.splits, plan.run
     if resume_from is not None and resume_from.step >= recipe.schedule.steps:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
         if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
-            _write_finished(run, resume_from, run.read_status()["parameters"], ranks)
+            _write_finished(run, resume_from, ranks)
         return
-    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in ("train", "valid")}
     for op in required_ops(ds_config):
         log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
 
-    network = build_model(recipe.model, manifest.eos_id, recipe.seed, ds_config)
+    network = build_model(recipe.model, plan.manifest.eos_id, recipe.seed, ds_config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
     if ranks.rank == 0:
         run.write_status("running", world_size=ranks.world_size, device=ranks.device.type, parameters=parameters)
@@ -219,7 +220,8 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         engine=engine,
         train=splits["train"],
         valid=splits["valid"],
-        shards_digest=manifest.digest,
+        parameters=parameters,
+        shards_digest=plan.manifest.digest,
         run=run,
         metrics=metrics,
         step=step,
@@ -227,15 +229,15 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     trainer.fit()
     if metrics is not None:
         metrics.close()
-        _write_finished(run, run.newest_checkpoint(), parameters, ranks)
+        _write_finished(run, run.newest_checkpoint(), ranks)
 
 
-def _write_finished(run: RunDirectory, last: "Checkpoint", parameters: int, ranks: "Ranks") -> None:
+def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> None:
     run.write_status(
         "finished",
         world_size=ranks.world_size,
         device=ranks.device.type,
-        parameters=parameters,
+        parameters=last.parameters,
         step=last.step,
         samples_seen=last.samples_seen,
         loss_valid=last.loss_valid,

@@ -19,8 +19,8 @@ FINISHED = VENV / "installed.sha256"  # digest of what was installed; missing wh
 RESULTS = [ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart-data"]
 
 # program (or Python module) that must be there -> Debian package that has it
-BASE_PACKAGES = {"module:ensurepip": "python3-venv", "c++": "g++"}
-TEST_PACKAGES = {"pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ip": "iproute2"}
+BASE_PACKAGES = {"module:ensurepip": f"python3.{sys.version_info.minor}-venv", "c++": "g++"}
+TEST_PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2"}
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="also install what the tests need")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked)
-        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Start it as: python3.11 {__file__}")
+        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name one: PYTHON=python3.11 launch/…")
     if options.offline_wheels is not None and not options.offline_wheels.is_dir():
         fail(f"{options.offline_wheels}: no such directory of wheels. Fill one with launch/wheelhouse.sh.")
     if options.offline_wheels is not None:
@@ -68,7 +68,9 @@ def is_there(program: str) -> bool:
     """Whether a program is on PATH, or a module can be imported by the Python that runs this."""
     if program.startswith("module:"):
         return succeeds([sys.executable, "-c", f"import {program.removeprefix('module:')}"])
-    return shutil.which(program) is not None
+    return (
+        shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
+    )  # sshd is in none of a user's
 
 
 def install_python_packages(options: argparse.Namespace) -> None:

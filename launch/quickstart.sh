@@ -4,7 +4,7 @@
 set -euo pipefail
 run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }
 
-python3 "$(dirname "$0")/bootstrap.py" "$@"
+"${PYTHON:-python3}" "$(dirname "$0")/bootstrap.py" "$@"
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 data=runs/quickstart-data

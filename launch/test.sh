@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python3 launch/bootstrap.py --test
+"${PYTHON:-python3}" launch/bootstrap.py --test
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 exec python -m pytest "$@"

@@ -4,7 +4,7 @@ set -euo pipefail
 directory=$(realpath -m "${1:?usage: launch/wheelhouse.sh DIR [pip options, such as --index-url URL for torch]}")
 cd "$(dirname "$0")/.."
 
-python3 -m venv .venv-wheelhouse
+"${PYTHON:-python3}" -m venv .venv-wheelhouse
 trap 'rm -rf .venv-wheelhouse' EXIT
 wheel=(.venv-wheelhouse/bin/pip wheel --quiet --wheel-dir "$directory" --constraint constraints.txt)
 "${wheel[@]}" "${@:2}" torch

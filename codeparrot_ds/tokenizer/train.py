@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer on a corpus, as GPT-2's is, and store it as a Hugging Face directory."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def train(corpus_directory: Path, output: Path, vocab_size: int, max_seq_len: in
         vocab_size=vocab_size,
         special_tokens=[EOS_TOKEN],  # first, so that it is id 0
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     make_directory(output.parent)
     tokenizer.train_from_iterator((document.text for document in corpus), trainer)

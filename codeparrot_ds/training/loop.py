@@ -49,6 +49,7 @@ class Trainer:
     engine: Any
     train: PackedSequences
     valid: PackedSequences
+    parameters: int
     shards_digest: str
     run: RunDirectory
     metrics: Metrics | None
@@ -172,6 +173,7 @@ class Trainer:
             path=self.run.checkpoint(self.step),
             step=self.step,
             samples_seen=self.samples_seen,
+            parameters=self.parameters,
             zero_stage=self.engine.zero_optimization_stage(),
             world_size=self.ranks.world_size,
             precision=self.recipe.engine.precision,

@@ -61,7 +61,7 @@ groups = [
     for group, parameters in zip(engine.optimizer.param_groups, grouped, strict=True)
 ]
 run = RunDirectory(recipe.run_directory)
-checkpoint = Checkpoint(run.checkpoint(0), 0, 0, options.stage, ranks.world_size, options.precision, {}, {}, None)
+checkpoint = Checkpoint(run.checkpoint(0), 0, 0, 0, options.stage, ranks.world_size, options.precision, {}, {}, None)
 save(engine, run, checkpoint, keep_last=1, ranks=ranks)
 if ranks.rank == 0:
     accumulated = str(engine.get_data_types()[1])

@@ -146,7 +146,7 @@ def test_a_finished_run_whose_status_was_lost_is_finished_again(train_tiny: Trai
     """Killed between its last checkpoint and the status: a second call must mend it."""
     trained = train_tiny("status")
     finished = trained.run.read_status()
-    trained.run.write_status("running", world_size=2, device="cpu", parameters=finished["parameters"])
+    trained.run.write_status("failed", error="lost")
     again = train_tiny("status")
     assert again.run.read_status() == finished
     assert again.rows == trained.rows

@@ -26,7 +26,7 @@ def publish(run: RunDirectory, step: int, files: dict[str, Any] | None = None) -
     for name, value in (files or {"weights.pt": torch.ones(3)}).items():
         torch.save(value, directory / name)
     entries = {path.name: {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)} for path in directory.iterdir()}
-    checkpoint = Checkpoint(directory, step, step * 4, 3, 1, "fp32", IDENTITY, entries, None)
+    checkpoint = Checkpoint(directory, step, step * 4, 3, 3, 1, "fp32", IDENTITY, entries, None)
     checkpoint.write(directory)
     return checkpoint
 
