@@ -1,6 +1,7 @@
 """The shape of the package: imports run one way, heavy ones come late, names are known, the linters are quiet."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,11 @@ def test_linters_and_types(command: list[str]) -> None:
 def test_launch_scripts_are_short() -> None:
     for script in (ROOT / "launch").glob("*.sh"):
         assert len(script.read_text().splitlines()) < 40, script
+
+
+def test_the_pages_are_finished_and_their_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        assert "@@" not in text, f"{page}: a place that was never filled in"
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page}: {link}"
