@@ -2,6 +2,7 @@
 # From a clone to a trained, converted model on this machine's own Python source. Run again, it goes on where it
 # stopped. Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
 set -euo pipefail
+
 run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }
 
 "${PYTHON:-python3}" "$(dirname "$0")/bootstrap.py" "$@"

@@ -79,9 +79,8 @@ def build(
     make_directory(output)
     tokens = corpus.manifest["text_bytes"] / _BYTES_PER_TOKEN
     require_free_space(output, int(tokens * dtype_for(encoder.vocab_size).itemsize), "the shards")
-    with exclusive_lock(
-        output / ".lock", f"{output}: another process is building shards here. Wait for it, or stop it."
-    ):
+    busy = f"{output}: another process is building shards here. Wait for it, or stop it."
+    with exclusive_lock(output / ".lock", busy):
         return _build(corpus, tokenizer_directory, encoder, output, inputs, valid_fraction, workers)
 
 

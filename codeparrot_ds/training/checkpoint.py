@@ -47,9 +47,8 @@ def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int,
     if ranks.rank == 0:
         merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
         _publish(run, dataclasses.replace(checkpoint, files=merged), unfinished)
-        for script in run.checkpoints.glob(
-            "zero_to_*.py"
-        ):  # DeepSpeed's: they load pickles, and nothing here runs them
+        # DeepSpeed's own converters: they load pickles, and nothing here runs them.
+        for script in run.checkpoints.glob("zero_to_*.py"):
             script.unlink()
         for old in run.checkpoint_directories()[:-keep_last]:
             shutil.rmtree(old)
