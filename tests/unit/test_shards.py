@@ -148,6 +148,13 @@ def test_copies_never_straddle_the_split() -> None:
         assert split_of(copy, 0.1) == "valid"
 
 
+def test_a_sampled_corpus_keeps_the_validation_share() -> None:
+    """Sampling takes the smallest digests: the split must not look at the same end of them."""
+    documents = sorted((Document(f"text {n}", "", "", "", "") for n in range(8_000)), key=Document.digest)
+    valid = [d for d in documents[:2_000] if split_of(d, 0.1) == "valid"]
+    assert 140 < len(valid) < 260
+
+
 def test_finished_shards_are_kept_and_others_are_refused(data: Path, tmp_path: Path) -> None:
     build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
     before = (tmp_path / "s" / MANIFEST).stat().st_mtime_ns
