@@ -85,7 +85,7 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
         plan = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
         failure = _user_error(error)
-        if _environment("LOCAL_SIZE", world_size) == world_size:
+        if not _spans_hosts(world_size):
             raise failure from None
         # Other hosts may find nothing wrong: they are told below, or they would wait for this one.
 
@@ -143,11 +143,16 @@ def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
+def _spans_hosts(world_size: int) -> bool:
+    """Whether there are ranks on other hosts, by what deepspeed (LOCAL_SIZE) or torchrun (LOCAL_WORLD_SIZE) says."""
+    return _environment("LOCAL_SIZE", _environment("LOCAL_WORLD_SIZE", world_size)) < world_size
+
+
 def _agree(ranks: "Ranks", failure: UserError | None) -> None:
     """Raise on every rank when any rank has failed, so that none waits for it and rank 0 can say why."""
     found = ranks.gather(None if failure is None else (socket.gethostname(), str(failure)))
     hosts = {host for host, _ in filter(None, found)}
-    if failure is not None and len(hosts) == 1 and _environment("LOCAL_SIZE", ranks.world_size) == ranks.world_size:
+    if failure is not None and len(hosts) == 1 and not _spans_hosts(ranks.world_size):
         raise failure
     problems = sorted({f"host {host}: {message}" for host, message in filter(None, found)})
     if problems:
