@@ -18,7 +18,7 @@ import yaml
 from codeparrot_ds.corpus.build import collect
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.build import build
-from codeparrot_ds.tokenizer.train import train
+from codeparrot_ds.tokenizer.train import train as train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 512
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     standard_library = Path(sysconfig.get_path("stdlib"))
     collect(root / "corpus", [standard_library / "asyncio", standard_library / "email"])
-    train(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
+    train_tokenizer(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
     build(root / "corpus", root / "tokenizer", root / "shards", valid_fraction=0.1, workers=1)
     return root
 
@@ -52,9 +52,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, data: Path) -> dict[str, Any]:
     """A recipe of some 50,000 parameters on `data`, writing below `tmp_path`; tests change it before saving it."""
+    return recipe_on(data, tmp_path / "runs")
+
+
+def recipe_on(data: Path, runs: Path) -> dict[str, Any]:
+    """The body of `tiny_recipe`."""
     return {
         "name": "tiny",
-        "runs": str(tmp_path / "runs"),
+        "runs": str(runs),
         "model": {
             "vocab_size": VOCAB_SIZE,
             "seq_len": SEQ_LEN,
@@ -154,20 +159,48 @@ class Trained:
         return [row["batch_digest"] for row in self.rows if row["kind"] == "train"]
 
 
-@pytest.fixture
-def train_tiny(deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., Trained]:
-    """Train the tiny recipe with real ranks: `train_tiny(name, ranks=2, stage=3, **sections)`."""
+def train(
+    deepspeed: Deepspeed, body: dict[str, Any], *, ranks: int = 2, stage: int = 3, options: Sequence[str] = ()
+) -> Trained:
+    """Train a recipe with real ranks and read what it left."""
+    ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
+    body = {**body, "engine": {**body["engine"], "deepspeed": str(ds_config)}}
+    runs = Path(body["runs"])
+    runs.mkdir(exist_ok=True)
+    path = save_recipe(body, runs / f"{body['name']}.yaml")
+    overrides = [part for option in options for part in ("--set", option)]
+    done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.output
+    return read_run(runs / body["name"])
 
-    def run(name: str, *, ranks: int = 2, stage: int = 3, options: Sequence[str] = ()) -> Trained:
-        body = {**tiny_recipe, "name": name}
-        ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
-        body["engine"] = {**body["engine"], "deepspeed": str(ds_config)}
-        path = save_recipe(body, tmp_path / f"{name}.yaml")
-        overrides = [part for option in options for part in ("--set", option)]
-        done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks)
-        assert done.returncode == 0, done.output
-        directory = RunDirectory(Path(body["runs"]) / name)
-        rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
-        return Trained(directory, rows)
+
+def read_run(path: Path) -> Trained:
+    """A run directory's metrics."""
+    run = RunDirectory(path)
+    return Trained(run, [json.loads(line) for line in run.metrics.read_text().splitlines()])
+
+
+@pytest.fixture
+def train_tiny(deepspeed: Deepspeed, tiny_recipe: dict[str, Any]) -> Callable[..., Trained]:
+    """Train the tiny recipe below `tmp_path`: `train_tiny(name, ranks=2, stage=3, options=["key=value"])`."""
+
+    def run(name: str, **how: Any) -> Trained:
+        return train(deepspeed, {**tiny_recipe, "name": name}, **how)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def baseline(deepspeed: Deepspeed, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The tiny recipe trained on ZeRO-3 and two ranks, once for all tests: look at it, but do not change it."""
+    return train(deepspeed, {**recipe_on(data, tmp_path_factory.mktemp("baseline")), "name": "baseline"})
+
+
+@pytest.fixture
+def copy_baseline(baseline: Trained, tiny_recipe: dict[str, Any]) -> Callable[[str], Trained]:
+    """A copy of `baseline` under another name below `tmp_path`, to be changed and gone on from."""
+
+    def copy(name: str) -> Trained:
+        return read_run(shutil.copytree(baseline.run.path, Path(tiny_recipe["runs"]) / name))
+
+    return copy
