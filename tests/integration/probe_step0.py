@@ -14,6 +14,7 @@ from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.shards.sequences import PackedSequences
+from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
 from codeparrot_ds.training.checkpoint import save
 from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
@@ -68,3 +69,4 @@ if ranks.rank == 0:
     found = {"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated, "run": str(run.path)}
     options.out.write_text(json.dumps(found))
 rank_module.leave()
+end(0)
