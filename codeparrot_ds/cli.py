@@ -1,6 +1,7 @@
 """The `codeparrot-ds` command. Every verb imports its stage only when it is called, so that --help is quick."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -137,41 +138,86 @@ def tokenizer_train(
 
 @shards_app.command("build")
 def shards_build(
-    corpus: Annotated[Path, typer.Argument(help="Corpus directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Shard directory to make.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Corpus directories, JSON Lines or parquet files, globs, URLs (s3://, hf://), hub:DATASET."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to make.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    suffix: Annotated[str | None, typer.Option(help="Take files like .py in a directory, one document each.")] = None,
     valid_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.005,
+    shard_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a shard, about; a 64th of all by default, 2 to 128 million.", min=1)
+    ] = None,
+    on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
+    encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.", min=1)] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
+    part: Annotated[
+        str | None,
+        typer.Option("--slice", help="I/N: this part of the work only; Slurm, torchrun and MPI say it themselves."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Encode a corpus into shards."""
+    """Encode documents into shards. Run again, it goes on where it stopped."""
+    from codeparrot_ds.jobs import Slice, say, slice_from_environment
     from codeparrot_ds.shards.build import build
 
-    _print_shards(build(corpus, tokenizer, output, valid_fraction=valid_fraction, workers=workers), json_output)
+    share = Slice.parse(part) if part else None
+    if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
+        say(f"slice {share} of the work, as the scheduler's environment says")
+    manifest = build(
+        inputs,
+        tokenizer,
+        output,
+        text_field=text_field,
+        suffix=suffix,
+        valid_fraction=valid_fraction,
+        shard_tokens=shard_tokens,
+        on_bad_document=on_bad_document,
+        encoder=encoder,
+        workers=workers,
+        engine=engine,
+        part=share,
+    )
+    if manifest is not None:
+        _print_shards(manifest, json_output)
 
 
 @shards_app.command("verify")
 def shards_verify(
-    shards: Annotated[Path, typer.Argument(help="Shard directory.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: digests and indices.")] = False,
+    shards: Annotated[str, typer.Argument(help="Shard directory or URL.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: digests, indices, ids.")] = False,
+    against_corpus: Annotated[
+        bool, typer.Option("--against-corpus", help="Encode a sample of the input again and compare.")
+    ] = False,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="Where the input lies now, if it moved.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Hold shards against their manifest."""
-    from codeparrot_ds.shards.verify import verify
+    from codeparrot_ds.shards.verify import verify, verify_against_corpus
 
-    _print_shards(verify(shards, deep=deep), json_output)
+    manifest = verify(shards, deep=deep)
+    compared = verify_against_corpus(manifest, inputs or []) if against_corpus or inputs else None
+    _print_shards(manifest, json_output, {} if compared is None else {"compared with the input": compared})
 
 
-def _print_shards(manifest: Any, json_output: bool) -> None:
+def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
     from codeparrot_ds.shards.format import SPLITS
 
     rows = [
         (f"{split} tokens", f"{manifest.tokens(split):,} in {len(manifest.split(split))} shards") for split in SPLITS
     ]
     rows.append(("type", f"{manifest.dtype}, {manifest.vocab_size:,} tokens in the vocabulary"))
+    counts = {**manifest.documents, **(also or {})}
+    rows += [(f"documents {name}", f"{count:,}") for name, count in counts.items() if count or name == "read"]
     result = {
         "directory": str(manifest.directory),
         "tokens": {split: manifest.tokens(split) for split in SPLITS},
+        "documents": counts,
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "digest": manifest.digest,

@@ -41,9 +41,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     flush_to_disk(path.parent)
 
 
+def dump_json(value: Any) -> bytes:
+    """`value` as readable JSON in UTF-8."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or absent."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, dump_json(value))
 
 
 @contextmanager
@@ -92,11 +97,17 @@ def digest_json(value: Any) -> str:
 def read_json(path: Path, what: str) -> Any:
     """Parse one JSON file; `what` names it in the message, e.g. "shard manifest". Raises DataError."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path), what)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, so there is no {what} here.") from None
     except OSError as error:
         raise DataError(f"{path}: this {what} cannot be read ({error.strerror}).") from None
+
+
+def parse_json(data: bytes, path: str, what: str) -> Any:
+    """Parse the content of the file called `path`; `what` names it in the message. Raises DataError."""
+    try:
+        return json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: this {what} is not valid JSON ({error}). Make it again.") from None
 
@@ -108,6 +119,16 @@ def read_manifest(directory: Path, kind: str, maker: str = "") -> dict[str, Any]
     """
     path = directory / MANIFEST
     body = read_json(path, f"{kind} manifest" + (f" (it is made by `{maker}`)" if maker else ""))
+    return check_manifest(body, str(path), kind)
+
+
+def parse_manifest(data: bytes, path: str, kind: str) -> dict[str, Any]:
+    """The manifest of this `kind` in the content of the file called `path`. Raises DataError."""
+    return check_manifest(parse_json(data, path, f"{kind} manifest"), path, kind)
+
+
+def check_manifest(body: Any, path: str, kind: str) -> dict[str, Any]:
+    """`body` if it is a manifest of this `kind` in our format. Raises DataError."""
     if not isinstance(body, dict) or body.get("kind") != kind or body.get("format_version") != FORMAT_VERSION:
         found = body.get("kind") if isinstance(body, dict) else type(body).__name__
         raise DataError(f"{path}: a manifest of {found!r}, not of {kind!r} in format version {FORMAT_VERSION}.")

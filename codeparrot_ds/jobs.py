@@ -1,16 +1,32 @@
-"""Resumable task lists over local processes, and progress that suits a terminal or a log."""
+"""Run lists of independent tasks: in local processes, on a Ray cluster, or a slice of them in an array job.
 
+A task's result is a function of the task alone, and what it writes is whole or absent, so a task may be lost and run
+again anywhere, even while its first run is still alive. How a list is resumed is the caller's affair: it leaves out
+the tasks that are done.
+"""
+
+import ctypes
+import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from codeparrot_ds.errors import ClusterError, ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+ENGINES = ("local", "ray")
 _LOG_SECONDS = 10.0  # one plain line every ten seconds where there is no terminal
+_RETRIES = 5  # of a Ray task whose worker or node was lost
+_PR_SET_PDEATHSIG = 1
 
 
 def say(message: str) -> None:
@@ -18,33 +34,200 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[Item], what: str, total: int, unit: str = "file") -> Iterator[Item]:
-    """Pass `items` on, with a bar on a terminal and a plain line now and then in a log."""
+def progress(items: Iterable[Item], what: str, total: int, unit: str = "file", done: int = 0) -> Iterator[Item]:
+    """Pass `items` on, with a bar on a terminal and a plain line now and then in a log; `done` came before them."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False)
+        yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, initial=done)
         return
     last = time.monotonic()
-    for done, item in enumerate(items, start=1):
+    for count, item in enumerate(items, start=done + 1):
         yield item
         if time.monotonic() - last >= _LOG_SECONDS:
             last = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} ({unit})")
+            say(f"{what}: {count:,} of {total:,} ({unit})")
 
 
-def run_tasks(function: Callable[[Item], Result], tasks: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Yield `function(task)` in the order of `tasks`, computed by `workers` processes.
+def run_tasks(
+    function: Callable[[Item], Result],
+    tasks: Sequence[Item],
+    workers: int,
+    *,
+    engine: str = "local",
+    preload: Sequence[str] = (),
+) -> Iterator[Result]:
+    """Yield `function(task)` of every task as they finish.
 
-    Fork is avoided: the encoders' thread pools do not survive it. An exception in a task ends the list.
+    Args:
+        function: importable by name, for it runs in other processes.
+        tasks: picklable.
+        workers: local processes; one runs the tasks in this process. Ray takes what CPUs its cluster has.
+        engine: "local" or "ray".
+        preload: modules that local workers share instead of importing each its own.
+
+    Raises:
+        ClusterError: a worker was killed, or Ray gave a task up.
+        Exception: the first that a task raised; the tasks not begun are dropped.
     """
-    if workers <= 1 or len(tasks) <= 1:
+    if engine == "ray":
+        yield from _run_on_ray(function, tasks)
+    elif workers <= 1 or not tasks:
         yield from map(function, tasks)
-        return
-    pool = ProcessPoolExecutor(max_workers=min(workers, len(tasks)), mp_context=get_context("spawn"))
+    else:
+        yield from _run_locally(function, tasks, min(workers, len(tasks)), preload)
+
+
+def run_apart(function: Callable[[Item], Result], task: Item) -> Result:
+    """`function(task)` in a process of its own, whose memory goes back to the system afterwards."""
+    return next(_run_locally(function, [task], 1, ()))
+
+
+def _run_locally(
+    function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, preload: Sequence[str]
+) -> Iterator[Result]:
+    # A fork of this process would inherit locks of its threads; the fork server is a clean one, and cheaper than spawn.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    waiting: set[Future[Result]] = set()
+    remaining = iter(tasks)
     with pool:
         try:
-            yield from pool.map(function, tasks)
+            while True:
+                for task in remaining:
+                    waiting.add(pool.submit(function, task))
+                    if len(waiting) > workers:  # one task more than workers, so that none waits for work
+                        break
+                if not waiting:
+                    return
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise ClusterError(
+                "a worker process was killed from outside, most likely for lack of memory. What is finished is kept: "
+                "run the same command again, with fewer --workers if memory is short."
+            ) from None
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel by processes
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends. Linux only; else nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> Iterator[Result]:
+    """Spread the tasks over the cluster that RAY_ADDRESS names or that this machine belongs to."""
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray. Install it: pip install 'codeparrot-ds[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise ClusterError(
+                f"no Ray cluster was found ({reason}). Start one with `ray start --head`, or name one: "
+                "RAY_ADDRESS=HOST:6379"
+            ) from None
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(function)
+    remaining = iter(tasks)
+    waiting: list[Any] = []
+    while True:
+        at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # nodes may come and go
+        while len(waiting) < at_once and (task := next(remaining, None)) is not None:
+            waiting.append(remote.remote(task))
+        if not waiting:
+            return
+        finished, waiting = ray.wait(waiting)
+        for reference in finished:
+            try:
+                yield ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                for left in waiting:
+                    ray.cancel(left)
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise ClusterError(
+                    f"Ray gave a task up after {_RETRIES} retries ({str(error).splitlines()[0]}). What is finished is "
+                    "kept: see to the cluster and run the same command again."
+                ) from None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part `index` (from 0) of `count` equal parts of a task list, by every count-th task."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """From "3/16": the fourth of sixteen. Raises ConfigError."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigError(f"slice {text!r}: write I/N with I from 0 to N - 1, e.g. 0/16 for the first of sixteen.")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, items: Sequence[Item]) -> list[Item]:
+        """This slice of `items`."""
+        return list(items[self.index :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def slice_from_environment(environment: Mapping[str, str]) -> Slice | None:
+    """The slice that a scheduler has given this process, or None outside of one.
+
+    Read are Slurm's array and step variables, torchrun's, Open MPI's and PMI's (MPICH, Intel MPI). In a Slurm array
+    whose jobs start several steps, each step of each job has a slice.
+
+    Raises ConfigError when an array's numbers have gaps, so that its parts cannot be counted.
+    """
+    array = _array_slice(environment)
+    step = next(
+        (
+            Slice(int(environment[index]), int(environment[count]))
+            for index, count, launched_by in _STEP_VARIABLES
+            if {index, count, launched_by} <= environment.keys() and int(environment[count]) > 1
+        ),
+        None,
+    )
+    if array is None or step is None:
+        return array or step
+    return Slice(array.index * step.count + step.index, array.count * step.count)
+
+
+# (index, count, a variable that only this launcher sets)
+_STEP_VARIABLES = [
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"),  # in a batch script outside srun: no step, no slice
+    ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "PMI_RANK"),
+]
+
+
+def _array_slice(environment: Mapping[str, str]) -> Slice | None:
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+    if not all(name in environment for name in names):
+        return None
+    number, low, high, count = (int(environment[name]) for name in names)
+    stride = max(1, (high - low) // max(1, count - 1))
+    if low + stride * (count - 1) != high or (number - low) % stride:
+        raise ConfigError(
+            f"SLURM_ARRAY_TASK_ID {number} of an array of {count} between {low} and {high}: its numbers have gaps. "
+            "Say which part this is: --slice I/N."
+        )
+    return Slice((number - low) // stride, count)

@@ -1,19 +1,24 @@
-"""What a document is, and the files that hold documents: gzip-compressed JSON Lines, as CodeParrot's were."""
+"""What a document is, what a bad one is, and under which field names the world keeps them."""
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import digest_bytes, read_manifest
+import msgspec
+
+from codeparrot_ds.files import digest_bytes
+
+# Provenance of a Document -> names under which corpora keep it: our own and CodeParrot's first, then other
+# code corpora's (The Stack: max_stars_*; StarCoder data: repository_name, detected_licenses).
+PROVENANCE_FIELDS: dict[str, tuple[str, ...]] = {
+    "repository": ("repo_name", "repository", "repo", "max_stars_repo_name", "repository_name"),
+    "path": ("path", "file_path", "max_stars_repo_path"),
+    "licence": ("license", "licence", "licenses", "max_stars_repo_licenses", "detected_licenses"),
+    "source": ("source",),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True, order=True):
     """One source file with its provenance.
 
     Attributes:
@@ -47,64 +52,51 @@ class Document:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def parse_document(line: bytes, where: str) -> Document:
-    """A Document from one JSON line; `where` ("file:line") goes into the message of the DataError."""
+class BadDocument(msgspec.Struct, frozen=True):
+    """What stands where a document should: `where` names file and line, byte or row; `reason` is a clause."""
+
+    where: str
+    reason: str
+
+
+def document_from_row(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Document | BadDocument:
+    """A document from one row of a table, under any of the `PROVENANCE_FIELDS`.
+
+    Args:
+        row: field name to value.
+        text_field: of the content.
+        where: goes into a BadDocument, e.g. "corpus/a.jsonl:7".
+        number: the document's path where the row names none, e.g. "a.jsonl#7": every token leads back to a place.
+    """
+    if text_field not in row:
+        names = ", ".join(repr(name) for name in list(row)[:20]) or "none"
+        return BadDocument(where, f"no field {text_field!r} (its fields: {names}; name one with --text-field)")
+    text = row[text_field]
+    if not isinstance(text, str):
+        return BadDocument(where, f"field {text_field!r} is of type {type(text).__name__}, not text")
+    return make_document(text, lambda name: row.get(name), where, number)
+
+
+def make_document(text: str, field: Callable[[str], Any], where: str, number: str) -> Document | BadDocument:
+    """A document of `text` with the provenance that `field` (name to value or None) knows."""
+    found = []
+    for names in PROVENANCE_FIELDS.values():
+        for name in names:
+            if value := field(name):
+                found.append(value if isinstance(value, str) else _as_text(value))
+                break
+        else:
+            found.append("")
+    repository, path, licence, source = found
+    document = Document(text, repository, path or number, licence, source)
     try:
-        row = json.loads(line)
-        text = row["content"]
-        where_from = [str(row.get(key) or "") for key in ("repo_name", "path", "license", "source")]
-        for string in (text, *where_from):
-            string.encode()  # a lone surrogate is valid JSON, but not text that could be stored
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where}: not a document ({type(error).__name__}: {error}). Each line must be a JSON object with a "
-            "text field `content`; remove or mend this line."
-        ) from None
-    return Document(text, *where_from)
+        for string in (text, repository, path, licence, source):
+            if not string.isascii():
+                string.encode()
+    except UnicodeEncodeError as error:
+        return BadDocument(where, f"a lone surrogate, which is no character (at position {error.start} of a field)")
+    return document
 
 
-def read_documents(file: Path) -> Iterator[Document]:
-    """The documents of one `.jsonl.gz` file in order. Raises DataError naming file and line."""
-    number = 0
-    try:
-        with gzip.open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield parse_document(line, f"{file}:{number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{file}: damaged gzip data after line {number} ({error}). The copy is incomplete: copy it again."
-        ) from None
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A finished corpus directory: its document files in order, and its manifest."""
-
-    directory: Path
-    files: tuple[Path, ...]
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, directory: Path) -> "Corpus":
-        """Open `directory` and see that all its files are there in full. Raises DataError."""
-        manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus collect")
-        files = []
-        for entry in manifest["files"]:
-            path = directory / entry["name"]
-            size = path.stat().st_size if path.exists() else 0
-            if size != entry["bytes"]:
-                raise DataError(
-                    f"{path}: {size:,} bytes, the manifest says {entry['bytes']:,}. Copy it again, or run "
-                    "`codeparrot-ds corpus collect` again."
-                )
-            files.append(path)
-        return cls(directory, tuple(files), manifest)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the whole corpus: equal for equal bytes."""
-        return str(self.manifest["digest"])
-
-    def __iter__(self) -> Iterator[Document]:
-        for file in self.files:
-            yield from read_documents(file)
+def _as_text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

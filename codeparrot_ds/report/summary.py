@@ -67,7 +67,7 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
         perplexity_unigram=loss.perplexity_unigram,
         seconds=seconds,
         paths={
-            "corpus": manifest.corpus,
+            "corpus": ", ".join(manifest.inputs),
             "tokenizer": str(tokenizer),
             "shards": _shown(shards),
             "run": str(run.path),

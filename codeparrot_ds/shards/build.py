@@ -1,169 +1,417 @@
 """Documents to shards: encode, split by content, write, and publish the manifest last.
 
-One task a corpus file, one shard a split and task. A shard's bytes are a function of its corpus file, the
-tokenizer and the options; killed anywhere, a second call keeps the shards that are whole and makes the rest.
+Tasks are planned from the list of input files alone, one shard a split and task, and each leaves a receipt beside its
+shards. So any number of processes, hosts or array jobs can share the work, and any of them may be killed: a second
+call keeps what has a receipt and makes the rest. When all receipts are there, the manifest is written.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import xxhash
 
-from codeparrot_ds.corpus.documents import Corpus, Document, read_documents
+from codeparrot_ds.corpus.documents import BadDocument, Document
+from codeparrot_ds.corpus.inputs import deal, find_inputs, text_bytes
+from codeparrot_ds.corpus.read import Piece, read_documents, require_document
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import (
-    digest_json,
-    exclusive_lock,
-    finished_manifest,
-    make_directory,
-    read_json,
-    require_free_space,
-    write_json,
-)
-from codeparrot_ds.jobs import progress, run_tasks
+from codeparrot_ds.files import MANIFEST, digest_json, exclusive_lock, require_free_space
+from codeparrot_ds.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
-from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
+from codeparrot_ds.storage import Address, Directory, LocalDirectory, open_directory
+from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_files
+from codeparrot_ds.tokenizer.proof import choose_encoder, proof_file, record_proof
 
-_BATCH_DOCUMENTS = 256
-_BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
+QUARANTINE = "quarantine.jsonl"
+_BATCH_CHARACTERS = 1 << 17  # encoded at a time: large enough for few calls, small enough for the caches
+BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
+_TASKS = 64  # wanted where the shards' size is left to us
+_MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 2_000_000, 128_000_000
 _DIGEST_SPACE = 1 << 32
+_REFEREE_EVERY = 1000  # documents, about: encoded again by the referee
+_LISTED_SOURCES = 10_000
+_SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # of real documents in the proof, a file each
+_PRELOAD = ("codeparrot_ds.shards.build", "pyarrow.parquet", "tokenizers", "fastokens", "isal.igzip")
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(msgspec.Struct, frozen=True):
     number: int
-    file: Path
+    pieces: list[Piece]
+    output: Directory
     tokenizer: Path
-    output: Path
+    tokenizer_digest: str
+    text_field: str
     valid_fraction: float
-    fingerprint: str  # of all that decides the bytes
+    skip_bad: bool
+    encoder: str  # "fastokens" or "tokenizers"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the bytes, and of the input files' modification times."""
+        pieces = [(p.name, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
+        return digest_json([pieces, self.tokenizer_digest, self.text_field, self.valid_fraction, self.skip_bad])
+
+    @property
+    def receipt(self) -> str:
+        """Name of the file that says what the task made; gone once the manifest says so."""
+        return f".task-{self.number:05d}.json"
+
+
+class _Receipt(msgspec.Struct):
+    fingerprint: str
+    encoder: str  # label, with the version
+    shards: list[ShardInfo]
+    read: int
+    empty: int
+    quarantined: list[BadDocument]
 
 
 def build(
-    corpus_directory: Path,
-    tokenizer_directory: Path,
-    output: Path,
+    inputs: Sequence[str | Path] | str | Path,
+    tokenizer: Path,
+    output: Address,
     *,
+    text_field: str = "content",
+    suffix: str | None = None,
     valid_fraction: float = 0.005,
+    shard_tokens: int | None = None,
+    on_bad_document: str = "fail",
+    encoder: str = "auto",
     workers: int | None = None,
-) -> Manifest:
-    """Encode a corpus into shards and return their manifest.
+    engine: str = "local",
+    part: Slice | None = None,
+) -> Manifest | None:
+    """Encode documents into shards and return their manifest, or None while other slices have not finished.
 
     Args:
-        corpus_directory: a finished corpus.
-        tokenizer_directory: holds `tokenizer.json`; copied into `output`/tokenizer.
-        output: made if missing; finished shards of the same inputs are kept as they are.
+        inputs: what `corpus.inputs.find_inputs` takes: corpus directories, data files, globs, URLs, Hub datasets.
+        tokenizer: directory that holds `tokenizer.json`; copied into `output`/tokenizer.
+        output: path or fsspec URL; made if missing. Finished shards of the same inputs are kept as they are.
+        text_field: of a row, holds the content.
+        suffix: take files with this suffix in the directories of `inputs`, one document each.
         valid_fraction: share of documents that go to validation, by a digest of their content.
-        workers: processes; all cores by default.
+        shard_tokens: tokens in a shard, about; by default a 64th of all, between 2 and 128 million.
+        on_bad_document: "fail", or "skip" to leave bad documents out and list them in `quarantine.jsonl`.
+        encoder: "auto", "fastokens" or "tokenizers".
+        workers: local processes; all cores by default.
+        engine: "local", or "ray" for a Ray cluster.
+        part: do this slice of the tasks only; whichever slice ends last writes the manifest.
 
     Raises:
         ConfigError: bad option, no permission, disk too small.
         DataError: damaged input, or `output` holds other shards.
+        ClusterError: workers were lost for good.
     """
     if not 0.0 < valid_fraction < 1.0:
         raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
-    corpus = Corpus.open(corpus_directory)
-    encoder = Encoder(tokenizer_directory)
-    inputs: dict[str, Any] = {
-        "corpus_digest": corpus.digest,
-        "tokenizer_digest": encoder.digest,
-        "options": {"valid_fraction": valid_fraction},
-    }
-    if finished_manifest(output, "shards", inputs):
-        return Manifest.read(output)
-    make_directory(output)
-    tokens = corpus.manifest["text_bytes"] / _BYTES_PER_TOKEN
-    require_free_space(output, int(tokens * dtype_for(encoder.vocab_size).itemsize), "the shards")
-    busy = f"{output}: another process is building shards here. Wait for it, or stop it."
-    with exclusive_lock(output / ".lock", busy):
-        return _build(corpus, tokenizer_directory, encoder, output, inputs, valid_fraction, workers)
-
-
-def _build(
-    corpus: Corpus,
-    tokenizer_directory: Path,
-    encoder: Encoder,
-    output: Path,
-    inputs: dict[str, Any],
-    valid_fraction: float,
-    workers: int | None,
-) -> Manifest:
-    tasks = [
-        _Task(number, file, tokenizer_directory, output, valid_fraction, digest_json(inputs))
-        for number, file in enumerate(corpus.files)
-    ]
-    shards: list[ShardInfo] = []
-    results = run_tasks(_build_one, tasks, workers or os.cpu_count() or 1)
-    for finished in progress(results, "encoding", len(tasks)):
-        shards.extend(finished)
+    if on_bad_document not in ("fail", "skip"):
+        raise ConfigError(f"on bad document {on_bad_document!r}: must be fail or skip.")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r}: must be one of {', '.join(ENGINES)}.")
+    if engine == "ray" and part is not None:
+        raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
+    arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
+    pieces = find_inputs(arguments, suffix)
+    referee = Encoder(tokenizer)
+    target = open_directory(output)
+    text = sum(map(text_bytes, pieces))
     manifest = Manifest(
         directory=output,
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-        tokenizer_digest=encoder.digest,
-        corpus=str(corpus.directory),
-        corpus_digest=corpus.digest,
-        options=inputs["options"],
-        shards=tuple(sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))),
-        dtype=dtype_for(encoder.vocab_size).name,
+        vocab_size=referee.vocab_size,
+        eos_id=referee.eos_id,
+        tokenizer_digest=referee.digest,
+        dtype=dtype_for(referee.vocab_size).name,
+        shards=(),
+        inputs=arguments,
+        sources=_sources(pieces),
+        options={
+            "text_field": text_field,
+            "suffix": suffix,
+            "valid_fraction": valid_fraction,
+            "shard_tokens": shard_tokens or _shard_tokens(text),
+            "on_bad_document": on_bad_document,
+        },
     )
-    for split in SPLITS:
-        if not manifest.split(split):
-            raise DataError(
-                f"{corpus.directory}: no document fell to the {split} split at a valid fraction of {valid_fraction}. "
-                "Collect more documents, or change --valid-fraction."
+    if finished := _finished(target, manifest):
+        return finished
+    target.make()
+    if isinstance(target, LocalDirectory):
+        there = sum(target.size(name) or 0 for name in target.names())
+        ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
+        require_free_space(target.path, int(ids_bytes) - there, "the shards")
+    with _lock(target, part):
+        first = [piece for piece in pieces if piece.kind != "hub"]
+        chosen = _choose_encoder(tokenizer, referee, encoder, first[:: max(1, len(first) // _SAMPLE_FILES)], text_field)
+        tasks = [
+            _Task(
+                number,
+                dealt,
+                target,
+                tokenizer.resolve(),
+                referee.digest,
+                text_field,
+                valid_fraction,
+                on_bad_document == "skip",
+                chosen,
             )
-    copy_tokenizer(tokenizer_directory, output / "tokenizer")
-    manifest.write()
-    for task in tasks:
-        _receipt(task).unlink(missing_ok=True)
-    (output / ".lock").unlink()
-    return manifest
+            for number, dealt in enumerate(deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN))
+        ]
+        labels = _trusted_labels(chosen, referee)
+        open_tasks = [task for task in (part.of(tasks) if part else tasks) if _read_receipt(task, labels) is None]
+        done = len(tasks) - len(open_tasks) if part is None else 0
+        results = run_tasks(_build_one, open_tasks, workers or _cores(), engine=engine, preload=_PRELOAD)
+        for _ in progress(results, "encoding", len(open_tasks) + done, "shard", done):
+            pass
+        return _finish(tasks, labels, target, manifest, tokenizer)
 
 
-def _receipt(task: _Task) -> Path:
-    """Says that a task is done, and what it made; gone once the manifest says so."""
-    return task.output / f".task-{task.number:05d}.json"
+def _cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _build_one(task: _Task) -> list[ShardInfo]:
-    receipt = _receipt(task)
-    if receipt.exists():
-        done: dict[str, Any] = read_json(receipt, "task receipt")
-        if done["fingerprint"] == task.fingerprint:
-            return [ShardInfo(**shard) for shard in done["shards"]]
-        receipt.unlink()  # of other inputs: it must not outlive the shards that it speaks of
-    encoder = Encoder(task.tokenizer)
-    dtype = dtype_for(encoder.vocab_size)
-    writers = {split: ShardWriter(task.output, f"{split}-{task.number:05d}", split, dtype) for split in SPLITS}
+def _shard_tokens(text: float) -> int:
+    """Few enough shards to open at once, enough of them to share out."""
+    return int(min(max(text / BYTES_PER_TOKEN / _TASKS, _MIN_SHARD_TOKENS), _MAX_SHARD_TOKENS))
+
+
+def _sources(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The input files for the manifest; of very many, as of a folder of source files, their number and digest."""
+    sources = [
+        {"name": p.name, "bytes": p.size, **({"xxh3_128": p.digest} if p.digest else {})}
+        for p in pieces
+        if p.start == 0
+    ]
+    if len(sources) <= _LISTED_SOURCES:
+        return sources
+    size = sum(piece.size for piece in pieces)
+    return [{"name": f"{len(sources):,} files", "bytes": size, "xxh3_128": digest_json(sources)}]
+
+
+def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
+    """The manifest in `target`, if there is one. Raises DataError when it is of other shards than `wanted`."""
+    if not target.exists(MANIFEST):
+        return None
+    there = Manifest.read(wanted.directory)
+    keys = ("tokenizer_digest", "options", "sources")
+    differing = [key for key in keys if getattr(there, key) != getattr(wanted, key)]
+    if differing:
+        raise DataError(
+            f"{target}: holds finished shards that were made otherwise (other {', '.join(differing)}). "
+            "Name another output directory, or remove this one."
+        )
+    return there
+
+
+def _lock(target: Directory, part: Slice | None) -> Any:
+    """Keeps a second process from the same work. An object store has no locks; two writers write the same there."""
+    if not isinstance(target, LocalDirectory):
+        return nullcontext()
+    name = ".lock" if part is None else f".lock-{part.index}-of-{part.count}"
+    busy = f"{target}: another process is building shards here. Wait for it, or stop it."
+    return exclusive_lock(target.path / name, busy)
+
+
+def _choose_encoder(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
+    """As `proof.choose_encoder`, with a sample of the documents at hand. The proof, if needed, is made in a process
+    of its own: it takes a few hundred megabytes for some seconds."""
+    if proof_file(referee).exists() or wanted == "tokenizers":
+        return choose_encoder(tokenizer, referee, wanted, [])
+    return run_apart(_choose_apart, (tokenizer, wanted, list(pieces), text_field))
+
+
+def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
+    tokenizer, wanted, pieces, text_field = task
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # alone in its process: the referee may use all cores
+    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, text_field))
+
+
+def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
+    """Documents from the start of some files; what cannot be read is for the build to report."""
+    for piece in pieces[:_SAMPLE_FILES]:
+        characters = 0
+        for read in islice(read_documents(piece, text_field), 1000):
+            if isinstance(read, Document):
+                yield read.text[:_SAMPLE_CHARACTERS]
+                characters += len(read.text)
+            if characters > _SAMPLE_CHARACTERS:
+                break
+
+
+def _trusted_labels(chosen: str, referee: Encoder) -> set[str]:
+    """Encoders whose finished shards may be kept: the referee's always, fastokens' while it has not been refuted."""
+    if chosen == "tokenizers":
+        return {referee.label}
+    return {referee.label, fast_label()}
+
+
+def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
+    """The task's receipt, unless it is missing, or of other inputs, or of an encoder that is not trusted."""
+    if not task.output.exists(task.receipt):
+        return None
     try:
-        for batch in _batches(read_documents(task.file), _BATCH_DOCUMENTS):
-            for document, ids in zip(batch, encoder.encode_batch([d.text for d in batch]), strict=True):
-                ended = np.append(ids, encoder.eos_id)
-                writers[split_of(document, task.valid_fraction)].append(ended, document)
-        shards = [info for info in (writer.finish() for writer in writers.values()) if info]
-    except BaseException:
-        for writer in writers.values():
-            writer.discard()
-        raise
-    write_json(receipt, {"fingerprint": task.fingerprint, "shards": [dataclasses.asdict(s) for s in shards]})
-    return shards
+        receipt = msgspec.json.decode(task.output.read(task.receipt), type=_Receipt)
+    except (DataError, msgspec.DecodeError):
+        return None
+    return receipt if receipt.fingerprint == task.fingerprint and receipt.encoder in labels else None
+
+
+@lru_cache(maxsize=1)
+def _referee(tokenizer: Path, digest: str) -> Encoder:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallel by processes
+    referee = Encoder(tokenizer)
+    if referee.digest != digest:
+        raise DataError(f"{tokenizer}: the tokenizer is another one on this host, or has changed. Copy it again.")
+    return referee
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Path, digest: str, name: str) -> Encoder | FastEncoder:
+    return FastEncoder(tokenizer) if name == "fastokens" else _referee(tokenizer, digest)
+
+
+def _build_one(task: _Task) -> int:
+    """Make a task's shards and then its receipt, and return its number."""
+    referee = _referee(task.tokenizer, task.tokenizer_digest)
+    encoder = _encoder(task.tokenizer, task.tokenizer_digest, task.encoder)
+    task.output.remove(task.receipt)  # of other inputs: it must not outlive the shards that it speaks of
+    receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
+    with task.output.scratch() as scratch, ExitStack() as stack:
+        splits = {
+            split: _Split(
+                encoder,
+                referee,
+                ShardWriter(scratch, f"{split}-{task.number:05d}", split, dtype_for(referee.vocab_size)),
+            )
+            for split in SPLITS
+        }
+        for each in splits.values():
+            stack.callback(each.writer.close)
+        for piece in task.pieces:
+            for read in read_documents(piece, task.text_field):
+                receipt.read += 1
+                if isinstance(read, BadDocument):
+                    if not task.skip_bad:
+                        require_document(read)
+                    receipt.quarantined.append(read)
+                elif not read.text:
+                    receipt.empty += 1
+                else:
+                    digest = xxhash.xxh3_128_intdigest(read.text.encode())
+                    splits[_split_of(digest, task.valid_fraction)].append(read, digest)
+        for each in splits.values():
+            each.flush()
+            if info := each.writer.finish():
+                receipt.shards.append(info)
+    task.output.write(task.receipt, msgspec.json.encode(receipt))
+    return task.number
 
 
 def split_of(document: Document, valid_fraction: float) -> str:
-    """ "valid" or "train" by a digest of the content alone, so that copies never straddle the split.
-
-    The digest's last 32 bits decide: a corpus may have been sampled by the first.
-    """
-    return "valid" if int(document.digest()[-8:], 16) < valid_fraction * _DIGEST_SPACE else "train"
+    """ "valid" or "train" by a digest of the content alone, so that copies never straddle the split."""
+    return _split_of(int(document.digest(), 16), valid_fraction)
 
 
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _split_of(digest: int, valid_fraction: float) -> str:
+    """The digest's last 32 bits decide: a corpus may have been sampled by the first."""
+    return "valid" if digest % _DIGEST_SPACE < valid_fraction * _DIGEST_SPACE else "train"
+
+
+class _Split:
+    """Encodes the documents of one split in batches, and has the referee look at some of them."""
+
+    def __init__(self, encoder: Encoder | FastEncoder, referee: Encoder, writer: ShardWriter) -> None:
+        self.writer = writer
+        self._encoder, self._referee = encoder, referee
+        self._dtype = dtype_for(referee.vocab_size)
+        self._documents: list[Document] = []
+        self._characters = 0
+        self._checked: list[int] = []  # which of the batch
+
+    def append(self, document: Document, digest: int) -> None:
+        """Add a document; `digest` is that of its content."""
+        # Bits that neither the split nor a sampled corpus looks at.
+        if (digest >> 48) % _REFEREE_EVERY == 0:
+            self._checked.append(len(self._documents))
+        self._documents.append(document)
+        self._characters += len(document.text)
+        if self._characters >= _BATCH_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encode and write what is held."""
+        if not self._documents:
+            return
+        documents = self._documents
+        ids, ends = self._encoder.encode_flat([document.text for document in documents])
+        starts = np.concatenate([[0], ends[:-1]])
+        for i in self._checked:
+            self._check(documents[i], ids[starts[i] : ends[i]])
+        assert not len(ids) or int(ids.max()) < self._referee.vocab_size, f"{self._encoder.label}: impossible id"
+        # An end token behind each document: document i moves i places up.
+        ended = np.empty(len(ids) + len(documents), self._dtype)
+        places = ends + np.arange(len(documents))
+        ended[places] = self._referee.eos_id
+        rest = np.ones(len(ended), bool)
+        rest[places] = False
+        ended[rest] = ids
+        self.writer.append(ended, (ends - starts + 1).astype(np.int32), documents)
+        self._documents, self._characters, self._checked = [], 0, []
+
+    def _check(self, document: Document, ids: np.ndarray) -> None:
+        if self._encoder is self._referee or np.array_equal(ids, self._referee.encode(document.text)):
+            return
+        where = f"{document.repository} {document.path}".strip()
+        difference = f"{self._encoder.label} differs from {self._referee.label} on the document {where}"
+        record_proof(self._referee, difference, {})
+        raise DataError(
+            f"{difference} (content xxh3-128 {document.digest()}). Nothing that it encoded is trusted now: run the "
+            f"same command again, which takes {self._referee.label.split()[0]} instead. Please report the document."
+        )
+
+
+def _finish(
+    tasks: Sequence[_Task], labels: set[str], target: Directory, manifest: Manifest, tokenizer: Path
+) -> Manifest | None:
+    """Write the manifest if every task has its receipt. Several slices may do so at once, and write the same."""
+    receipts = [_read_receipt(task, labels) for task in tasks]
+    if target.exists(MANIFEST):  # another slice was quicker, and has removed receipts
+        return Manifest.read(manifest.directory)
+    missing = sum(receipt is None for receipt in receipts)
+    if missing:
+        say(f"{target}: {missing:,} of {len(tasks):,} tasks are left to other slices; the last finishes it.")
+        return None
+    kept = [receipt for receipt in receipts if receipt is not None]
+    shards = [shard for split in SPLITS for receipt in kept for shard in receipt.shards if shard.split == split]
+    quarantined = [bad for receipt in kept for bad in receipt.quarantined]
+    documents = {
+        "read": sum(receipt.read for receipt in kept),
+        "written": sum(shard.documents for shard in shards),
+        "empty": sum(receipt.empty for receipt in kept),
+        "quarantined": len(quarantined),
+    }
+    assert documents["read"] == documents["written"] + documents["empty"] + documents["quarantined"], documents
+    manifest = dataclasses.replace(manifest, shards=tuple(shards), documents=documents)
+    for split in SPLITS:
+        if not manifest.split(split):
+            raise DataError(
+                f"{', '.join(manifest.inputs)}: no document fell to the {split} split at a valid fraction of "
+                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
+            )
+    if quarantined:
+        target.write(QUARANTINE, b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined))
+    for name, data in tokenizer_files(tokenizer).items():
+        target.write(f"tokenizer/{name}", data)
+    manifest.write()
+    for name in target.names():
+        if name.startswith((".task-", ".lock")):
+            target.remove(name)
+    target.remove_leftovers()
+    return manifest

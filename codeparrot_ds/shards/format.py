@@ -12,9 +12,11 @@ Source of the `.idx` layout: Megatron-LM, megatron/core/datasets/indexed_dataset
 We store one sequence a document.
 """
 
-import os
+import io
 import struct
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,22 +25,16 @@ import xxhash
 
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import (
-    FORMAT_VERSION,
-    MANIFEST,
-    digest_file,
-    digest_json,
-    flush_to_disk,
-    read_manifest,
-    write_json,
-)
+from codeparrot_ds.files import FORMAT_VERSION, MANIFEST, digest_file, digest_json, dump_json, parse_manifest
+from codeparrot_ds.storage import Address, Directory, LocalDirectory, Scratch, open_directory
 
 SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's numbers
 _UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's own bound for 16-bit ids, below 65,536
-_DOCS_SCHEMA = ("repository", "path", "licence", "source")
+_PROVENANCE = ("repository", "path", "licence", "source")
+_ROW_GROUP = 4096  # documents of provenance held in memory
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -48,61 +44,66 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard's entry in the manifest: its counts, and size and digest of each of its files."""
+    """One shard's entry in the manifest: its counts, and size and digest of each of its files.
+
+    An adopted dataset may hold both splits in the same files; `first_document` and `first_token` say where a split
+    starts in them.
+    """
 
     name: str
     split: str
     documents: int
     tokens: int
     files: dict[str, dict[str, Any]]  # suffix -> {"bytes": int, "xxh3_128": str}
+    first_document: int = 0
+    first_token: int = 0
 
 
 class ShardWriter:
-    """Writes one shard; digests are computed while writing. Files are whole or absent under their names."""
+    """Writes one shard into scratch files; ids are hashed on their way. `finish` gives the files their names."""
 
-    def __init__(self, directory: Path, name: str, split: str, dtype: np.dtype) -> None:
-        self._directory, self._name, self._split, self._dtype = directory, name, split, dtype
-        self._bin: BinaryIO = open(self._temporary(".bin"), "wb")  # noqa: SIM115 (closed in finish or discard)
+    def __init__(self, scratch: Scratch, name: str, split: str, dtype: np.dtype) -> None:
+        self._scratch, self._name, self._split, self._dtype = scratch, name, split, dtype
+        self._bin: BinaryIO = open(scratch.path(f"{name}.bin"), "wb")  # noqa: SIM115 (closed in close)
         self._digest = xxhash.xxh3_128()
-        self._lengths: list[int] = []
-        self._documents: list[tuple[str, str, str, str]] = []
+        self._lengths = array("i")
+        self._documents: list[Document] = []
+        self._provenance: Any = None
 
-    def _temporary(self, suffix: str) -> Path:
-        return self._directory / f".{self._name}{suffix}.tmp"
-
-    def append(self, ids: np.ndarray, document: Document) -> None:
-        """Add one document: `ids` [tokens] integers ending in EOS, all within the vocabulary."""
-        data = ids.astype(self._dtype).tobytes()
+    def append(self, ids: np.ndarray, lengths: np.ndarray, documents: Sequence[Document]) -> None:
+        """Add documents: `ids` [tokens] in the shard's type, all end to end; `lengths` [documents] int32, tokens."""
+        assert ids.dtype == self._dtype and int(lengths.sum()) == len(ids)
+        data = ids.view(np.uint8).data
         self._bin.write(data)
         self._digest.update(data)
-        self._lengths.append(len(ids))
-        self._documents.append((document.repository, document.path, document.licence, document.source))
+        self._lengths.frombytes(lengths.astype("<i4").tobytes())
+        self._documents += documents
+        if len(self._documents) >= _ROW_GROUP:
+            self._write_provenance()
 
-    def discard(self) -> None:
-        """Close and remove what was written."""
+    def close(self) -> None:
+        """Close the files, finished or not."""
         self._bin.close()
-        self._temporary(".bin").unlink(missing_ok=True)
+        if self._provenance is not None:
+            self._provenance.close()
 
     def finish(self) -> ShardInfo | None:
-        """Flush, index and publish the shard. None, and no files, when no document was added."""
+        """Index and publish the shard. None, and no files, when no document was added."""
         if not self._lengths:
-            self.discard()
+            self.close()
             return None
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        size = self._bin.tell()
-        self._bin.close()
-        files = {".bin": {"bytes": size, "xxh3_128": self._digest.hexdigest()}}
-        index = self._index()
-        self._temporary(".idx").write_bytes(index)
-        self._write_provenance(self._temporary(".docs.parquet"))
-        for suffix in (".idx", ".docs.parquet"):
-            path = self._temporary(suffix)
-            files[suffix] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
-            flush_to_disk(path)
-        for suffix in files:
-            self._temporary(suffix).replace(self._directory / f"{self._name}{suffix}")
-        flush_to_disk(self._directory)
+        self._write_provenance()
+        self.close()
+        self._scratch.path(f"{self._name}.idx").write_bytes(self._index())
+        paths = {suffix: self._scratch.path(f"{self._name}{suffix}") for suffix in (".bin", ".idx", ".docs.parquet")}
+        files = {
+            suffix: {
+                "bytes": path.stat().st_size,
+                "xxh3_128": self._digest.hexdigest() if suffix == ".bin" else digest_file(path),
+            }
+            for suffix, path in paths.items()
+        }
+        self._scratch.target.publish({f"{self._name}{suffix}": path for suffix, path in paths.items()})
         return ShardInfo(self._name, self._split, len(self._lengths), sum(self._lengths), files)
 
     def _index(self) -> bytes:
@@ -113,15 +114,20 @@ class ShardWriter:
         header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype.name], len(lengths), len(first_sequence))
         return header + lengths.tobytes() + offsets.tobytes() + first_sequence.tobytes()
 
-    def _write_provenance(self, path: Path) -> None:
+    def _write_provenance(self) -> None:
+        """Write the held documents' provenance as a row group."""
+        if not self._documents:
+            return
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = zip(*self._documents, strict=True)
-        table = pa.table(
-            {key: pa.array(column, pa.string()) for key, column in zip(_DOCS_SCHEMA, columns, strict=True)}
-        )
-        pq.write_table(table, path, compression="zstd")
+        if self._provenance is None:
+            schema = pa.schema([(name, pa.string()) for name in _PROVENANCE])
+            path = self._scratch.path(f"{self._name}.docs.parquet")
+            self._provenance = pq.ParquetWriter(path, schema, compression="zstd")
+        columns = [pa.array([getattr(d, name) for d in self._documents], pa.string()) for name in _PROVENANCE]
+        self._provenance.write_table(pa.table(dict(zip(_PROVENANCE, columns, strict=True))))
+        self._documents = []
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,19 @@ class ShardIndex:
     lengths: np.ndarray
     offsets: np.ndarray
 
+    def is_contiguous(self) -> bool:
+        """Whether each document starts where the one before ends, the first at 0."""
+        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
+        return bool(len(ends) == 0 or (self.offsets[0] == 0 and np.array_equal(self.offsets[1:], ends[:-1])))
+
 
 def read_index(path: Path) -> ShardIndex:
     """Parse one `.idx` file. Raises DataError when it is not one, or is cut short."""
-    data = path.read_bytes()
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(data: bytes, path: str) -> ShardIndex:
+    """Parse the bytes of the `.idx` file called `path`. Raises DataError when they are none, or cut short."""
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise DataError(f"{path}: not a Megatron-LM index (it does not start with {_MAGIC!r}).")
     _, version, code, sequences, documents = _HEADER.unpack_from(data)
@@ -150,19 +165,46 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(np.dtype(names[code]).newbyteorder("<"), lengths, offsets)
 
 
+def read_provenance(data: bytes, path: str) -> list[Document]:
+    """Provenance of a shard's documents in order, from the bytes of its `.docs.parquet`; the texts are empty.
+
+    Raises DataError when it is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_table(io.BytesIO(data), columns=list(_PROVENANCE)).to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged provenance ({error}). Copy it again.") from None
+    return [Document("", *row) for row in zip(*(columns[name] for name in _PROVENANCE), strict=True)]
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json` of a finished shard directory."""
+    """`manifest.json` of a finished shard directory.
 
-    directory: Path
+    Attributes:
+        directory: path or URL that it was read from.
+        vocab_size, eos_id, tokenizer_digest: of the tokenizer.
+        dtype: of an id, "uint16" or "int32".
+        inputs: as they were named to `shards build`, or the adopted prefix.
+        sources: the input files, `{"name", "bytes"}` each.
+        options: of the build that decide the bytes.
+        documents: counts: "read" = "written" + "quarantined" + "empty".
+        shards: in order.
+    """
+
+    directory: Address
     vocab_size: int
     eos_id: int
     tokenizer_digest: str
-    corpus: str
-    corpus_digest: str
-    options: dict[str, Any]
-    shards: tuple[ShardInfo, ...]
     dtype: str
+    shards: tuple[ShardInfo, ...]
+    inputs: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         """The shards of one split, in order."""
@@ -175,7 +217,16 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Digest of the digests of all ids, and of nothing else: equal for equal tokens in equal shards."""
-        return digest_json([(shard.split, shard.files[".bin"]["xxh3_128"]) for shard in self.shards])
+        return digest_json([(s.split, s.files[".bin"]["xxh3_128"], s.first_token, s.tokens) for s in self.shards])
+
+    @property
+    def id_type(self) -> np.dtype:
+        """The type of an id in `.bin` files."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def path(self, shard: ShardInfo, suffix: str) -> Path:
+        """A local shard's file."""
+        return Path(self.directory) / f"{shard.name}{suffix}"
 
     def write(self) -> None:
         """Publish: written last, so that its presence says the directory is finished."""
@@ -186,40 +237,42 @@ class Manifest:
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "tokenizer_digest": self.tokenizer_digest,
-            "corpus": self.corpus,
-            "corpus_digest": self.corpus_digest,
             "options": self.options,
+            "documents": self.documents,
             "tokens": {split: self.tokens(split) for split in SPLITS},
-            "documents": {split: sum(s.documents for s in self.split(split)) for split in SPLITS},
-            "shards": [
-                {
-                    "name": s.name,
-                    "split": s.split,
-                    "documents": s.documents,
-                    "tokens": s.tokens,
-                    "files": s.files,
-                }
-                for s in self.shards
-            ],
+            "inputs": self.inputs,
+            "sources": self.sources,
+            "shards": [asdict(shard) for shard in self.shards],
         }
-        write_json(self.directory / MANIFEST, body)
+        open_directory(self.directory).write(MANIFEST, dump_json(body))
 
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
+    def read(cls, directory: Address) -> "Manifest":
         """Read a finished directory's manifest. Raises DataError."""
-        path = directory / MANIFEST
-        body = read_manifest(directory, "shards", "codeparrot-ds shards build")
+        store: Directory = open_directory(directory)
+        path = f"{store}/{MANIFEST}"
+        if not store.exists(MANIFEST):
+            raise DataError(
+                f"{path}: no such file, so there is no shards manifest here. Make it: codeparrot-ds shards build."
+            )
+        body = parse_manifest(store.read(MANIFEST), path, "shards")
         try:
             return cls(
-                directory=directory,
-                vocab_size=body["vocab_size"],
-                eos_id=body["eos_id"],
-                tokenizer_digest=body["tokenizer_digest"],
-                corpus=body["corpus"],
-                corpus_digest=body["corpus_digest"],
-                options=body["options"],
+                directory=store.path if isinstance(store, LocalDirectory) else directory,
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
-                dtype=body["dtype"],
+                **{
+                    key: body[key]
+                    for key in (
+                        "vocab_size",
+                        "eos_id",
+                        "tokenizer_digest",
+                        "dtype",
+                        "inputs",
+                        "sources",
+                        "options",
+                        "documents",
+                    )
+                },
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: incomplete manifest ({error}). Build the shards again.") from None

@@ -1,6 +1,6 @@
 """A split as packed sequences of equal length, read from memory-mapped shards."""
 
-from pathlib import Path
+import ctypes
 
 import numpy as np
 import xxhash
@@ -8,6 +8,7 @@ import xxhash
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.storage import Address
 
 
 class PackedSequences:
@@ -23,7 +24,9 @@ class PackedSequences:
         shards = manifest.split(split)
         self.seq_len = seq_len
         self._ids = [
-            np.memmap(manifest.directory / f"{shard.name}.bin", np.dtype(manifest.dtype).newbyteorder("<"), "r")
+            np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r").view(np.ndarray)[
+                shard.first_token : shard.first_token + shard.tokens
+            ]
             for shard in shards
         ]
         self._starts = np.concatenate([[0], np.cumsum([len(ids) for ids in self._ids])]).astype(np.int64)
@@ -34,9 +37,10 @@ class PackedSequences:
                 f"sequence of {seq_len:,} + 1. Build shards from more documents"
                 + (", or raise --valid-fraction." if split == "valid" else ".")
             )
+        self._windows, self._origins = _windows_over(self._ids, seq_len + 1)
 
     @classmethod
-    def open(cls, directory: Path, split: str, seq_len: int) -> "PackedSequences":
+    def open(cls, directory: Address, split: str, seq_len: int) -> "PackedSequences":
         """Open `directory` after checking the sizes of its files. Raises DataError."""
         return cls(verify(directory), split, seq_len)
 
@@ -61,11 +65,41 @@ class PackedSequences:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def batch(self, numbers: np.ndarray) -> np.ndarray:
-        """Sequences `numbers`, [n], as [n, seq_len + 1] int64."""
+        """Sequences `numbers`, [n], as [n, seq_len + 1] int64. Raises IndexError past the last whole sequence."""
+        numbers = np.asarray(numbers, np.int64)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self._count):
+            raise IndexError(f"sequences {numbers.min()} to {numbers.max()} of {self._count}")
+        starts = numbers * self.seq_len
+        if len(self._ids) == 1:
+            return self._windows[starts + self._origins[0]].astype(np.int64)
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        inside = starts + self.seq_len < self._starts[shards + 1]
+        if inside.all():
+            return self._windows[starts + self._origins[shards]].astype(np.int64)
         out = np.empty((len(numbers), self.seq_len + 1), np.int64)
-        for row, number in zip(out, numbers, strict=True):
-            row[:] = self.read(int(number))
+        out[inside] = self._windows[(starts + self._origins[shards])[inside]]
+        for row in np.flatnonzero(~inside):
+            out[row] = self.read(int(numbers[row]))
         return out
+
+
+def _windows_over(arrays: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """One array over all memory maps, and where each map is in it, so that a batch is a single gather.
+
+    Row i of the first result, [?, width], is `width` ids from id i on, counted from the lowest address of any map.
+    Between the maps lies memory that is not ours: only rows that lie within a map may be read. The second result,
+    [arrays] int64, is to be added to an id's global number to get its row.
+    """
+    itemsize = arrays[0].itemsize
+    addresses = np.array([array.ctypes.data for array in arrays], np.int64)
+    lowest = int(addresses.min())
+    span = max(int(address) + array.nbytes for address, array in zip(addresses, arrays, strict=True)) - lowest
+    memory = (ctypes.c_char * span).from_address(lowest)
+    everything = np.frombuffer(memoryview(memory), arrays[0].dtype)
+    rows = max(0, len(everything) - width + 1)
+    windows = np.lib.stride_tricks.as_strided(everything, (rows, width), (itemsize, itemsize), writeable=False)
+    starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])[:-1]])
+    return windows, ((addresses - lowest) // itemsize - starts).astype(np.int64)
 
 
 def batch_digest(ids: np.ndarray) -> int:

@@ -1,54 +1,151 @@
-"""Hold a shard directory against its manifest: sizes in a moment, digests and indices at disk speed."""
+"""Hold a shard directory against its manifest: sizes in a moment, all bytes at disk speed, ids against the input."""
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import xxhash
+
+from codeparrot_ds.corpus.documents import BadDocument, Document
+from codeparrot_ds.corpus.inputs import deal, find_inputs
+from codeparrot_ds.corpus.read import Piece, read_documents
 from codeparrot_ds.errors import DataError, list_problems
-from codeparrot_ds.files import digest_file
-from codeparrot_ds.shards.format import Manifest, ShardInfo, read_index
+from codeparrot_ds.files import digest_bytes
+from codeparrot_ds.shards.build import BYTES_PER_TOKEN, split_of
+from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
+from codeparrot_ds.storage import Address, Directory, open_directory
+from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
+_READ_BYTES = 1 << 22
+_COMPARED_TASKS = 32
+_COMPARED_DOCUMENTS = 64  # of each of those tasks, from its start
 
-def verify(directory: Path, *, deep: bool = False) -> Manifest:
+
+def verify(directory: Address, *, deep: bool = False) -> Manifest:
     """Check every shard of `directory` and return the manifest.
 
     Args:
-        directory: a finished shard directory.
-        deep: also read all bytes of the shards: digests and index consistency.
+        directory: a finished shard directory, local or a URL.
+        deep: also read all bytes of the shards: digests, index consistency, ids within the vocabulary.
 
     Raises:
         DataError: names every file that is missing, cut short or altered.
     """
     manifest = Manifest.read(directory)
-    problems = [problem for shard in manifest.shards for problem in _check_sizes(directory, shard)]
-    tokenizer = directory / "tokenizer" / TOKENIZER_FILE
-    if not tokenizer.is_file():
-        problems.append(f"tokenizer/{TOKENIZER_FILE} is missing")
-    elif digest_file(tokenizer) != manifest.tokenizer_digest:
-        problems.append(f"tokenizer/{TOKENIZER_FILE}: not the tokenizer that made these shards")
+    store = open_directory(directory)
+    problems = [problem for shard in manifest.shards for problem in _check_sizes(store, shard)]
+    tokenizer = f"tokenizer/{TOKENIZER_FILE}"
+    if not store.exists(tokenizer):
+        problems.append(f"{tokenizer} is missing")
+    elif digest_bytes(store.read(tokenizer)) != manifest.tokenizer_digest:
+        problems.append(f"{tokenizer}: not the tokenizer that made these shards")
     if deep and not problems:
-        problems = [problem for shard in manifest.shards for problem in _check_bytes(directory, shard)]
+        problems = [problem for shard in manifest.shards for problem in _check_bytes(store, manifest, shard)]
     if problems:
         mend = "Copy these files again, or run `codeparrot-ds shards build` into a new directory."
-        raise DataError(list_problems(str(directory), problems, mend))
+        raise DataError(list_problems(str(directory), list(dict.fromkeys(problems)), mend))
     return manifest
 
 
-def _check_sizes(directory: Path, shard: ShardInfo) -> list[str]:
+def _check_sizes(store: Directory, shard: ShardInfo) -> list[str]:
     problems = []
     for suffix, expected in shard.files.items():
-        path = directory / f"{shard.name}{suffix}"
-        if not path.is_file():
-            problems.append(f"{path.name} is missing")
-        elif (size := path.stat().st_size) != expected["bytes"]:
-            problems.append(f"{path.name}: {size:,} bytes, the manifest says {expected['bytes']:,}")
+        size = store.size(f"{shard.name}{suffix}")
+        if size is None:
+            problems.append(f"{shard.name}{suffix} is missing")
+        elif size != expected["bytes"]:
+            problems.append(f"{shard.name}{suffix}: {size:,} bytes, the manifest says {expected['bytes']:,}")
     return problems
 
 
-def _check_bytes(directory: Path, shard: ShardInfo) -> list[str]:
+def _check_bytes(store: Directory, manifest: Manifest, shard: ShardInfo) -> list[str]:
     for suffix, expected in shard.files.items():
-        if digest_file(directory / f"{shard.name}{suffix}") != expected["xxh3_128"]:
+        digest = xxhash.xxh3_128()
+        largest = 0
+        with store.open(f"{shard.name}{suffix}") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                if suffix == ".bin":
+                    largest = max(largest, int(np.frombuffer(block, manifest.id_type).max()))
+        if digest.hexdigest() != expected["xxh3_128"]:
             return [f"{shard.name}{suffix}: its bytes are not those that were written (digests differ)"]
-    index = read_index(directory / f"{shard.name}.idx")
-    if len(index.lengths) != shard.documents or int(index.lengths.sum()) != shard.tokens:
+        if largest >= manifest.vocab_size:
+            return [f"{shard.name}{suffix}: holds id {largest:,}, the vocabulary ends at {manifest.vocab_size:,}"]
+    if ".idx" not in shard.files:
+        return []
+    index = parse_index(store.read(f"{shard.name}.idx"), f"{shard.name}.idx")
+    part = slice(shard.first_document, shard.first_document + shard.documents)
+    if len(index.lengths[part]) != shard.documents or int(index.lengths[part].sum()) != shard.tokens:
         return [f"{shard.name}.idx: its counts are not the manifest's"]
+    if not index.is_contiguous():
+        return [f"{shard.name}.idx: its documents do not follow one another in the .bin file"]
     return []
+
+
+def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int:
+    """Encode a sample of the input's documents again with `tokenizers` and compare ids and provenance.
+
+    Up to 32 tasks, spread over the input, are begun again; the first 64 documents of each are compared.
+
+    Args:
+        manifest: of local shards that `shards build` made.
+        inputs: where the input lies now; by default where it was.
+
+    Returns:
+        How many documents were compared.
+
+    Raises:
+        DataError: the input is gone or another one, or a document differs.
+    """
+    options = manifest.options
+    if "shard_tokens" not in options:
+        raise DataError(f"{manifest.directory}: was adopted, not built, so there is no input to compare it with.")
+    pieces = find_inputs(list(inputs) or manifest.inputs, options["suffix"])
+    tasks = list(enumerate(deal(pieces, options["shard_tokens"] * BYTES_PER_TOKEN)))
+    encoder = Encoder(Path(manifest.directory) / "tokenizer")
+    shards = {shard.name: shard for shard in manifest.shards}
+    compared = 0
+    for number, dealt in tasks[:: max(1, len(tasks) // _COMPARED_TASKS)]:
+        readers = {split: _documents_of(manifest, shards.get(f"{split}-{number:05d}")) for split in SPLITS}
+        for document in islice(_readable(dealt, options["text_field"]), _COMPARED_DOCUMENTS):
+            split = split_of(document, options["valid_fraction"])
+            stored = next(readers[split], None)
+            if stored is None or not _same(stored, document, encoder):
+                raise DataError(
+                    f"{manifest.directory}/{split}-{number:05d}: does not hold {document.repository} {document.path} "
+                    "of the input where it should. The input has changed since, or the shards have: build them again."
+                )
+            compared += 1
+    return compared
+
+
+def _readable(pieces: Sequence[Piece], text_field: str) -> Iterator[Document]:
+    for piece in pieces:
+        for read in read_documents(piece, text_field):
+            if not isinstance(read, BadDocument) and read.text:
+                yield read
+
+
+def _documents_of(manifest: Manifest, shard: ShardInfo | None) -> Iterator[tuple[np.ndarray, Document]]:
+    """Ids (with the end token) and provenance of a shard's documents in order."""
+    if shard is None:
+        return
+    ids = np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r")
+    index = read_index(manifest.path(shard, ".idx"))
+    path = manifest.path(shard, ".docs.parquet")
+    provenance = read_provenance(path.read_bytes(), str(path))
+    starts = index.offsets // index.dtype.itemsize
+    for start, length, document in zip(starts, index.lengths, provenance, strict=True):
+        yield ids[start : start + length], document
+
+
+def _same(stored: tuple[np.ndarray, Document], document: Document, encoder: Encoder) -> bool:
+    ids, provenance = stored
+    fields = ("repository", "path", "licence", "source")
+    return (
+        all(getattr(provenance, field) == getattr(document, field) for field in fields)
+        and int(ids[-1]) == encoder.eos_id
+        and np.array_equal(ids[:-1], encoder.encode(document.text))
+    )

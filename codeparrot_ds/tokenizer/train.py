@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.corpus.documents import Corpus
+from codeparrot_ds.corpus.inputs import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.files import (
     FORMAT_VERSION,

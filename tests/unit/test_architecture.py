@@ -16,6 +16,7 @@ PACKAGE = Path(codeparrot_ds.__file__).parent
 LAYERS = [
     ["errors"],
     ["files"],
+    ["storage"],
     ["jobs"],
     ["recipe"],
     ["run_directory"],

@@ -51,7 +51,7 @@ def test_usage_errors_exit_with_2() -> None:
         (["complete", "{tmp}", "x"], "codeparrot-ds convert"),
         (["status", "{tmp}"], "no run status here"),
         (["status", "{stdlib}/__init__.py"], "this run status cannot be read (Not a directory)"),
-        (["shards", "verify", "{stdlib}/__init__.py"], "cannot be read (Not a directory)"),
+        (["shards", "verify", "{stdlib}/__init__.py"], "no shards manifest here"),
         (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards', not of 'corpus'"),
         (
             ["shards", "build", "{data}/tokenizer", "--tokenizer", "{data}/tokenizer", "-o", "{tmp}/s"],

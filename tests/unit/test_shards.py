@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from codeparrot_ds.corpus.documents import Corpus, Document
+from codeparrot_ds.corpus.documents import Document
+from codeparrot_ds.corpus.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.files import MANIFEST, exclusive_lock
 from codeparrot_ds.shards.build import build, split_of
-from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for, read_index
+from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder
 
 
@@ -61,15 +63,22 @@ def test_an_independent_reader_finds_every_document_in_order(data: Path) -> None
 def test_ids_are_16_bit_while_the_vocabulary_fits(tmp_path: Path, vocab_size: int, name: str) -> None:
     dtype = dtype_for(vocab_size)
     assert dtype.name == name
-    writer = ShardWriter(tmp_path, "train-00000", "train", dtype)
     ids = [np.array([1, vocab_size - 1, 0]), np.array([0])]
-    for each in ids:
-        writer.append(each, Document("x", "r", "p", "", ""))
-    info = writer.finish()
-    assert info is not None
+    write_shard(tmp_path, "train-00000", ids, dtype)
     assert [a.tolist() for a in read_megatron(tmp_path / "train-00000")] == [a.tolist() for a in ids]
     assert read_index(tmp_path / "train-00000.idx").lengths.tolist() == [3, 1]
     assert not list(tmp_path.glob(".*"))
+
+
+def write_shard(directory: Path, name: str, documents: list[np.ndarray], dtype: np.dtype) -> ShardInfo:
+    """A shard of the split that its name starts with."""
+    with LocalDirectory(directory).scratch() as scratch:
+        writer = ShardWriter(scratch, name, name.partition("-")[0], dtype)
+        for ids in documents:
+            writer.append(ids.astype(dtype), np.array([len(ids)]), [Document("x", "r", "p", "", "")])
+        info = writer.finish()
+    assert info is not None
+    return info
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -80,15 +89,15 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_pat
     corpus = tmp_path / "corpus"
     shutil.copytree(data / "corpus", corpus)
     _split_corpus(corpus, 3)
-    one = build(corpus, data / "tokenizer", tmp_path / "one", valid_fraction=0.1, workers=1)
+    one = build(corpus, data / "tokenizer", tmp_path / "one", shard_tokens=1, valid_fraction=0.1, workers=1)
     assert len(one.split("train")) == 3
-    build(corpus, data / "tokenizer", tmp_path / "two", valid_fraction=0.1, workers=2)
+    build(corpus, data / "tokenizer", tmp_path / "two", shard_tokens=1, valid_fraction=0.1, workers=2)
     # Interrupted: two tasks done, the third half written, no manifest.
     broken = tmp_path / "broken"
     with pytest.raises(DataError):
         _build_with_damaged_last_file(corpus, data / "tokenizer", broken)
     assert not (broken / MANIFEST).exists()
-    build(corpus, data / "tokenizer", broken, valid_fraction=0.1, workers=1)
+    build(corpus, data / "tokenizer", broken, shard_tokens=1, valid_fraction=0.1, workers=1)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(broken)
 
 
@@ -96,7 +105,15 @@ def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, 
     """Three builds, two of them interrupted: a receipt must not outlive the shards that it speaks of."""
     output = tmp_path / "shards"
     manifest = build(data / "corpus", data / "tokenizer", output, valid_fraction=0.1, workers=1)
-    receipt = {"fingerprint": "of the first build", "shards": [dataclasses.asdict(s) for s in manifest.shards]}
+    assert manifest is not None
+    receipt = {
+        "fingerprint": "of the first build",
+        "encoder": Encoder(data / "tokenizer").label,
+        "shards": [dataclasses.asdict(shard) for shard in manifest.shards],
+        "read": 10,
+        "empty": 0,
+        "quarantined": [],
+    }
     (output / ".task-00000.json").write_text(json.dumps(receipt))
     (output / MANIFEST).unlink()
     build(data / "corpus", data / "tokenizer", output, valid_fraction=0.3, workers=1)
@@ -134,7 +151,7 @@ def _build_with_damaged_last_file(corpus: Path, tokenizer: Path, output: Path) -
     damaged[len(good) // 2 :] = bytes(len(good) - len(good) // 2)  # the same size, so that opening does not tell
     last.write_bytes(damaged)
     try:
-        build(corpus, tokenizer, output, valid_fraction=0.1, workers=1)
+        build(corpus, tokenizer, output, shard_tokens=1, valid_fraction=0.1, workers=1)
     finally:
         last.write_bytes(good)
 
@@ -199,7 +216,7 @@ def test_two_shards_that_have_changed_places_are_found(tmp_path: Path, data: Pat
     corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
     _split_corpus(corpus, 2)
     shards = tmp_path / "shards"
-    build(corpus, data / "tokenizer", shards, valid_fraction=0.1, workers=1)
+    build(corpus, data / "tokenizer", shards, shard_tokens=1, valid_fraction=0.1, workers=1)
     manifest = json.loads((shards / MANIFEST).read_text())
     first, second = (shards / f"train-0000{n}.bin" for n in (0, 1))
     content = first.read_bytes(), second.read_bytes()
@@ -239,10 +256,8 @@ def test_packed_sequences_use_every_token_once_across_shards(data: Path, tmp_pat
     pieces = [rng.integers(0, 300, n).astype("<u2") for n in (10, 1, 57, 33)]
     infos = []
     for number, ids in enumerate(pieces):
-        writer = ShardWriter(tmp_path, f"train-{number:05d}", "train", np.dtype("<u2"))
-        writer.append(ids, Document("x", "r", "p", "", ""))
-        infos.append(writer.finish())
-    manifest = Manifest(tmp_path, 300, 0, "", "", "", {}, tuple(infos), "uint16")
+        infos.append(write_shard(tmp_path, f"train-{number:05d}", [ids], np.dtype("<u2")))
+    manifest = Manifest(tmp_path, 300, 0, "", "uint16", tuple(infos))
     stream = np.concatenate(pieces)
     packed = PackedSequences(manifest, "train", 8)
     assert len(packed) == (len(stream) - 1) // 8 == 12

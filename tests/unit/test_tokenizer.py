@@ -21,18 +21,18 @@ def encoder(data: Path) -> Encoder:
 def test_the_end_token_is_id_0_and_all_bytes_are_there(encoder: Encoder) -> None:
     assert encoder.eos_id == 0
     assert encoder.vocab_size == VOCAB_SIZE
-    assert all(len(encoder.encode_batch([chr(code)])[0]) >= 1 for code in range(1, 0x250))
+    assert all(len(encoder.encode(chr(code))) >= 1 for code in range(1, 0x250))
 
 
 @settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(encoder: Encoder, text: str) -> None:
-    (ids,) = encoder.encode_batch([text])
+    ids = encoder.encode(text)
     assert encoder.decode(ids) == text
 
 
 def test_a_literal_end_token_in_a_document_is_text(encoder: Encoder) -> None:
-    (ids,) = encoder.encode_batch([f"a{EOS_TOKEN}b"])
+    ids = encoder.encode(f"a{EOS_TOKEN}b")
     assert encoder.eos_id not in ids
     assert encoder.decode(ids) == f"a{EOS_TOKEN}b"
 
@@ -42,7 +42,7 @@ def test_transformers_reads_it_with_the_same_ids(encoder: Encoder, data: Path) -
 
     text = "def area(width, height):\n\treturn width * height  # ¬é🦜\n"
     loaded = AutoTokenizer.from_pretrained(data / "tokenizer")
-    assert loaded(text).input_ids == encoder.encode_batch([text])[0].tolist()
+    assert loaded(text).input_ids == encoder.encode(text).tolist()
     assert loaded.decode(loaded("x  ,  y !").input_ids) == "x  ,  y !"
     assert (loaded.eos_token, loaded.eos_token_id, len(loaded)) == (EOS_TOKEN, 0, VOCAB_SIZE)
 
@@ -66,5 +66,8 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
         Encoder(tmp_path / "absent")
 
 
-def test_ids_are_int32(encoder: Encoder) -> None:
-    assert encoder.encode_batch(["x"])[0].dtype == np.int32
+def test_texts_end_to_end_and_where_they_end(encoder: Encoder) -> None:
+    texts = ["def f():", "", "x", "\n\n"]
+    ids, ends = encoder.encode_flat(texts)
+    assert ids.dtype == np.uint32
+    assert [part.tolist() for part in np.split(ids, ends[:-1])] == [encoder.encode(text).tolist() for text in texts]

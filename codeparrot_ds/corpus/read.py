@@ -1,0 +1,346 @@
+"""Read documents from whatever they come in: source files, JSON Lines (plain, gzip, zstandard), parquet, the Hub.
+
+Everything streams: memory is a block, a line and a document. What cannot be read becomes a `BadDocument` in its
+place; who reads decides whether that ends the work.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import msgspec
+
+from codeparrot_ds.corpus.documents import (
+    PROVENANCE_FIELDS,
+    BadDocument,
+    Document,
+    document_from_row,
+    make_document,
+)
+from codeparrot_ds.errors import DataError
+from codeparrot_ds.storage import filesystem, is_remote
+
+MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; a longer one is a data dump, not source code
+_BLOCK_BYTES = 1 << 18  # decompresses fastest: the block stays in the second-level cache
+_ROWS = 64  # of a parquet file at a time
+
+Read = Document | BadDocument
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A stretch of input that one task reads: a whole file, or a part of one where its format can be split.
+
+    Attributes:
+        address: path, fsspec URL, or "hub:NAME".
+        name: how messages, provenance and manifests call it: its path below the argument it was found by.
+        kind: "file" (one document), "jsonl", "parquet" or "hub".
+        size: bytes of the whole file; 0 when unknown.
+        start: first byte (jsonl), row group (parquet) or part (hub) of the stretch.
+        stop: one past the last; None for the end.
+        stamp: changes when the file does: its modification time or the store's own tag.
+        digest: xxh3-128 of the file, where a manifest says it.
+        repository: of a "file".
+    """
+
+    address: str
+    name: str
+    kind: str
+    size: int
+    start: int = 0
+    stop: int | None = None
+    stamp: str = ""
+    digest: str = ""
+    repository: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole file."""
+        return self.start == 0 and self.stop is None
+
+
+def read_documents(piece: Piece, text_field: str = "content") -> Iterator[Read]:
+    """The documents of `piece` in order, with a BadDocument in the place of each that cannot be read.
+
+    Raises DataError, with the file's name, when the file is not there, or is none of its kind.
+    """
+    try:
+        yield from _READERS[piece.kind](piece, text_field)
+    except OSError as error:
+        if error.errno is None and not isinstance(error, FileNotFoundError):
+            raise  # not the operating system's word: the readers have named what they expect
+        raise DataError(
+            f"{piece.address}: cannot be read ({error.strerror or error}). Mend that and run the same command again."
+        ) from error
+
+
+@contextmanager
+def open_binary(address: str) -> Iterator[IO[bytes]]:
+    """The bytes of a local or remote file as they lie there."""
+    if is_remote(address):
+        fs, path = filesystem(address)
+        with fs.open(path, "rb", cache_type="readahead") as file:
+            yield file
+    else:
+        with open(address, "rb", buffering=0) as file:
+            yield file
+
+
+def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
+    """The decompressed content, a block at a time. Raises EOFError, OSError or the library's error on damage."""
+    suffix = PurePosixPath(piece.address).suffix
+    if suffix == ".gz":
+        from isal import igzip
+
+        with igzip.IGzipFile(fileobj=file, mode="rb") as content:
+            while block := content.read(_BLOCK_BYTES):
+                yield block
+    elif suffix in (".zst", ".zstd"):
+        import zstandard
+
+        if piece.size == 0:
+            return
+        with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as content:
+            while block := content.read(_BLOCK_BYTES):
+                yield block
+    else:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+class _TooLong(msgspec.Struct):
+    """Stands for a line over MAX_DOCUMENT_BYTES, which is never held in memory."""
+
+    size: int
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes | _TooLong]]:
+    """Lists of whole lines, without their ends. A line may span many blocks; a too long one is only measured."""
+    held: list[bytes] = []
+    size = 0
+    for block in blocks:
+        first, *rest = block.split(b"\n")
+        if size <= MAX_DOCUMENT_BYTES:
+            held.append(first)
+        size += len(first)
+        if not rest:
+            continue
+        yield [b"".join(held) if size <= MAX_DOCUMENT_BYTES else _TooLong(size), *rest[:-1]]
+        held, size = [rest[-1]], len(rest[-1])
+    yield [b"".join(held) if size <= MAX_DOCUMENT_BYTES else _TooLong(size)]
+
+
+def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
+    """One document a line. A stretch of bytes holds the lines that start in it."""
+    decode = _row_decoder(text_field)
+    file_name = PurePosixPath(piece.name).name
+    number, offset = 0, piece.start  # of lines before the one at hand in this stretch, and the byte it starts at
+    with open_binary(piece.address) as file:
+        if piece.start > 0:
+            offset = _seek_line(file, piece.start)
+        try:
+            for lines in _lines(_blocks(piece, file)):
+                for line in lines:
+                    if piece.stop is not None and offset >= piece.stop:
+                        return
+                    number += 1
+                    # In the middle of a file the number of lines before is not known, but the byte is.
+                    place = f"#{number}" if piece.whole else f"@{offset}"
+                    where = f"{piece.address}:{number}" if piece.whole else f"{piece.address} at byte {offset:,}"
+                    if isinstance(line, _TooLong):
+                        yield BadDocument(where, f"a line of {line.size:,} bytes; {MAX_DOCUMENT_BYTES:,} are the most")
+                        offset += line.size + 1
+                        continue
+                    offset += len(line) + 1
+                    if not line or line.isspace():
+                        continue
+                    try:
+                        row = decode(line)
+                    except (ValueError, RecursionError):
+                        yield _parse_slowly(line, text_field, where, file_name + place)
+                    else:
+                        yield make_document(row.text, row.field, where, file_name + place)
+        except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's or the network's fault, not the file's
+            kind = {".gz": "gzip"}.get(PurePosixPath(piece.address).suffix, "zstandard")
+            yield BadDocument(
+                piece.address,
+                f"damaged {kind} data after line {number} ({error}); the copy is incomplete: copy it again",
+            )
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _seek_line(file: IO[bytes], start: int) -> int:
+    """Move to the first line that starts at byte `start` or later and return its offset."""
+    file.seek(start - 1)
+    offset = start - 1
+    while block := file.read(_BLOCK_BYTES):
+        end = block.find(b"\n")
+        if end >= 0:
+            file.seek(offset + end + 1)
+            return offset + end + 1
+        offset += len(block)
+    return offset
+
+
+class _Row(msgspec.Struct):
+    """Base of the rows that `_row_decoder` makes for a text field."""
+
+    def field(self, name: str) -> Any:
+        """Value of a field, None where the row has none."""
+        return getattr(self, name, None)
+
+
+@lru_cache(maxsize=8)
+def _row_decoder(text_field: str) -> Any:
+    """msgspec's decoder of one JSON line: it builds the text and the provenance, and skips all other fields."""
+    provenance = [name for names in PROVENANCE_FIELDS.values() for name in names if name != text_field]
+    row = msgspec.defstruct(
+        "Row",
+        [("text", str), *((name, Any, None) for name in provenance)],
+        bases=(_Row,),
+        rename=lambda name: text_field if name == "text" else name,
+    )
+    return msgspec.json.Decoder(row).decode
+
+
+def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:
+    """What the standard library says of a line that msgspec refuses: it reads NaN and a byte-order mark, and where
+    it fails its message is the clearer one."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return BadDocument(where, f"not valid JSON in UTF-8 ({error})")
+    except RecursionError:
+        return BadDocument(where, "nested too deeply")
+    if not isinstance(row, dict):
+        return BadDocument(where, f"a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+    return document_from_row(row, text_field, where, number)
+
+
+def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
+    """One file, one document."""
+    if piece.size > MAX_DOCUMENT_BYTES:
+        yield BadDocument(piece.address, f"{piece.size:,} bytes; {MAX_DOCUMENT_BYTES:,} are the most for one document")
+        return
+    with open_binary(piece.address) as file:
+        data = file.read()
+    try:
+        yield Document(data.decode(), piece.repository, piece.name, "", "directory")
+    except UnicodeDecodeError as error:
+        yield BadDocument(piece.address, f"not UTF-8 (byte {error.start:,}: {error.reason})")
+
+
+def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
+    """One document a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_binary(piece.address) as raw:
+        try:
+            table = pq.ParquetFile(raw, pre_buffer=False)
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise DataError(
+                    f"{piece.address}: no column {text_field!r}; its columns are {', '.join(map(repr, names))}. "
+                    "Name the one that holds the text: --text-field NAME."
+                )
+            stop = table.num_row_groups if piece.stop is None else piece.stop
+            groups = list(range(piece.start, stop))
+            number = sum(table.metadata.row_group(g).num_rows for g in range(piece.start))
+            known = {name for aliases in PROVENANCE_FIELDS.values() for name in aliases}
+            columns = [text_field, *(name for name in names if name in known and name != text_field)]
+            for batch in table.iter_batches(_ROWS, row_groups=groups, columns=columns):
+                for row in _rows(batch):
+                    number += 1
+                    where = f"{piece.address} row {number:,}"
+                    if isinstance(row, str):
+                        yield BadDocument(where, row)
+                    else:
+                        yield document_from_row(row, text_field, where, f"{PurePosixPath(piece.name).name}#{number}")
+        except pa.ArrowException as error:
+            raise DataError(f"{piece.address}: damaged parquet ({error}). Copy the file again.") from None
+        except OSError as error:  # pyarrow's word for a damaged page
+            if error.errno is not None:
+                raise
+            raise DataError(f"{piece.address}: damaged parquet ({error}). Copy the file again.") from None
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch; a string says why one cannot be read."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield f"not UTF-8 ({error.reason})"
+
+
+def _read_hub(piece: Piece, text_field: str) -> Iterator[Read]:
+    """One document an example of a streamed Hub dataset; the stretch is one of its parts."""
+    dataset = open_hub_dataset(piece.address)
+    assert piece.stop is not None
+    part = dataset.shard(num_shards=piece.stop, index=piece.start)
+    for number, row in enumerate(part, start=1):
+        where = f"{piece.address} part {piece.start} example {number:,}"
+        yield document_from_row(row, text_field, where, f"{piece.name}#{piece.start}.{number}")
+
+
+def open_hub_dataset(address: str) -> Any:
+    """The `datasets.IterableDataset` of "hub:NAME", "hub:NAME?split=train&config=C&revision=R". Raises DataError.
+
+    NAME is a dataset of the Hub, or a local directory that `datasets` understands. No code of the dataset is run.
+    """
+    from urllib.parse import parse_qsl
+
+    from datasets import load_dataset
+
+    name, _, query = address.removeprefix("hub:").partition("?")
+    options = dict(parse_qsl(query))
+    unknown = sorted(set(options) - {"split", "config", "revision"})
+    if unknown:
+        raise DataError(f"{address}: unknown option {unknown[0]!r}; split, config and revision are known.")
+    try:
+        return load_dataset(
+            name,
+            options.get("config"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+            streaming=True,
+        )
+    except Exception as error:  # datasets raises errors of many libraries for one fact: it cannot be opened
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{address}: this dataset cannot be opened ({type(error).__name__}: {reason}). Check its name, split and "
+            "configuration, the network, and for a private one `hf auth login`."
+        ) from error
+
+
+_READERS = {"jsonl": _read_jsonl, "file": _read_file, "parquet": _read_parquet, "hub": _read_hub}
+
+
+def read_local(file: Path, text_field: str = "content") -> Iterator[Document]:
+    """The documents of one local file. Raises DataError at the first that cannot be read."""
+    for read in read_documents(Piece(str(file), file.name, "jsonl", file.stat().st_size), text_field):
+        yield require_document(read)
+
+
+def require_document(read: Read) -> Document:
+    """`read` if it is a document. Raises DataError otherwise."""
+    if isinstance(read, BadDocument):
+        raise DataError(
+            f"{read.where}: not a document: {read.reason}. Mend or remove it, or leave such documents out by name "
+            "with --on-bad-document skip."
+        )
+    return read

@@ -1,0 +1,247 @@
+"""Where results go: a directory on a disk, or one in an object store that fsspec knows (s3://, hf://, gs://, …).
+
+Both offer the same few calls, and in both a file is whole or absent under its name.
+"""
+
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import flush_to_disk, make_directory
+
+Address = str | Path
+
+
+def is_remote(address: Address) -> bool:
+    """Whether `address` is an fsspec URL rather than a path."""
+    return isinstance(address, str) and "://" in address
+
+
+def filesystem(address: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. Raises ConfigError when its package is missing."""
+    import fsspec
+
+    protocol = address.partition("://")[0]
+    try:
+        fs, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise ConfigError(
+            f"{address}: {protocol}:// needs a package that is not installed ({error}). "
+            f"Install it, e.g. `pip install {_PACKAGES.get(protocol, 'fsspec[' + protocol + ']')}`."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{address}: no file system of this name ({error}).") from None
+    return fs, path
+
+
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+class LocalDirectory:
+    """A directory on a disk of this machine, or on one that it shares with others."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def make(self) -> None:
+        """Create it and see that files can be made in it. Raises ConfigError."""
+        make_directory(self.path)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """Names of the files in it, sorted; none when it does not exist."""
+        return sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading. Raises DataError when it is missing."""
+        try:
+            return open(self.path / name, "rb")
+        except FileNotFoundError:
+            raise DataError(f"{self.path / name}: no such file. Copy it again, or make it again.") from None
+
+    def read(self, name: str) -> bytes:
+        """The whole content of a file. Raises DataError when it is missing."""
+        with self.open(name) as file:
+            return file.read()
+
+    @contextmanager
+    def scratch(self) -> Iterator["Scratch"]:
+        """A place for files that are not whole yet. What is not published goes when the block ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        scratch = Scratch(self, self.path, f".{secrets.token_hex(8)}")
+        try:
+            yield scratch
+        finally:
+            scratch.clear()
+
+    def publish(self, files: dict[str, Path]) -> None:
+        """Give finished local files their names. They are durable when this returns."""
+        for path in files.values():
+            flush_to_disk(path)
+        for name, path in files.items():
+            path.replace(self.path / name)
+        flush_to_disk(self.path)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or absent; several processes may do so at once."""
+        (self.path / name).parent.mkdir(exist_ok=True)
+        with self.scratch() as scratch:
+            beside = scratch.path("write")
+            beside.write_bytes(data)
+            self.publish({name: beside})
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove the scratch files of processes that were killed."""
+        for path in self.path.glob(f".*{_SCRATCH_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+class RemoteDirectory:
+    """A prefix in an object store. A file appears when its upload is complete."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.address
+
+    @cached_property
+    def _fs_and_root(self) -> tuple[Any, str]:
+        return filesystem(self.address)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"address": self.address}  # connections stay in the process that made them
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        fs, root = self._fs_and_root
+        return fs, f"{root}/{name}"
+
+    def make(self) -> None:
+        """See that files can be made in it. Raises ConfigError."""
+        probe = f".write-probe-{secrets.token_hex(8)}"
+        try:
+            fs, path = self._at(probe)
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.write(probe, b"")
+            self.remove(probe)
+        except ConfigError:
+            raise
+        except Exception as error:  # each store has errors of its own
+            raise ConfigError(
+                f"{self.address}: cannot write here ({type(error).__name__}: {error}). Check the address and the "
+                "credentials in the environment."
+            ) from error
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        fs, path = self._at(name)
+        fs.invalidate_cache()
+        try:
+            return int(fs.info(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """Names of the files in it, sorted; none when it does not exist."""
+        fs, root = self._fs_and_root
+        fs.invalidate_cache()
+        try:
+            return sorted(path.rpartition("/")[2] for path in fs.ls(root, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading. Raises DataError when it is missing."""
+        fs, path = self._at(name)
+        try:
+            return fs.open(path, "rb")
+        except FileNotFoundError:
+            raise DataError(f"{self.address}/{name}: no such file. Copy it again, or make it again.") from None
+
+    def read(self, name: str) -> bytes:
+        """The whole content of a file. Raises DataError when it is missing."""
+        with self.open(name) as file:
+            return file.read()
+
+    @contextmanager
+    def scratch(self) -> Iterator["Scratch"]:
+        """A local place for files that are not whole yet."""
+        with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as directory:
+            yield Scratch(self, Path(directory), "")
+
+    def publish(self, files: dict[str, Path]) -> None:
+        """Upload finished local files under their names."""
+        for name, path in files.items():
+            fs, target = self._at(name)
+            fs.put_file(str(path), target)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or absent."""
+        fs, path = self._at(name)
+        fs.pipe_file(path, data)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        fs, path = self._at(name)
+        if self.exists(name):
+            fs.rm_file(path)
+
+    def remove_leftovers(self) -> None:
+        """Nothing: unfinished uploads do not appear."""
+
+
+Directory = LocalDirectory | RemoteDirectory
+_SCRATCH_SUFFIX = ".tmp"
+
+
+class Scratch:
+    """Local files on their way into a `Directory`. Their names are unique: a task may run twice at once."""
+
+    def __init__(self, target: Directory, directory: Path, prefix: str) -> None:
+        self.target = target
+        self._directory, self._prefix = directory, prefix
+        self._paths: dict[str, Path] = {}
+
+    def path(self, name: str) -> Path:
+        """Where to write the file that will be called `name`."""
+        return self._paths.setdefault(name, self._directory / f"{self._prefix}-{name}{_SCRATCH_SUFFIX}")
+
+    def clear(self) -> None:
+        """Remove what was not published."""
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
+
+
+def open_directory(address: Address) -> Directory:
+    """The directory at a path or URL; nothing is created."""
+    if is_remote(address):
+        if str(address).startswith(("file://", "local://")):
+            return LocalDirectory(Path(str(address).partition("://")[2]))
+        return RemoteDirectory(str(address))
+    return LocalDirectory(Path(address))
