@@ -163,6 +163,7 @@ def shards_build(
     json_output: JsonOption = False,
 ) -> None:
     """Encode documents into shards. Run again, it goes on where it stopped."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
     from codeparrot_ds.jobs import Slice, say, slice_from_environment
     from codeparrot_ds.shards.build import build
 

@@ -6,6 +6,7 @@ the tasks that are done.
 """
 
 import ctypes
+import importlib
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any, TypeVar
 
 from codeparrot_ds.errors import ClusterError, ConfigError
@@ -55,7 +58,7 @@ def run_tasks(
     workers: int,
     *,
     engine: str = "local",
-    preload: Sequence[str] = (),
+    preload: str | None = None,
 ) -> Iterator[Result]:
     """Yield `function(task)` of every task as they finish.
 
@@ -64,7 +67,7 @@ def run_tasks(
         tasks: picklable.
         workers: local processes; one runs the tasks in this process. Ray takes what CPUs its cluster has.
         engine: "local" or "ray".
-        preload: modules that local workers share instead of importing each its own.
+        preload: a module that local workers share instead of importing each its own.
 
     Raises:
         ClusterError: a worker was killed, or Ray gave a task up.
@@ -80,16 +83,13 @@ def run_tasks(
 
 def run_apart(function: Callable[[Item], Result], task: Item) -> Result:
     """`function(task)` in a process of its own, whose memory goes back to the system afterwards."""
-    return next(_run_locally(function, [task], 1, ()))
+    return next(_run_locally(function, [task], 1, None))
 
 
 def _run_locally(
-    function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, preload: Sequence[str]
+    function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, preload: str | None
 ) -> Iterator[Result]:
-    # A fork of this process would inherit locks of its threads; the fork server is a clean one, and cheaper than spawn.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(preload), initializer=_start_worker)
     waiting: set[Future[Result]] = set()
     remaining = iter(tasks)
     with pool:
@@ -112,6 +112,27 @@ def _run_locally(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _context(preload: str | None) -> BaseContext:
+    """How workers start: they share what `preload` imports.
+
+    A fork inherits locks that other threads hold at that moment. With this thread alone there are none, and workers
+    fork from this process; otherwise from a fork server, a clean process that costs as much as a start of Python.
+    """
+    if _threads() == 1:
+        if preload is not None:
+            importlib.import_module(preload)
+        return get_context("fork")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([preload] if preload is not None else [])
+    return context
+
+
+def _threads() -> int | None:
+    """Threads of this process, those of libraries included; None where the system does not say."""
+    tasks = Path("/proc/self/task")
+    return sum(1 for _ in tasks.iterdir()) if tasks.is_dir() else None
 
 
 def _start_worker() -> None:

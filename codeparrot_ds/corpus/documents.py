@@ -1,7 +1,8 @@
 """What a document is, what a bad one is, and under which field names the world keeps them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -17,8 +18,12 @@ PROVENANCE_FIELDS: dict[str, tuple[str, ...]] = {
     "source": ("source",),
 }
 
+PROVENANCE_NAMES = [name for names in PROVENANCE_FIELDS.values() for name in names]
+_ENDS = list(accumulate(map(len, PROVENANCE_FIELDS.values())))
+_PLACES = [range(start, end) for start, end in pairwise([0, *_ENDS])]  # of each field's names in PROVENANCE_NAMES
 
-class Document(msgspec.Struct, frozen=True, order=True):
+
+class Document(msgspec.Struct, frozen=True, order=True, gc=False):
     """One source file with its provenance.
 
     Attributes:
@@ -74,29 +79,29 @@ def document_from_row(row: Mapping[str, Any], text_field: str, where: str, numbe
     text = row[text_field]
     if not isinstance(text, str):
         return BadDocument(where, f"field {text_field!r} is of type {type(text).__name__}, not text")
-    return make_document(text, lambda name: row.get(name), where, number)
-
-
-def make_document(text: str, field: Callable[[str], Any], where: str, number: str) -> Document | BadDocument:
-    """A document of `text` with the provenance that `field` (name to value or None) knows."""
-    found = []
-    for names in PROVENANCE_FIELDS.values():
-        for name in names:
-            if value := field(name):
-                found.append(value if isinstance(value, str) else _as_text(value))
-                break
-        else:
-            found.append("")
-    repository, path, licence, source = found
-    document = Document(text, repository, path or number, licence, source)
+    document = make_document(text, [row.get(name) for name in PROVENANCE_NAMES], lambda: number)
     try:
-        for string in (text, repository, path, licence, source):
-            if not string.isascii():
-                string.encode()
+        for string in (text, document.repository, document.path, document.licence, document.source):
+            string.encode()
     except UnicodeEncodeError as error:
         return BadDocument(where, f"a lone surrogate, which is no character (at position {error.start} of a field)")
     return document
 
 
-def _as_text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def make_document(text: str, provenance: Sequence[Any], place: Callable[[], str]) -> Document:
+    """A document of `text` and the values, None where there is none, of the `PROVENANCE_NAMES`.
+
+    `place` is asked for the document's path where none of the values says it.
+    """
+    repository, path, licence, source = (_first(provenance, places) for places in _PLACES)
+    return Document(text, repository, path or place(), licence, source)
+
+
+def _first(values: Sequence[Any], places: range) -> str:
+    """The first of these values that says something, as text."""
+    for place in places:
+        if value := values[place]:
+            if isinstance(value, str):
+                return value
+            return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ""

@@ -15,7 +15,7 @@ from typing import IO, Any
 import msgspec
 
 from codeparrot_ds.corpus.documents import (
-    PROVENANCE_FIELDS,
+    PROVENANCE_NAMES,
     BadDocument,
     Document,
     document_from_row,
@@ -136,8 +136,15 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes | _TooLong]]:
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
     """One document a line. A stretch of bytes holds the lines that start in it."""
     decode = _row_decoder(text_field)
-    file_name = PurePosixPath(piece.name).name
-    number, offset = 0, piece.start  # of lines before the one at hand in this stretch, and the byte it starts at
+    number, offset = 0, piece.start  # the line at hand, from 1, and the byte it starts at
+
+    def where() -> str:
+        # In the middle of a file the number of lines before is not known, but the byte is.
+        return f"{piece.address}:{number}" if piece.whole else f"{piece.address} at byte {offset:,}"
+
+    def place() -> str:
+        return f"{PurePosixPath(piece.name).name}{f'#{number}' if piece.whole else f'@{offset}'}"
+
     with open_binary(piece.address) as file:
         if piece.start > 0:
             offset = _seek_line(file, piece.start)
@@ -147,22 +154,19 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
                     if piece.stop is not None and offset >= piece.stop:
                         return
                     number += 1
-                    # In the middle of a file the number of lines before is not known, but the byte is.
-                    place = f"#{number}" if piece.whole else f"@{offset}"
-                    where = f"{piece.address}:{number}" if piece.whole else f"{piece.address} at byte {offset:,}"
                     if isinstance(line, _TooLong):
-                        yield BadDocument(where, f"a line of {line.size:,} bytes; {MAX_DOCUMENT_BYTES:,} are the most")
+                        most = f"{MAX_DOCUMENT_BYTES:,} are the most for one document"
+                        yield BadDocument(where(), f"a line of {line.size:,} bytes; {most}")
                         offset += line.size + 1
                         continue
+                    if line and not line.isspace():
+                        try:
+                            text, *provenance = msgspec.structs.astuple(decode(line))
+                        except (ValueError, RecursionError):
+                            yield _parse_slowly(line, text_field, where(), place())
+                        else:
+                            yield make_document(text, provenance, place)
                     offset += len(line) + 1
-                    if not line or line.isspace():
-                        continue
-                    try:
-                        row = decode(line)
-                    except (ValueError, RecursionError):
-                        yield _parse_slowly(line, text_field, where, file_name + place)
-                    else:
-                        yield make_document(row.text, row.field, where, file_name + place)
         except (EOFError, OSError, zlib.error, _zstd_error()) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's or the network's fault, not the file's
@@ -192,23 +196,18 @@ def _seek_line(file: IO[bytes], start: int) -> int:
     return offset
 
 
-class _Row(msgspec.Struct):
-    """Base of the rows that `_row_decoder` makes for a text field."""
-
-    def field(self, name: str) -> Any:
-        """Value of a field, None where the row has none."""
-        return getattr(self, name, None)
+_ROW_ATTRIBUTES = ["text", *(f"field_{i}" for i in range(len(PROVENANCE_NAMES)))]
 
 
 @lru_cache(maxsize=8)
 def _row_decoder(text_field: str) -> Any:
     """msgspec's decoder of one JSON line: it builds the text and the provenance, and skips all other fields."""
-    provenance = [name for names in PROVENANCE_FIELDS.values() for name in names if name != text_field]
+    names = [name if name != text_field else "\0" for name in PROVENANCE_NAMES]  # a field is the one or the other
     row = msgspec.defstruct(
         "Row",
-        [("text", str), *((name, Any, None) for name in provenance)],
-        bases=(_Row,),
-        rename=lambda name: text_field if name == "text" else name,
+        [(_ROW_ATTRIBUTES[0], str), *((name, Any, None) for name in _ROW_ATTRIBUTES[1:])],
+        rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
+        gc=False,
     )
     return msgspec.json.Decoder(row).decode
 
@@ -257,8 +256,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
             stop = table.num_row_groups if piece.stop is None else piece.stop
             groups = list(range(piece.start, stop))
             number = sum(table.metadata.row_group(g).num_rows for g in range(piece.start))
-            known = {name for aliases in PROVENANCE_FIELDS.values() for name in aliases}
-            columns = [text_field, *(name for name in names if name in known and name != text_field)]
+            columns = [text_field, *(name for name in names if name in PROVENANCE_NAMES and name != text_field)]
             for batch in table.iter_batches(_ROWS, row_groups=groups, columns=columns):
                 for row in _rows(batch):
                     number += 1

@@ -36,9 +36,10 @@ _TASKS = 64  # wanted where the shards' size is left to us
 _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 2_000_000, 128_000_000
 _DIGEST_SPACE = 1 << 32
 _REFEREE_EVERY = 1000  # documents, about: encoded again by the referee
+_REFEREE_CHARACTERS = 1 << 16  # at most: it takes 150 bytes of memory and half a microsecond for each
 _LISTED_SOURCES = 10_000
 _SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # of real documents in the proof, a file each
-_PRELOAD = ("codeparrot_ds.shards.build", "pyarrow.parquet", "tokenizers", "fastokens", "isal.igzip")
+_PRELOAD = "codeparrot_ds.shards.preload"
 
 
 class _Task(msgspec.Struct, frozen=True):
@@ -166,6 +167,7 @@ def build(
         labels = _trusted_labels(chosen, referee)
         open_tasks = [task for task in (part.of(tasks) if part else tasks) if _read_receipt(task, labels) is None]
         done = len(tasks) - len(open_tasks) if part is None else 0
+        os.environ["CODEPARROT_DS_PRELOAD_TOKENIZER"] = f"{tokenizer.resolve()}\n{referee.digest}\n{chosen}"
         results = run_tasks(_build_one, open_tasks, workers or _cores(), engine=engine, preload=_PRELOAD)
         for _ in progress(results, "encoding", len(open_tasks) + done, "shard", done):
             pass
@@ -277,10 +279,14 @@ def _encoder(tokenizer: Path, digest: str, name: str) -> Encoder | FastEncoder:
     return FastEncoder(tokenizer) if name == "fastokens" else _referee(tokenizer, digest)
 
 
+def load_encoders(tokenizer: Path, digest: str, name: str) -> tuple[Encoder, Encoder | FastEncoder]:
+    """The referee and the encoder of this name, loaded once a process. Raises DataError for another tokenizer."""
+    return _referee(tokenizer, digest), _encoder(tokenizer, digest, name)
+
+
 def _build_one(task: _Task) -> int:
     """Make a task's shards and then its receipt, and return its number."""
-    referee = _referee(task.tokenizer, task.tokenizer_digest)
-    encoder = _encoder(task.tokenizer, task.tokenizer_digest, task.encoder)
+    referee, encoder = load_encoders(task.tokenizer, task.tokenizer_digest, task.encoder)
     task.output.remove(task.receipt)  # of other inputs: it must not outlive the shards that it speaks of
     receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
     with task.output.scratch() as scratch, ExitStack() as stack:
@@ -338,7 +344,7 @@ class _Split:
     def append(self, document: Document, digest: int) -> None:
         """Add a document; `digest` is that of its content."""
         # Bits that neither the split nor a sampled corpus looks at.
-        if (digest >> 48) % _REFEREE_EVERY == 0:
+        if (digest >> 48) % _REFEREE_EVERY == 0 and len(document.text) <= _REFEREE_CHARACTERS:
             self._checked.append(len(self._documents))
         self._documents.append(document)
         self._characters += len(document.text)
@@ -355,13 +361,10 @@ class _Split:
         for i in self._checked:
             self._check(documents[i], ids[starts[i] : ends[i]])
         assert not len(ids) or int(ids.max()) < self._referee.vocab_size, f"{self._encoder.label}: impossible id"
-        # An end token behind each document: document i moves i places up.
         ended = np.empty(len(ids) + len(documents), self._dtype)
-        places = ends + np.arange(len(documents))
-        ended[places] = self._referee.eos_id
-        rest = np.ones(len(ended), bool)
-        rest[places] = False
-        ended[rest] = ids
+        for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            ended[start + i : end + i] = ids[start:end]
+            ended[end + i] = self._referee.eos_id
         self.writer.append(ended, (ends - starts + 1).astype(np.int32), documents)
         self._documents, self._characters, self._checked = [], 0, []
 

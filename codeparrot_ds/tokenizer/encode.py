@@ -83,10 +83,12 @@ class FastEncoder:
         self._tokenizer = fastokens.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._start_pool()
+        self._started = False
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Encoder.encode_flat`."""
+        if not self._started:
+            self._start_pool()
         ids, offsets = self._tokenizer.encode_batch_flat(texts, False, True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64)
 
@@ -97,11 +99,12 @@ class FastEncoder:
     def _start_pool(self) -> None:
         """Start the library's thread pool while this thread may use one CPU only, then lift that limit again.
 
-        The pool takes a thread for each CPU it sees when it starts, and has no setting that holds. Measured on two
-        cores: 560 MB/s a CPU-second with one thread, 330 to 480 with two.
+        Not before the first use, for a pool does not survive a fork. It takes a thread for each CPU that it sees when
+        it starts, and no setting of its own holds. Measured on two cores: 560 MB in a CPU-second with one thread, 330
+        to 480 MB with two.
         """
+        self._started = True
         if not hasattr(os, "sched_setaffinity"):
-            self.encode_flat(["start"])
             return
         allowed = os.sched_getaffinity(0)
         before = _threads()
