@@ -206,6 +206,57 @@ def shards_verify(
     _print_shards(manifest, json_output, {} if compared is None else {"compared with the input": compared})
 
 
+@shards_app.command("inspect")
+def shards_inspect(
+    source: Annotated[Path, typer.Argument(help="Shard directory, or a recipe.")],
+    sequence: Annotated[int | None, typer.Option(help="Number of a sequence.", min=0)] = None,
+    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    seq_len: Annotated[int | None, typer.Option(help="Tokens; of a recipe by default, else 1,024.", min=1)] = None,
+    step: Annotated[int | None, typer.Option(help="Of a recipe: what this optimizer step reads.", min=0)] = None,
+    rank: Annotated[int | None, typer.Option(help="Only this rank's part of the step.", min=0)] = None,
+    world_size: Annotated[int, typer.Option(help="Ranks that share the step.", min=1)] = 1,
+    json_output: JsonOption = False,
+) -> None:
+    """Show the text of a sequence, or of all that a step reads, and where each document comes from."""
+    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
+
+    if (sequence is None) == (step is None):
+        raise ConfigError("name either --sequence I, or --step K of a recipe.")
+    if source.is_file():
+        recipe = load_recipe(source)
+        sources, length = recipe.data.sources, seq_len or recipe.model.seq_len
+    elif step is not None:
+        raise ConfigError(f"{source}: --step needs a recipe, which says the batch, the seed and the shards.")
+    else:
+        sources, length = {source: 1.0}, seq_len or 1024
+    numbers = [sequence] if sequence is not None else sequences_of_step(recipe, step or 0, rank, world_size)
+    found = {number: inspect_sequence(sources, split, length, number) for number in numbers}
+    if json_output:
+        import msgspec
+
+        print(msgspec.json.encode(found).decode())
+        return
+    for number, excerpts in found.items():
+        print(f"=== {split} sequence {number:,} of {length:,} tokens")
+        for excerpt in excerpts:
+            print(f"--- {printable(excerpt.describe())}\n{printable(excerpt.text)}")
+
+
+@shards_app.command("adopt")
+def shards_adopt(
+    prefix: Annotated[Path, typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that made the ids.")],
+    valid_prefix: Annotated[Path | None, typer.Option(help="A dataset beside it that is the validation split.")] = None,
+    valid_fraction: Annotated[float, typer.Option(help="Else: share of the tokens, at the end.")] = 0.005,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on a dataset of Megatron-LM or nanoGPT where it lies: writes a manifest beside it."""
+    from codeparrot_ds.shards.adopt import adopt
+
+    _print_shards(adopt(prefix, tokenizer, valid_prefix=valid_prefix, valid_fraction=valid_fraction), json_output)
+
+
 def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
     from codeparrot_ds.shards.format import SPLITS
 
@@ -267,9 +318,9 @@ def convert_command(
     from codeparrot_ds.recipe import Recipe
 
     def measure(directory: Path, recipe: Recipe) -> float | None:
-        if not recipe.data.shards.is_dir():
+        if not all(shards.is_dir() for shards in recipe.data.sources):
             return None
-        return validation_loss(directory, recipe.data.shards, recipe.evaluation.sequences).loss_valid
+        return validation_loss(directory, recipe.data.sources, recipe.evaluation.sequences).loss_valid
 
     certificate = convert(
         source_checkpoint(source, tag),
@@ -357,7 +408,7 @@ def report(
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe)
-    loss = validation_loss(model, recipe.data.shards, recipe.evaluation.sequences)
+    loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences)
     summary = summarise(directory, model, tokenizer, loss, seconds)
     if summary_file is not None:
         write_json(summary_file, summary.to_dict())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from codeparrot_ds.errors import ConfigError, list_problems
 
@@ -60,9 +60,21 @@ class Model(_Section):
 
 
 class Data(_Section):
-    """Where the tokens come from."""
+    """Where the tokens come from: a shard directory, or several with their weights, `{DIRECTORY: 0.7, OTHER: 0.3}`."""
 
-    shards: Path
+    shards: Path | dict[Path, Annotated[float, Field(gt=0)]]
+
+    @property
+    def sources(self) -> dict[Path, float]:
+        """The shard directories and their weights."""
+        return self.shards if isinstance(self.shards, dict) else {self.shards: 1.0}
+
+    @field_validator("shards")
+    @classmethod
+    def _some(cls, shards: Path | dict[Path, float]) -> Path | dict[Path, float]:
+        if not shards:
+            raise ValueError("names no directory")
+        return shards
 
 
 class Batch(_Section):
@@ -185,7 +197,11 @@ class Recipe(_Section):
         return self.model_copy(
             update={
                 "runs": self.runs.resolve(),
-                "data": Data(shards=self.data.shards.resolve()),
+                "data": Data(
+                    shards={path.resolve(): weight for path, weight in self.data.shards.items()}
+                    if isinstance(self.data.shards, dict)
+                    else self.data.shards.resolve()
+                ),
                 "engine": self.engine.model_copy(update={"deepspeed": ds_config.resolve()}),
             }
         )

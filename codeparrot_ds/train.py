@@ -27,9 +27,7 @@ from codeparrot_ds.files import (
 )
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
-from codeparrot_ds.shards.format import SPLITS, Manifest
-from codeparrot_ds.shards.sequences import PackedSequences
-from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
 
@@ -73,8 +71,7 @@ class Plan:
 
     recipe: Recipe
     ds_config: dict[str, Any]
-    manifest: Manifest
-    splits: dict[str, PackedSequences]
+    data: Dataset
     run: RunDirectory
 
 
@@ -123,22 +120,23 @@ def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Plan:
     recipe = load_recipe(recipe_path, overrides)
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
     check_compiler(ds_config)
-    manifest = check_shards(recipe)
-    splits = {split: PackedSequences(manifest, split, recipe.model.seq_len) for split in SPLITS}
+    data = check_shards(recipe)
     run = RunDirectory(recipe.run_directory)
     make_directory(run.path)
-    return Plan(recipe, ds_config, manifest, splits, run)
+    return Plan(recipe, ds_config, data, run)
 
 
-def check_shards(recipe: Recipe) -> Manifest:
-    """The manifest of the recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
-    manifest = verify(recipe.data.shards)
+def check_shards(recipe: Recipe) -> Dataset:
+    """The recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    data.order(recipe.seed)  # weights that cannot be dealt are told now
+    manifest = data.manifests[0]
     if manifest.vocab_size != recipe.model.vocab_size:
         raise ConfigError(
-            f"{recipe.data.shards}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
+            f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
             f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or name the right shards."
         )
-    return manifest
+    return data
 
 
 def _environment(name: str, default: int) -> int:
@@ -175,10 +173,10 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     if ranks.rank > 0:
         return None
     stage = plan.ds_config["zero_optimization"]["stage"]
-    resume_from = find_resume_point(run, recipe.identity(plan.manifest.digest), stage, ranks.world_size)
+    resume_from = find_resume_point(run, recipe.identity(plan.data.digest), stage, ranks.world_size)
     write_json(run.ds_config, plan.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
-    copy_tokenizer(recipe.data.shards / "tokenizer", run.tokenizer)
+    copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
     return resume_from
 
 
@@ -189,7 +187,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
 
-    recipe, ds_config, splits, run = plan.recipe, plan.ds_config, plan.splits, plan.run
+    recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
     if resume_from is not None and resume_from.step >= recipe.schedule.steps:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
         if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
@@ -198,7 +196,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     for op in required_ops(ds_config):
         log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
 
-    network = build_model(recipe.model, plan.manifest.eos_id, recipe.seed, ds_config)
+    network = build_model(recipe.model, plan.data.manifests[0].eos_id, recipe.seed, ds_config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
     if ranks.rank == 0:
         run.write_status("running", world_size=ranks.world_size, device=ranks.device.type, parameters=parameters)
@@ -217,7 +215,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         ranks.world_size,
         ranks.device.type,
         recipe.engine.precision,
-        f"{len(splits['train']):,}",
+        f"{len(data.train):,}",
         recipe.model.seq_len,
     )
     step = resume_from.step if resume_from else 0
@@ -226,10 +224,8 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         recipe=recipe,
         ranks=ranks,
         engine=engine,
-        train=splits["train"],
-        valid=splits["valid"],
+        data=data,
         parameters=parameters,
-        shards_digest=plan.manifest.digest,
         run=run,
         metrics=metrics,
         step=step,

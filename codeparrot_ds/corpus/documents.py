@@ -79,7 +79,8 @@ def document_from_row(row: Mapping[str, Any], text_field: str, where: str, numbe
     text = row[text_field]
     if not isinstance(text, str):
         return BadDocument(where, f"field {text_field!r} is of type {type(text).__name__}, not text")
-    document = make_document(text, [row.get(name) for name in PROVENANCE_NAMES], lambda: number)
+    provenance = [row.get(name) if name != text_field else None for name in PROVENANCE_NAMES]
+    document = make_document(text, provenance, lambda: number)
     try:
         for string in (text, document.repository, document.path, document.licence, document.source):
             string.encode()

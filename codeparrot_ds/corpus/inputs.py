@@ -1,6 +1,7 @@
 """Find the input that a command is given, and deal it into pieces of even size, from its list of files alone."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from codeparrot_ds.corpus.documents import Document
-from codeparrot_ds.corpus.read import Piece, open_binary, open_hub_dataset, read_local
+from codeparrot_ds.corpus.read import Piece, open_binary, open_hub_dataset, printable_name, read_local
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.files import MANIFEST, read_manifest
 from codeparrot_ds.storage import filesystem, is_remote
@@ -44,13 +45,19 @@ class Corpus:
     def open(cls, directory: Path) -> "Corpus":
         """Open `directory` and see that all its files are there in full. Raises DataError."""
         manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus collect")
+        try:
+            entries = [(entry["name"], entry["bytes"]) for entry in manifest["files"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{directory / MANIFEST}: incomplete manifest ({error}). Collect the corpus again."
+            ) from None
         files = []
-        for entry in manifest["files"]:
-            path = directory / entry["name"]
+        for name, expected in entries:
+            path = directory / name
             size = path.stat().st_size if path.exists() else 0
-            if size != entry["bytes"]:
+            if size != expected:
                 raise DataError(
-                    f"{path}: {size:,} bytes, the manifest says {entry['bytes']:,}. Copy it again, or run "
+                    f"{path}: {size:,} bytes, the manifest says {expected:,}. Copy it again, or run "
                     "`codeparrot-ds corpus collect` again."
                 )
             files.append(path)
@@ -80,6 +87,9 @@ def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Pie
     """
     pieces: list[Piece] = []
     for argument in arguments:
+        argument = argument.removeprefix("file://")
+        if not argument:
+            raise DataError("an input without a name: an empty shell variable? Name a file, a directory or a URL.")
         if argument.startswith("hub:"):
             found = _find_hub(argument)
         elif is_remote(argument):
@@ -92,10 +102,20 @@ def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Pie
                 f"{argument}: holds no {wanted}. Name other input, or take source files as documents with --suffix .py."
             )
         pieces += found
-    if len({piece.address for piece in pieces}) < len(pieces):
-        twice = next(p.address for p in pieces if sum(q.address == p.address for q in pieces) > 1)
-        raise DataError(f"{twice}: named twice among the inputs. Name it once, or the model sees it twice.")
+    seen: set[tuple[str, int]] = set()
+    for piece in pieces:
+        _require_utf8(piece)
+        key = (piece.address if is_remote(piece.address) else os.path.realpath(piece.address), piece.start)
+        if key in seen:
+            raise DataError(f"{piece.address}: named twice among the inputs. Name it once, or the model sees it twice.")
+        seen.add(key)
     return pieces
+
+
+def _require_utf8(piece: Piece) -> None:
+    """Manifests and provenance are UTF-8: so must names be. Of source files, that is for their reader to say."""
+    if piece.kind != "file" and printable_name(piece.address) != piece.address:
+        raise DataError(f"{printable_name(piece.address)}: its name is not UTF-8. Rename it.")
 
 
 def _kind(name: str) -> str | None:
@@ -115,7 +135,8 @@ def _find_local(argument: str, suffix: str | None) -> list[Piece]:
             path
             for path in root.rglob(f"*{suffix or ''}")
             if path.is_file()
-            and not path.is_symlink()
+            and not (suffix and path.is_symlink())  # a data file may be a link into a cache
+            and path.name != MANIFEST
             and not _SKIPPED_DIRECTORIES & set(path.relative_to(root).parts)
             and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
@@ -141,7 +162,7 @@ def _is_ours(directory: Path) -> bool:
 def _local_piece(path: Path, name: str, kind: str | None = None, repository: str = "") -> Piece:
     try:
         facts = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: no such file or directory. Check the name.") from None
     kind = kind or _kind(path.name)
     if kind is None:
@@ -149,7 +170,14 @@ def _local_piece(path: Path, name: str, kind: str | None = None, repository: str
             f"{path}: of no kind that can be read ({', '.join(_KINDS)}). Rename it to what it is, or take it as one "
             "document with --suffix."
         )
-    return Piece(str(path), name, kind, facts.st_size, stamp=str(facts.st_mtime_ns), repository=repository)
+    return Piece(
+        str(path),
+        printable_name(name),
+        kind,
+        facts.st_size,
+        stamp=str(facts.st_mtime_ns),
+        repository=printable_name(repository),
+    )
 
 
 def _find_remote(argument: str, suffix: str | None) -> list[Piece]:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import msgspec
+from isal import igzip_lib
 
 from codeparrot_ds.corpus.documents import (
     PROVENANCE_NAMES,
@@ -27,6 +28,8 @@ from codeparrot_ds.storage import filesystem, is_remote
 MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; a longer one is a data dump, not source code
 _BLOCK_BYTES = 1 << 18  # decompresses fastest: the block stays in the second-level cache
 _ROWS = 64  # of a parquet file at a time
+
+_DAMAGED: Any = (EOFError, OSError, zlib.error, igzip_lib.IsalError)
 
 Read = Document | BadDocument
 
@@ -91,7 +94,7 @@ def open_binary(address: str) -> Iterator[IO[bytes]]:
 
 def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
     """The decompressed content, a block at a time. Raises EOFError, OSError or the library's error on damage."""
-    suffix = PurePosixPath(piece.address).suffix
+    suffix = PurePosixPath(piece.address).suffix.lower()
     if suffix == ".gz":
         from isal import igzip
 
@@ -99,11 +102,9 @@ def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
             while block := content.read(_BLOCK_BYTES):
                 yield block
     elif suffix in (".zst", ".zstd"):
-        import zstandard
+        import pyarrow as pa  # whose reader, unlike others, tells a frame that is cut short from one that ends
 
-        if piece.size == 0:
-            return
-        with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as content:
+        with pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd") as content:
             while block := content.read(_BLOCK_BYTES):
                 yield block
     else:
@@ -143,7 +144,7 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
         return f"{piece.address}:{number}" if piece.whole else f"{piece.address} at byte {offset:,}"
 
     def place() -> str:
-        return f"{PurePosixPath(piece.name).name}{f'#{number}' if piece.whole else f'@{offset}'}"
+        return f"{piece.name}{f'#{number}' if piece.whole else f'@{offset}'}"
 
     with open_binary(piece.address) as file:
         if piece.start > 0:
@@ -162,25 +163,19 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
                     if line and not line.isspace():
                         try:
                             text, *provenance = msgspec.structs.astuple(decode(line))
+                            document: Read = make_document(text, provenance, place)
                         except (ValueError, RecursionError):
-                            yield _parse_slowly(line, text_field, where(), place())
-                        else:
-                            yield make_document(text, provenance, place)
+                            document = _parse_slowly(line, text_field, where(), place())
+                        yield document
                     offset += len(line) + 1
-        except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+        except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's or the network's fault, not the file's
-            kind = {".gz": "gzip"}.get(PurePosixPath(piece.address).suffix, "zstandard")
+            kind = "gzip" if piece.address.lower().endswith(".gz") else "zstandard"
             yield BadDocument(
                 piece.address,
                 f"damaged {kind} data after line {number} ({error}); the copy is incomplete: copy it again",
             )
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
 
 
 def _seek_line(file: IO[bytes], start: int) -> int:
@@ -202,14 +197,22 @@ _ROW_ATTRIBUTES = ["text", *(f"field_{i}" for i in range(len(PROVENANCE_NAMES)))
 @lru_cache(maxsize=8)
 def _row_decoder(text_field: str) -> Any:
     """msgspec's decoder of one JSON line: it builds the text and the provenance, and skips all other fields."""
-    names = [name if name != text_field else "\0" for name in PROVENANCE_NAMES]  # a field is the one or the other
-    row = msgspec.defstruct(
-        "Row",
-        [(_ROW_ATTRIBUTES[0], str), *((name, Any, None) for name in _ROW_ATTRIBUTES[1:])],
-        rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
-        gc=False,
-    )
+    # A field is the text or provenance, not both.
+    names = [name if name != text_field else "(the field that holds the text)" for name in PROVENANCE_NAMES]
+    try:
+        row = msgspec.defstruct(
+            "Row",
+            [(_ROW_ATTRIBUTES[0], str), *((name, Any, None) for name in _ROW_ATTRIBUTES[1:])],
+            rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
+            gc=False,
+        )
+    except ValueError:  # it knows no field names with quotation marks and the like
+        return _not_decoded
     return msgspec.json.Decoder(row).decode
+
+
+def _not_decoded(line: bytes) -> Any:
+    raise ValueError("left to the slow parser")
 
 
 def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:
@@ -217,17 +220,25 @@ def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read
     it fails its message is the clearer one."""
     try:
         row = json.loads(line)
+        if not isinstance(row, dict):
+            return BadDocument(where, f"a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+        return document_from_row(row, text_field, where, number)
     except ValueError as error:
         return BadDocument(where, f"not valid JSON in UTF-8 ({error})")
     except RecursionError:
         return BadDocument(where, "nested too deeply")
-    if not isinstance(row, dict):
-        return BadDocument(where, f"a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-    return document_from_row(row, text_field, where, number)
+
+
+def printable_name(name: str) -> str:
+    """`name` with what is not UTF-8 in it escaped, so that it can be written."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
     """One file, one document."""
+    if printable_name(piece.address) != piece.address:
+        yield BadDocument(printable_name(piece.address), "its name is not UTF-8")
+        return
     if piece.size > MAX_DOCUMENT_BYTES:
         yield BadDocument(piece.address, f"{piece.size:,} bytes; {MAX_DOCUMENT_BYTES:,} are the most for one document")
         return
@@ -240,7 +251,7 @@ def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
 
 
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
-    """One document a row."""
+    """One document a row. What is damaged cannot be told row by row: it is one BadDocument."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -249,28 +260,31 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
             table = pq.ParquetFile(raw, pre_buffer=False)
             names = table.schema_arrow.names
             if text_field not in names:
-                raise DataError(
-                    f"{piece.address}: no column {text_field!r}; its columns are {', '.join(map(repr, names))}. "
-                    "Name the one that holds the text: --text-field NAME."
+                there = ", ".join(map(repr, names))
+                yield BadDocument(
+                    piece.address, f"no column {text_field!r} (its columns: {there}; name one with --text-field)"
                 )
-            stop = table.num_row_groups if piece.stop is None else piece.stop
-            groups = list(range(piece.start, stop))
-            number = sum(table.metadata.row_group(g).num_rows for g in range(piece.start))
+                return
+            groups = range(piece.start, table.num_row_groups if piece.stop is None else piece.stop)
+            rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
+            number = sum(rows[: groups.start])
             columns = [text_field, *(name for name in names if name in PROVENANCE_NAMES and name != text_field)]
-            for batch in table.iter_batches(_ROWS, row_groups=groups, columns=columns):
+            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=columns):
                 for row in _rows(batch):
                     number += 1
                     where = f"{piece.address} row {number:,}"
                     if isinstance(row, str):
                         yield BadDocument(where, row)
                     else:
-                        yield document_from_row(row, text_field, where, f"{PurePosixPath(piece.name).name}#{number}")
-        except pa.ArrowException as error:
-            raise DataError(f"{piece.address}: damaged parquet ({error}). Copy the file again.") from None
-        except OSError as error:  # pyarrow's word for a damaged page
-            if error.errno is not None:
+                        yield document_from_row(row, text_field, where, f"{piece.name}#{number}")
+            if number != sum(rows) or (piece.whole and number != table.metadata.num_rows):
+                yield BadDocument(
+                    piece.address, f"damaged parquet: {number:,} rows, {table.metadata.num_rows:,} expected"
+                )
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise DataError(f"{piece.address}: damaged parquet ({error}). Copy the file again.") from None
+            yield BadDocument(piece.address, f"damaged parquet ({error}); copy the file again")
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:

@@ -1,5 +1,6 @@
 """Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.evaluation.pretrained import load_pretrained
 from codeparrot_ds.jobs import progress
-from codeparrot_ds.shards.sequences import PackedSequences
+from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 
 
@@ -24,22 +25,25 @@ class ValidationLoss:
     tokens: int
 
 
-def validation_loss(model_directory: Path, shards: Path, sequences: int, batch_size: int = 8) -> ValidationLoss:
+def validation_loss(
+    model_directory: Path, shards: Path | Mapping[Path, float], sequences: int, batch_size: int = 8
+) -> ValidationLoss:
     """Loss of a converted model on the validation split of `shards`, beside the unigram model's.
 
     Args:
         model_directory: a Hugging Face directory.
-        shards: a shard directory made with the same tokenizer.
+        shards: a shard directory made with the same tokenizer, or a recipe's with their weights.
         sequences: at most this many, evenly spread; each as long as the model's context.
         batch_size: sequences per forward.
     """
     model, _, device = load_pretrained(model_directory)
-    valid = PackedSequences.open(shards, "valid", model.config.n_positions)
+    sources = {shards: 1.0} if isinstance(shards, Path) else shards
+    valid = Dataset.open(sources, model.config.n_positions).valid
     numbers = validation_sequences(len(valid), sequences)
     ids = torch.from_numpy(valid.batch(numbers))
     if int(ids.max()) >= model.config.vocab_size:
         raise ConfigError(
-            f"{shards}: holds ids beyond the model's {model.config.vocab_size:,} tokens. "
+            f"{', '.join(map(str, sources))}: holds ids beyond the model's {model.config.vocab_size:,} tokens. "
             "Name the shards that were made with the model's tokenizer."
         )
     total = 0.0

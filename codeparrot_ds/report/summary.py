@@ -51,13 +51,13 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
     status = run.read_status()
     if status.get("state") != "finished":
         raise DataError(f"{run.status_file}: the run is {status.get('state')!r}, not finished. Train it first.")
-    shards = load_recipe(run.recipe).data.shards
-    manifest = Manifest.read(shards)
+    directories = list(load_recipe(run.recipe).data.sources)
+    manifests = [Manifest.read(directory) for directory in directories]
     steps = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     return Summary(
-        files=sum(shard.documents for shard in manifest.shards),
-        tokens=sum(manifest.tokens(split) for split in SPLITS),
-        vocab_size=manifest.vocab_size,
+        files=sum(shard.documents for manifest in manifests for shard in manifest.shards),
+        tokens=sum(manifest.tokens(split) for manifest in manifests for split in SPLITS),
+        vocab_size=manifests[0].vocab_size,
         parameters=status["parameters"],
         tokens_per_second=median(row["tokens_per_second"] for row in steps),
         loss_step0=steps[0]["loss"],
@@ -67,9 +67,9 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
         perplexity_unigram=loss.perplexity_unigram,
         seconds=seconds,
         paths={
-            "corpus": ", ".join(manifest.inputs),
+            "corpus": ", ".join(name for manifest in manifests for name in manifest.inputs),
             "tokenizer": str(tokenizer),
-            "shards": _shown(shards),
+            "shards": ", ".join(map(_shown, directories)),
             "run": str(run.path),
             "checkpoint": status["checkpoint"],
             "model": str(model),

@@ -27,7 +27,7 @@ from codeparrot_ds.jobs import ENGINES, Slice, progress, run_apart, run_tasks, s
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.storage import Address, Directory, LocalDirectory, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_files
-from codeparrot_ds.tokenizer.proof import choose_encoder, proof_file, record_proof
+from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_proof
 
 QUARANTINE = "quarantine.jsonl"
 _BATCH_CHARACTERS = 1 << 17  # encoded at a time: large enough for few calls, small enough for the caches
@@ -224,7 +224,7 @@ def _lock(target: Directory, part: Slice | None) -> Any:
 def _choose_encoder(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
     """As `proof.choose_encoder`, with a sample of the documents at hand. The proof, if needed, is made in a process
     of its own: it takes a few hundred megabytes for some seconds."""
-    if proof_file(referee).exists() or wanted == "tokenizers":
+    if known_outcome(referee) is not None or wanted == "tokenizers":
         return choose_encoder(tokenizer, referee, wanted, [])
     return run_apart(_choose_apart, (tokenizer, wanted, list(pieces), text_field))
 
@@ -410,6 +410,8 @@ def _finish(
             )
     if quarantined:
         target.write(QUARANTINE, b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined))
+    else:
+        target.remove(QUARANTINE)  # of a run that was killed before its manifest, over an input since mended
     for name, data in tokenizer_files(tokenizer).items():
         target.write(f"tokenizer/{name}", data)
     manifest.write()

@@ -4,10 +4,17 @@ The position in the data is one integer, `samples_seen`. World size, micro-batch
 what a step sees: a step takes the next `global_batch_size` sequences, and each rank its slice of them.
 """
 
+import heapq
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
+from codeparrot_ds.errors import ConfigError
+
+_LONGEST_PERIOD = 100_000  # of a blend's pattern: 1.6 MB
 _ROUNDS = 6
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's multipliers
 
@@ -30,11 +37,14 @@ class Permutation:
     n: int
     seed: int
     epoch: int
+    source: int = 0
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Where `positions`, [k] integers in 0 .. n - 1, are sent: [k] int64, all different."""
         half = max(1, ((self.n - 1).bit_length() + 1) // 2)
-        keys = np.random.default_rng([self.seed, self.epoch]).integers(0, 2**64, _ROUNDS, dtype=np.uint64)
+        keys = np.random.default_rng([self.seed, self.epoch, *([self.source] if self.source else [])]).integers(
+            0, 2**64, _ROUNDS, dtype=np.uint64
+        )
         values = self._network(positions.astype(np.uint64), np.uint64(half), keys)
         while (outside := values >= self.n).any():
             values[outside] = self._network(values[outside], np.uint64(half), keys)
@@ -56,17 +66,102 @@ class Order:
     Attributes:
         sequences: in the training split.
         seed: of the permutations; epoch e uses (seed, e).
+        source: number of the source in a blend, so that equal sources are read in different orders.
     """
 
     sequences: int
     seed: int
+    source: int = 0
 
     def take(self, samples_seen: int, count: int) -> np.ndarray:
         """Sequence numbers of samples `samples_seen` .. `samples_seen + count - 1`, [count] int64."""
-        samples = np.arange(samples_seen, samples_seen + count)
+        return self.at(np.arange(samples_seen, samples_seen + count))
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        """Sequence numbers of any `samples`, [n] integers from 0: [n] int64."""
         epochs, positions = np.divmod(samples, self.sequences)
-        taken = np.empty(count, np.int64)
+        taken = np.empty(len(samples), np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            taken[here] = Permutation(self.sequences, self.seed, int(epoch))(positions[here])
+            permutation = Permutation(self.sequences, self.seed, int(epoch), self.source)
+            taken[here] = permutation(positions[here])
+        return taken
+
+
+class Blend:
+    """Deals samples to sources by weight: of any first k samples, a source has its share of k, within one sample.
+
+    The pattern repeats with the least common denominator of the shares, so it is a table of that many entries and
+    any position is found at once. In a period, the j-th sample of a source with share w has its place between
+    floor(j / w) and ceil((j + 1) / w) - 1; whoever must be placed first goes first, for which there always is room
+    (the earliest-deadline rule for Pfair windows; Baruah et al., Proportionate progress, 1996).
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Shares are the weights over their sum, taken exactly as they are written.
+
+        Raises ConfigError when a weight is not above 0, or the pattern would be longer than 100,000.
+        """
+        exact = [Fraction(str(weight)) for weight in weights]
+        if not exact or min(exact) <= 0:
+            raise ConfigError(f"blend weights {list(weights)}: each must be above 0. Leave a source out instead.")
+        shares = [weight / sum(exact) for weight in exact]
+        period = math.lcm(*(share.denominator for share in shares))
+        if period > _LONGEST_PERIOD:
+            raise ConfigError(
+                f"blend weights {list(weights)}: their pattern repeats after {period:,} samples, "
+                f"{_LONGEST_PERIOD:,} are the most. Write them with fewer digits."
+            )
+        self._counts = np.array([int(share * period) for share in shares], np.int64)  # samples of each in a period
+        self._source = _deal(self._counts.tolist(), period)  # [period] which source
+        self._earlier = np.empty(period, np.int64)  # [period] samples of that source before, in the period
+        for source, count in enumerate(self._counts):
+            self._earlier[self._source == source] = np.arange(count)
+
+    def at(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For `samples`, [n] integers from 0: which source each is of, and the how many-th of it, [n] int64 each."""
+        periods, places = np.divmod(samples, len(self._source))
+        source = self._source[places]
+        return source, periods * self._counts[source] + self._earlier[places]
+
+
+def _deal(counts: Sequence[int], period: int) -> np.ndarray:
+    """[period] int64: the source of each place, each source `counts` times."""
+    waiting = [(0, -(-period // count), source, 0) for source, count in enumerate(counts)]  # by release
+    heapq.heapify(waiting)
+    ready: list[tuple[int, int, int]] = []  # by deadline
+    dealt = np.empty(period, np.int64)
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, deadline, source, done = heapq.heappop(waiting)
+            heapq.heappush(ready, (deadline, source, done))
+        deadline, source, done = heapq.heappop(ready)
+        assert deadline > place, "the earliest-deadline rule always finds room"
+        dealt[place] = source
+        done += 1
+        if done < counts[source]:
+            release, deadline = done * period // counts[source], -(-(done + 1) * period // counts[source])
+            heapq.heappush(waiting, (release, deadline, source, done))
+    return dealt
+
+
+class BlendedOrder:
+    """As `Order`, over several sources read side by side in given shares; each goes round in epochs of its own.
+
+    A sequence's number is its place among the sequences of all sources, one source after the other.
+    """
+
+    def __init__(self, sequences: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """`sequences` in each source, and its weight. Raises ConfigError as Blend does."""
+        self._blend = Blend(weights)
+        self._orders = [Order(count, seed, source) for source, count in enumerate(sequences)]
+        self._first = np.concatenate([[0], np.cumsum(sequences)[:-1]]).astype(np.int64)
+
+    def take(self, samples_seen: int, count: int) -> np.ndarray:
+        """Sequence numbers of samples `samples_seen` .. `samples_seen + count - 1`, [count] int64."""
+        sources, places = self._blend.at(np.arange(samples_seen, samples_seen + count))
+        taken = np.empty(count, np.int64)
+        for source, order in enumerate(self._orders):
+            here = sources == source
+            taken[here] = self._first[source] + order.at(places[here])
         return taken

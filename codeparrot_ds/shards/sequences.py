@@ -1,12 +1,17 @@
 """A split as packed sequences of equal length, read from memory-mapped shards."""
 
 import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.files import digest_json
+from codeparrot_ds.shards.format import SPLITS, Manifest
+from codeparrot_ds.shards.order import BlendedOrder, Order
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.storage import Address
 
@@ -81,6 +86,79 @@ class PackedSequences:
         for row in np.flatnonzero(~inside):
             out[row] = self.read(int(numbers[row]))
         return out
+
+
+class ConcatenatedSequences:
+    """The packed sequences of one or several shard directories, numbered through, one directory after the other."""
+
+    def __init__(self, parts: Sequence[PackedSequences]) -> None:
+        self.parts = list(parts)
+        self.seq_len = self.parts[0].seq_len
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, numbers: np.ndarray) -> np.ndarray:
+        """Sequences `numbers`, [n], as [n, seq_len + 1] int64. Raises IndexError past the last one."""
+        if len(self.parts) == 1:
+            return self.parts[0].batch(numbers)
+        numbers = np.asarray(numbers, np.int64)
+        out = np.empty((len(numbers), self.seq_len + 1), np.int64)
+        which = np.searchsorted(self._ends, numbers, side="right")
+        for i in np.unique(which):
+            if i == len(self.parts):
+                raise IndexError(f"sequence {numbers.max()} of {len(self)}")
+            here = which == i
+            out[here] = self.parts[i].batch(numbers[here] - (self._ends[i] - len(self.parts[i])))
+        return out
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run reads: the shards of one directory, or of several by weight.
+
+    Attributes:
+        manifests: of the directories.
+        weights: of the directories in training, any positive numbers.
+        train, valid: their sequences; validation takes all directories alike.
+    """
+
+    manifests: list[Manifest]
+    weights: list[float]
+    train: ConcatenatedSequences
+    valid: ConcatenatedSequences
+
+    @classmethod
+    def open(cls, sources: Mapping[Path, float], seq_len: int) -> "Dataset":
+        """Open shard directories, with their weights, after checking the sizes of all files.
+
+        Raises DataError when one is damaged, too small, or of another tokenizer than the first.
+        """
+        manifests = [verify(directory) for directory in sources]
+        for manifest in manifests:
+            if manifest.tokenizer_digest != manifests[0].tokenizer_digest:
+                raise DataError(
+                    f"{manifest.directory}: made with another tokenizer than {manifests[0].directory}. "
+                    "Build both with the same."
+                )
+        train, valid = (
+            ConcatenatedSequences([PackedSequences(m, split, seq_len) for m in manifests]) for split in SPLITS
+        )
+        return cls(manifests, list(sources.values()), train, valid)
+
+    @property
+    def digest(self) -> str:
+        """Of all ids, and of the weights where there are several directories."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].digest
+        return digest_json([[m.digest, str(w)] for m, w in zip(self.manifests, self.weights, strict=True)])
+
+    def order(self, seed: int) -> Order | BlendedOrder:
+        """The order of the training sequences."""
+        if len(self.manifests) == 1:
+            return Order(len(self.train), seed)
+        return BlendedOrder([len(part) for part in self.train.parts], self.weights, seed)
 
 
 def _windows_over(arrays: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -64,31 +64,42 @@ def choose_encoder(directory: Path, referee: Encoder, wanted: str, sample: Itera
 
 def _why_not_fast(directory: Path, referee: Encoder, sample: Iterable[str]) -> str | None:
     """Why fastokens may not be used for this tokenizer, or None. Proves it where that is not known yet."""
-    outcome_file = proof_file(referee)
-    try:
-        known = read_json(outcome_file, "proof") if outcome_file.exists() else None
-    except DataError:
-        known = None  # torn: prove again
-    if known is not None:
-        return known["difference"]
     try:
         fast = FastEncoder(directory)
     except ImportError:
         return "fastokens is not installed (pip install fastokens)"
     except Exception as error:  # the library's words for a tokenizer that it does not know
         return f"fastokens cannot load it ({error})"
+    if (known := known_outcome(referee)) is not None:
+        return known["difference"]
     start = time.monotonic()
+    checked, difference = {}, None
     try:
         checked = prove(fast, referee, sample)
-        difference = None
     except InexactError as found:
-        checked, difference = {}, str(found)
+        difference = str(found)
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        difference = f"fastokens failed in the proof ({type(error).__name__}: {error})"
     record_proof(referee, difference, checked)
     say(
         f"proved fastokens against tokenizers on this tokenizer in {time.monotonic() - start:.1f} s: "
         + ("equal" if difference is None else difference)
     )
     return difference
+
+
+def known_outcome(referee: Encoder) -> dict[str, Any] | None:
+    """The outcome of an earlier proof, {"difference": None or how the ids differ}; None when there is none."""
+    path = proof_file(referee)
+    try:
+        outcome = read_json(path, "proof") if path.exists() else None
+    except DataError:
+        return None  # torn: prove again
+    if isinstance(outcome, dict) and isinstance(outcome.get("difference", 0), str | None):
+        return outcome
+    return None
 
 
 def proof_file(referee: Encoder) -> Path:

@@ -9,8 +9,8 @@ import torch
 
 from codeparrot_ds.recipe import Recipe
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
-from codeparrot_ds.shards.order import Order
-from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
+from codeparrot_ds.shards.order import BlendedOrder, Order
+from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.training import checkpoint as checkpoints
 from codeparrot_ds.training.engine import learning_rate
@@ -38,8 +38,7 @@ class Trainer:
 
     Attributes:
         engine: DeepSpeed's.
-        train, valid: packed sequences.
-        shards_digest: goes into checkpoints, so that a resumed run is held to the same data.
+        data: its digest goes into checkpoints, so that a resumed run is held to the same data.
         metrics: on rank 0 only.
         step: optimizer steps taken.
     """
@@ -47,10 +46,8 @@ class Trainer:
     recipe: Recipe
     ranks: Ranks
     engine: Any
-    train: PackedSequences
-    valid: PackedSequences
+    data: Dataset
     parameters: int
-    shards_digest: str
     run: RunDirectory
     metrics: Metrics | None
     step: int = 0
@@ -65,7 +62,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the recipe's last step, evaluating, logging and saving on the way."""
         recipe, last = self.recipe, self.recipe.schedule.steps
-        order = Order(len(self.train), recipe.seed)
+        order = self.data.order(recipe.seed)
         if self.step == 0:
             self.evaluate()
         while self.step < last:
@@ -81,7 +78,7 @@ class Trainer:
                 self.write_log()
                 self.save()
 
-    def train_step(self, order: Order) -> Step:
+    def train_step(self, order: Order | BlendedOrder) -> Step:
         """One optimizer step over the global batch, of which this rank takes its slice."""
         started = time.perf_counter()
         engine, batch = self.engine, self.recipe.batch
@@ -93,7 +90,7 @@ class Trainer:
             torch.manual_seed(int(words[0]) >> 1)
         micro, accumulation = batch.micro_batch_and_accumulation(self.ranks.world_size)
         numbers = order.take(self.samples_seen, batch.global_batch_size)
-        mine = self.train.batch(numbers[self.ranks.slice(micro * accumulation)])
+        mine = self.data.train.batch(numbers[self.ranks.slice(micro * accumulation)])
         loss = torch.zeros((), device=self.ranks.device)
         for ids in mine.reshape(accumulation, micro, -1):
             micro_loss = self.loss(torch.from_numpy(ids))
@@ -149,7 +146,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation loss over the fixed validation sequences, the same at any world size. All ranks must call."""
-        numbers = validation_sequences(len(self.valid), self.recipe.evaluation.sequences)
+        numbers = validation_sequences(len(self.data.valid), self.recipe.evaluation.sequences)
         micro, _ = self.recipe.batch.micro_batch_and_accumulation(self.ranks.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # sum of losses, sequences
         self.engine.eval()
@@ -158,7 +155,7 @@ class Trainer:
                 # Every rank must take part in every ZeRO-3 forward: one without a share repeats a sequence, unweighted.
                 block = numbers[start : start + micro * self.ranks.world_size]
                 mine = block[self.ranks.rank :: self.ranks.world_size]
-                loss = self.loss(torch.from_numpy(self.valid.batch(mine if len(mine) else block[:1])))
+                loss = self.loss(torch.from_numpy(self.data.valid.batch(mine if len(mine) else block[:1])))
                 total += torch.stack([loss.double() * len(mine), torch.tensor(float(len(mine))).to(loss)])
         self.engine.train()
         loss_sum, sequences = self.ranks.sum(total).tolist()
@@ -177,7 +174,7 @@ class Trainer:
             zero_stage=self.engine.zero_optimization_stage(),
             world_size=self.ranks.world_size,
             precision=self.recipe.engine.precision,
-            identity=self.recipe.identity(self.shards_digest),
+            identity=self.recipe.identity(self.data.digest),
             files={},
             loss_valid=self.loss_valid if evaluated else None,
         )

@@ -1,0 +1,139 @@
+"""Show what training saw: the text of any sequence, and which repository, path and licence each document came from."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from codeparrot_ds.corpus.documents import Document
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.recipe import Recipe
+from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
+from codeparrot_ds.shards.sequences import Dataset
+from codeparrot_ds.tokenizer.encode import Encoder
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A document's part of a sequence.
+
+    Attributes:
+        shard: name of the shard that holds it.
+        document: its number in that shard.
+        provenance: with an empty text; None in an adopted dataset, which has none.
+        start, stop: tokens of the document, the end token included, that the sequence holds.
+        tokens: in the whole document, the end token included.
+        text: decoded; characters cut at either end show as U+FFFD.
+    """
+
+    shard: str
+    document: int
+    provenance: Document | None
+    start: int
+    stop: int
+    tokens: int
+    text: str
+
+    def describe(self) -> str:
+        """One line that says what this is and where it comes from."""
+        part = f"tokens {self.start:,} to {self.stop:,} of {self.tokens:,}"
+        where = f"{self.shard} document {self.document:,}, {part}"
+        if self.provenance is None:
+            return where
+        names = [self.provenance.repository, self.provenance.path, self.provenance.licence or "licence unknown"]
+        return f"{' | '.join(name for name in names if name)} | {where}"
+
+
+def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: int) -> list[int]:
+    """Numbers of the training sequences that optimizer step `step` (from 0) reads, on one rank or on all.
+
+    Raises ConfigError when the global batch cannot be shared by `world_size` ranks, or there is no such rank.
+    """
+    size = recipe.batch.global_batch_size
+    if rank is not None and rank >= world_size:
+        raise ConfigError(f"rank {rank} of {world_size}: name one from 0 to {world_size - 1}, or --world-size.")
+    micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
+    share = micro * accumulation
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    numbers = data.order(recipe.seed).take(step * size, size)
+    return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
+
+
+def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, number: int) -> list[Excerpt]:
+    """What sequence `number` of a split holds, document by document: its inputs and, last, one target more.
+
+    Args:
+        sources: shard directories, numbered through as in a recipe that names several.
+        split: "train" or "valid".
+        seq_len: tokens.
+        number: from 0.
+
+    Raises:
+        ConfigError: there is no such split or sequence.
+        DataError: damaged shards.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: must be {' or '.join(SPLITS)}.")
+    data = Dataset.open(sources, seq_len)
+    sequences = data.train if split == "train" else data.valid
+    if not 0 <= number < len(sequences):
+        raise ConfigError(
+            f"{', '.join(map(str, sources))}: sequence {number:,} of {len(sequences):,} in the {split} split at "
+            f"{seq_len:,} tokens each. Name one from 0 to {len(sequences) - 1:,}."
+        )
+    which = 0
+    while number >= len(sequences.parts[which]):
+        number -= len(sequences.parts[which])
+        which += 1
+    manifest = data.manifests[which]
+    encoder = Encoder(Path(manifest.directory) / "tokenizer")
+    first = number * seq_len
+    return list(_excerpts(manifest, split, first, first + seq_len + 1, encoder))
+
+
+def _excerpts(manifest: Manifest, split: str, first: int, stop: int, encoder: Encoder) -> Iterator[Excerpt]:
+    """The documents that hold tokens `first` .. `stop` of a split."""
+    start_of_shard = 0
+    for shard in manifest.split(split):
+        inside = range(max(first - start_of_shard, 0), min(stop - start_of_shard, shard.tokens))
+        if inside:
+            yield from _excerpts_of_shard(manifest, shard, inside.start, inside.stop, encoder)
+        start_of_shard += shard.tokens
+
+
+def _excerpts_of_shard(
+    manifest: Manifest, shard: ShardInfo, first: int, stop: int, encoder: Encoder
+) -> Iterator[Excerpt]:
+    all_ids = np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r")
+    ids = all_ids[shard.first_token : shard.first_token + shard.tokens]
+    ends = np.cumsum(_lengths(manifest, shard, ids), dtype=np.int64)
+    provenance = None
+    if ".docs.parquet" in shard.files:
+        path = manifest.path(shard, ".docs.parquet")
+        provenance = read_provenance(path.read_bytes(), str(path))
+    for i in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
+        begin = int(ends[i - 1]) if i else 0
+        if begin >= stop:
+            return
+        inside = slice(max(begin, first), min(int(ends[i]), stop))
+        yield Excerpt(
+            shard=shard.name,
+            document=shard.first_document + i,
+            provenance=provenance[i] if provenance is not None else None,
+            start=inside.start - begin,
+            stop=inside.stop - begin,
+            tokens=int(ends[i]) - begin,
+            text=encoder.decode(np.asarray(ids[inside])),
+        )
+
+
+def _lengths(manifest: Manifest, shard: ShardInfo, ids: np.ndarray) -> np.ndarray:
+    """Tokens of each document: from the index, or where there is none, from the end tokens."""
+    if ".idx" in shard.files:
+        lengths = read_index(manifest.path(shard, ".idx")).lengths
+        return lengths[shard.first_document : shard.first_document + shard.documents]
+    ends = np.flatnonzero(ids == manifest.eos_id) + 1
+    if len(ends) == 0 or ends[-1] < len(ids):
+        ends = np.append(ends, len(ids))
+    return np.diff(ends, prepend=0)
