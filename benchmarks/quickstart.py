@@ -10,11 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
+from measure import MemorySampler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,27 +28,6 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-class MemorySampler(threading.Thread):
-    """Peak PSS of a process and its descendants, bytes."""
-
-    def __init__(self, root: psutil.Process) -> None:
-        super().__init__(daemon=True)
-        self.root = root
-        self.peak_bytes = 0
-
-    def run(self) -> None:
-        """Sample until the process is gone."""
-        while self.root.is_running() and self.root.status() != psutil.STATUS_ZOMBIE:
-            total = 0
-            for process in [self.root, *self.root.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
-            time.sleep(0.5)
-
-
 def main() -> None:
     """Run, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -61,7 +39,7 @@ def main() -> None:
     process = subprocess.Popen(
         ["./launch/quickstart.sh", "--fresh"], cwd=target, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    sampler = MemorySampler(psutil.Process(process.pid))
+    sampler = MemorySampler(process.pid, interval_seconds=0.5)
     sampler.start()
     assert process.stdout is not None
     steps: list[tuple[float, str]] = []
@@ -71,11 +49,12 @@ def main() -> None:
             steps.append((time.monotonic() - started, line[2:].strip()))
     returncode = process.wait()
     seconds = time.monotonic() - started
+    sampler.finish()
     ends = [start for start, _ in steps[1:]] + [seconds]
     print(f"\n{'seconds':>8}  command")
     for (start, command), end in zip(steps, ends, strict=True):
         print(f"{end - start:8.1f}  {command[:100]}")
-    result = {"returncode": returncode, "seconds": round(seconds, 1), "peak_memory_bytes": sampler.peak_bytes}
+    result = {"returncode": returncode, "seconds": round(seconds, 1), "peak_memory_bytes": sampler.peak_pss_bytes}
     print(json.dumps(result))
     if options.keep is None:
         shutil.rmtree(target)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -38,6 +39,9 @@ def main() -> NoReturn:
         app()
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         from codeparrot_ds.files import explain_os_error
 
@@ -150,7 +154,7 @@ def shards_build(
     suffix: Annotated[str | None, typer.Option(help="Take files like .py in a directory, one document each.")] = None,
     valid_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.005,
     shard_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a shard, about; a 64th of all by default, 2 to 128 million.", min=1)
+        int | None, typer.Option(help="Tokens in a shard, about; a 64th of all by default, 4 to 128 million.", min=1)
     ] = None,
     on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
     encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",

@@ -1,7 +1,7 @@
 """What a document is, what a bad one is, and under which field names the world keeps them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -80,7 +80,7 @@ def document_from_row(row: Mapping[str, Any], text_field: str, where: str, numbe
     if not isinstance(text, str):
         return BadDocument(where, f"field {text_field!r} is of type {type(text).__name__}, not text")
     provenance = [row.get(name) if name != text_field else None for name in PROVENANCE_NAMES]
-    document = make_document(text, provenance, lambda: number)
+    document = make_document(text, provenance, number)
     try:
         for string in (text, document.repository, document.path, document.licence, document.source):
             string.encode()
@@ -89,13 +89,15 @@ def document_from_row(row: Mapping[str, Any], text_field: str, where: str, numbe
     return document
 
 
-def make_document(text: str, provenance: Sequence[Any], place: Callable[[], str]) -> Document:
+def make_document(text: str, provenance: Sequence[Any], place: str | None) -> Document:
     """A document of `text` and the values, None where there is none, of the `PROVENANCE_NAMES`.
 
-    `place` is asked for the document's path where none of the values says it.
+    `place` is its path where none of the values says one. Raises ValueError when that is needed and not known.
     """
     repository, path, licence, source = (_first(provenance, places) for places in _PLACES)
-    return Document(text, repository, path or place(), licence, source)
+    if not path and place is None:
+        raise ValueError("its place is not known")
+    return Document(text, repository, path or place or "", licence, source)
 
 
 def _first(values: Sequence[Any], places: range) -> str:

@@ -6,7 +6,7 @@ place; who reads decides whether that ends the work.
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -118,25 +118,32 @@ class _TooLong(msgspec.Struct):
     size: int
 
 
-def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes | _TooLong]]:
-    """Lists of whole lines, without their ends. A line may span many blocks; a too long one is only measured."""
+def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes | _TooLong]:
+    """Stretches of whole lines, without the last one's end. A line may span many blocks; a too long one is only
+    measured."""
     held: list[bytes] = []
     size = 0
     for block in blocks:
-        first, *rest = block.split(b"\n")
-        if size <= MAX_DOCUMENT_BYTES:
-            held.append(first)
-        size += len(first)
-        if not rest:
-            continue
-        yield [b"".join(held) if size <= MAX_DOCUMENT_BYTES else _TooLong(size), *rest[:-1]]
-        held, size = [rest[-1]], len(rest[-1])
-    yield [b"".join(held) if size <= MAX_DOCUMENT_BYTES else _TooLong(size)]
+        whole, newline, rest = block.rpartition(b"\n")
+        if newline and size + len(whole) <= MAX_DOCUMENT_BYTES:
+            yield b"".join([*held, whole])
+            held, size = [], 0
+        elif newline:
+            first, newline, others = whole.partition(b"\n")
+            size += len(first)
+            yield b"".join([*held, first]) if size <= MAX_DOCUMENT_BYTES else _TooLong(size)
+            if newline:
+                yield others
+            held, size = [], 0
+        if size + len(rest) <= MAX_DOCUMENT_BYTES:
+            held.append(rest)
+        size += len(rest)
+    yield b"".join(held) if size <= MAX_DOCUMENT_BYTES else _TooLong(size)
 
 
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
     """One document a line. A stretch of bytes holds the lines that start in it."""
-    decode = _row_decoder(text_field)
+    decoder = _row_decoder(text_field)
     number, offset = 0, piece.start  # the line at hand, from 1, and the byte it starts at
 
     def where() -> str:
@@ -150,23 +157,28 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
         if piece.start > 0:
             offset = _seek_line(file, piece.start)
         try:
-            for lines in _lines(_blocks(piece, file)):
-                for line in lines:
+            for stretch in _whole_lines(_blocks(piece, file)):
+                if isinstance(stretch, _TooLong):
+                    number += 1
+                    most = f"{MAX_DOCUMENT_BYTES:,} are the most for one document"
+                    yield BadDocument(where(), f"a line of {stretch.size:,} bytes; {most}")
+                    offset += stretch.size + 1
+                    continue
+                inside = piece.stop is None or offset + len(stretch) < piece.stop
+                documents = (
+                    _parse_fast(decoder, stretch, piece.name if piece.whole else None, number) if inside else None
+                )
+                if documents is not None:
+                    number += stretch.count(b"\n") + 1
+                    offset += len(stretch) + 1
+                    yield from documents
+                    continue
+                for line in stretch.split(b"\n"):
                     if piece.stop is not None and offset >= piece.stop:
                         return
                     number += 1
-                    if isinstance(line, _TooLong):
-                        most = f"{MAX_DOCUMENT_BYTES:,} are the most for one document"
-                        yield BadDocument(where(), f"a line of {line.size:,} bytes; {most}")
-                        offset += line.size + 1
-                        continue
                     if line and not line.isspace():
-                        try:
-                            text, *provenance = msgspec.structs.astuple(decode(line))
-                            document: Read = make_document(text, provenance, place)
-                        except (ValueError, RecursionError):
-                            document = _parse_slowly(line, text_field, where(), place())
-                        yield document
+                        yield _parse(decoder, line, text_field, where, place)
                     offset += len(line) + 1
         except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -191,12 +203,45 @@ def _seek_line(file: IO[bytes], start: int) -> int:
     return offset
 
 
+def _parse_fast(decoder: Any, lines: bytes, name: str | None, number: int) -> list[Document] | None:
+    """The documents of good lines that follow line `number` of the file `name`.
+
+    None when a line is bad, or needs its place, which is known only if no line is blank and `name` is given.
+    """
+    if decoder is None:
+        return None
+    try:
+        rows = decoder.decode_lines(lines)
+        places = name is not None and len(rows) == lines.count(b"\n") + 1
+        documents = []
+        for i, row in enumerate(rows, start=number + 1):
+            text, *provenance = msgspec.structs.astuple(row)
+            documents.append(make_document(text, provenance, f"{name}#{i}" if places else None))
+    except (ValueError, RecursionError):
+        return None
+    return documents
+
+
+def _parse(decoder: Any, line: bytes, text_field: str, where: Callable[[], str], place: Callable[[], str]) -> Read:
+    """The document of one line."""
+    if decoder is not None:
+        try:
+            text, *provenance = msgspec.structs.astuple(decoder.decode(line))
+            return make_document(text, provenance, place())
+        except (ValueError, RecursionError):
+            pass  # the slow parser has the last word
+    return _parse_slowly(line, text_field, where(), place())
+
+
 _ROW_ATTRIBUTES = ["text", *(f"field_{i}" for i in range(len(PROVENANCE_NAMES)))]
 
 
 @lru_cache(maxsize=8)
 def _row_decoder(text_field: str) -> Any:
-    """msgspec's decoder of one JSON line: it builds the text and the provenance, and skips all other fields."""
+    """msgspec's decoder of JSON lines: it builds the text and the provenance, and skips all other fields.
+
+    None for a text field that it cannot name.
+    """
     # A field is the text or provenance, not both.
     names = [name if name != text_field else "(the field that holds the text)" for name in PROVENANCE_NAMES]
     try:
@@ -206,13 +251,9 @@ def _row_decoder(text_field: str) -> Any:
             rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
             gc=False,
         )
-    except ValueError:  # it knows no field names with quotation marks and the like
-        return _not_decoded
-    return msgspec.json.Decoder(row).decode
-
-
-def _not_decoded(line: bytes) -> Any:
-    raise ValueError("left to the slow parser")
+    except ValueError:  # of quotation marks and the like in it
+        return None
+    return msgspec.json.Decoder(row)
 
 
 def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:

@@ -33,7 +33,7 @@ QUARANTINE = "quarantine.jsonl"
 _BATCH_CHARACTERS = 1 << 17  # encoded at a time: large enough for few calls, small enough for the caches
 BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _TASKS = 64  # wanted where the shards' size is left to us
-_MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 2_000_000, 128_000_000
+_MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
 _DIGEST_SPACE = 1 << 32
 _REFEREE_EVERY = 1000  # documents, about: encoded again by the referee
 _REFEREE_CHARACTERS = 1 << 16  # at most: it takes 150 bytes of memory and half a microsecond for each
@@ -98,7 +98,7 @@ def build(
         text_field: of a row, holds the content.
         suffix: take files with this suffix in the directories of `inputs`, one document each.
         valid_fraction: share of documents that go to validation, by a digest of their content.
-        shard_tokens: tokens in a shard, about; by default a 64th of all, between 2 and 128 million.
+        shard_tokens: tokens in a shard, about; by default a 64th of all, between 4 and 128 million.
         on_bad_document: "fail", or "skip" to leave bad documents out and list them in `quarantine.jsonl`.
         encoder: "auto", "fastokens" or "tokenizers".
         workers: local processes; all cores by default.
@@ -316,7 +316,9 @@ def _build_one(task: _Task) -> int:
             each.flush()
             if info := each.writer.finish():
                 receipt.shards.append(info)
-    task.output.write(task.receipt, msgspec.json.encode(receipt))
+        task.output.publish({name: path for each in splits.values() for name, path in each.writer.files.items()})
+    # Its loss would cost the task's time and nothing else, so it need not wait for the disk.
+    task.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
     return task.number
 
 

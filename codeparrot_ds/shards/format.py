@@ -60,7 +60,11 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Writes one shard into scratch files; ids are hashed on their way. `finish` gives the files their names."""
+    """Writes one shard into scratch files; ids are hashed on their way.
+
+    Attributes:
+        files: once it is finished, the scratch file of each name, for `Directory.publish`.
+    """
 
     def __init__(self, scratch: Scratch, name: str, split: str, dtype: np.dtype) -> None:
         self._scratch, self._name, self._split, self._dtype = scratch, name, split, dtype
@@ -69,6 +73,7 @@ class ShardWriter:
         self._lengths = array("i")
         self._documents: list[Document] = []
         self._provenance: Any = None
+        self.files: dict[str, Path] = {}
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, documents: Sequence[Document]) -> None:
         """Add documents: `ids` [tokens] in the shard's type, all end to end; `lengths` [documents] int32, tokens."""
@@ -88,7 +93,7 @@ class ShardWriter:
             self._provenance.close()
 
     def finish(self) -> ShardInfo | None:
-        """Index and publish the shard. None, and no files, when no document was added."""
+        """Index the shard. None, and no files, when no document was added."""
         if not self._lengths:
             self.close()
             return None
@@ -103,7 +108,7 @@ class ShardWriter:
             }
             for suffix, path in paths.items()
         }
-        self._scratch.target.publish({f"{self._name}{suffix}": path for suffix, path in paths.items()})
+        self.files = {f"{self._name}{suffix}": path for suffix, path in paths.items()}
         return ShardInfo(self._name, self._split, len(self._lengths), sum(self._lengths), files)
 
     def _index(self) -> bytes:

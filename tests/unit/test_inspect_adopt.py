@@ -89,6 +89,10 @@ def test_the_command_shows_text_and_provenance(data: Path, tiny_recipe: dict[str
     recipe = save_recipe(tiny_recipe, tmp_path / "recipe.yaml")
     as_json = json.loads(run("inspect", recipe, "--step", "2", "--rank", "1", "--world-size", "2", "--json").stdout)
     assert len(as_json) == 2
+    head = f"{sys.executable} -m codeparrot_ds.cli shards inspect {recipe} --step 0 | head -n 1"
+    cut = subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=True, timeout=60)
+    assert cut.stdout.startswith("=== train sequence")
+    assert cut.stderr == ""
     wrong = run("inspect", data / "shards", "--sequence", "999999999")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ")

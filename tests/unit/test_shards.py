@@ -77,6 +77,7 @@ def write_shard(directory: Path, name: str, documents: list[np.ndarray], dtype: 
         for ids in documents:
             writer.append(ids.astype(dtype), np.array([len(ids)]), [Document("x", "r", "p", "", "")])
         info = writer.finish()
+        LocalDirectory(directory).publish(writer.files)
     assert info is not None
     return info
 
