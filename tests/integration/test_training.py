@@ -20,7 +20,9 @@ from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.export.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.files import exclusive_lock
+from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, Trained, save_recipe
 
 pytestmark = pytest.mark.slow
@@ -225,3 +227,21 @@ def test_offload_without_a_compiler_is_refused_by_name(
     assert done.returncode == 1
     assert "cpu_adam" in done.output
     assert "apt-get install g++" in done.output
+
+
+def test_a_blend_is_the_same_data_on_any_number_of_ranks(
+    train_tiny: Train, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    first = Path(tiny_recipe["data"]["shards"])
+    second = shutil.copytree(first, tmp_path / "second")
+    tiny_recipe["data"]["shards"] = {str(first): 0.75, str(second): 0.25}
+    two = train_tiny("two", ranks=2)
+    one = train_tiny("one", ranks=1)
+    assert len(two.digests()) == 6
+    assert one.digests() == two.digests()
+    recipe = load_recipe(two.run.recipe)
+    assert recipe.data.sources == {first.resolve(): 0.75, second.resolve(): 0.25}
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    fed = data.order(recipe.seed).take(0, 24)
+    assert int((fed < len(data.train.parts[0])).sum()) == 18
+    assert int(two.digests()[0], 16) == batch_digest(data.train.batch(fed[:4]))
