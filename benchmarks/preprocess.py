@@ -68,7 +68,9 @@ class Ours:
         self._tokenizer, self._directory, self._runs = tokenizer, directory, 0
         self.cache = directory / "cache"
 
-    def build(self, documents: Documents, workers: int, *, cache: Path | None = None) -> tuple[Measurement, Path]:
+    def build(
+        self, documents: Documents, workers: int, *, cache: Path | None = None, encoder: str = "auto"
+    ) -> tuple[Measurement, Path]:
         """One `shards build` with a cache directory of the user's; what it took, and the shards."""
         self._runs += 1
         output = self._directory / f"shards-{self._runs}"
@@ -77,7 +79,7 @@ class Ours:
         measured = measure(
             our_command(
                 *("shards", "build", documents.directory, "-o", output),
-                *("--tokenizer", self._tokenizer, "--workers", workers),
+                *("--tokenizer", self._tokenizer, "--workers", workers, "--encoder", encoder),
             ),
             output.with_suffix(".log"),
             env=dict(os.environ) | {"XDG_CACHE_HOME": str(cache)},
@@ -100,6 +102,17 @@ def our_command(*arguments: object) -> list[str]:
 def read_ours(shards: Path) -> np.ndarray:
     """All ids of a shard directory, [tokens] uint16."""
     return np.concatenate([np.fromfile(file, "<u2") for file in sorted(shards.glob("*.bin"))])
+
+
+def compare_shards(shards: Path, others: Path) -> str:
+    """Whether two shard directories hold the same files with the same bytes, in words. Raises RuntimeError if not."""
+    names = sorted(str(path.relative_to(shards)) for path in shards.rglob("*") if path.is_file())
+    if names != sorted(str(path.relative_to(others)) for path in others.rglob("*") if path.is_file()):
+        raise RuntimeError(f"{shards} and {others} hold other files")
+    for name in names:
+        if (shards / name).read_bytes() != (others / name).read_bytes():
+            raise RuntimeError(f"{name} differs between fastokens and tokenizers")
+    return f"all {len(names)} files equal those of fastokens, byte for byte"
 
 
 def cores_for(workers: int) -> list[int]:
@@ -285,6 +298,9 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
         Row("ours, 1 worker on 1 core", builds["all", 1], len(ids), half_cpu_seconds=half_seconds[1]),
         floor,
     ]
+    if options.exact:
+        slow, by_referee = ours.build(documents, options.workers, encoder="tokenizers")
+        rows.append(Row("ours, --encoder tokenizers", [slow], len(ids), note=compare_shards(shards, by_referee)))
     versions: dict[str, Any] = {"ours": our_versions()}
     failures: dict[str, str] = {}  # of peers: the others' figures are still worth having
     ours_digests = document_digests(ids)
@@ -349,6 +365,7 @@ def main() -> None:
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM; cloned by default")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps environments, corpus, tokenizer for next time")
     parser.add_argument("--keep", action="store_true", help="keep logs and outputs too")
+    parser.add_argument("--exact", action="store_true", help="ours by the referee alone too: every id must be equal")
     parser.add_argument("--large", action="store_true", help=f"ours on {LARGE_COPIES} copies of the input as well")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
