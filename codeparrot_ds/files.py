@@ -164,7 +164,7 @@ def make_directory(path: Path) -> Path:
     """Create `path` and its parents and see that files can be made in it. Raises ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-probe-{secrets.token_hex(8)}"  # several hosts may try at once
+        probe = path / f".write-probe-{secrets.token_hex(8)}.tmp"  # several hosts may try at once
         probe.touch()
         probe.unlink()
     except (FileExistsError, NotADirectoryError):

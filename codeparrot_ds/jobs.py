@@ -7,10 +7,13 @@ the tasks that are done.
 
 import ctypes
 import importlib
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +34,8 @@ ENGINES = ("local", "ray")
 _LOG_SECONDS = 10.0  # one plain line every ten seconds where there is no terminal
 _RETRIES = 5  # of a Ray task whose worker or node was lost
 _PR_SET_PDEATHSIG = 1
+_CONNECT_SECONDS = 10.0
+_forked_from: int | None = None  # inherited by workers that are forked from this process
 
 
 def say(message: str) -> None:
@@ -120,7 +126,9 @@ def _context(preload: str | None) -> BaseContext:
     A fork inherits locks that other threads hold at that moment. With this thread alone there are none, and workers
     fork from this process; otherwise from a fork server, a clean process that costs as much as a start of Python.
     """
+    global _forked_from
     if _threads() == 1:
+        _forked_from = os.getpid()
         if preload is not None:
             importlib.import_module(preload)
         return get_context("fork")
@@ -142,9 +150,22 @@ def _start_worker() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends. Linux only; else nothing."""
+    """End this worker when the process that it works for ends, however that ends.
+
+    A forked worker leaves that to the kernel; one of a fork server, whose parent is another process, watches.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if _forked_from is not None and os.getppid() != _forked_from:  # it ended before the call
+        os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> Iterator[Result]:
@@ -154,13 +175,15 @@ def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> It
     except ImportError:
         raise ConfigError("--engine ray needs Ray. Install it: pip install 'codeparrot-ds[ray]'") from None
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
+            _require_listener(address)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ClusterError(
-                f"no Ray cluster was found ({reason}). Start one with `ray start --head`, or name one: "
-                "RAY_ADDRESS=HOST:6379"
+                f"no Ray cluster was found at RAY_ADDRESS={address} ({reason}). Start one with `ray start --head`, or "
+                "name one: RAY_ADDRESS=HOST:6379"
             ) from None
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(function)
     remaining = iter(tasks)
@@ -184,6 +207,16 @@ def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> It
                     f"Ray gave a task up after {_RETRIES} retries ({str(error).splitlines()[0]}). What is finished is "
                     "kept: see to the cluster and run the same command again."
                 ) from None
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError or ValueError unless something listens at a Ray address: Ray itself tries for minutes."""
+    if address in ("auto", "local"):
+        return
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]]+)\]?:(\d+)", address)
+    if match is None:
+        raise ValueError(f"RAY_ADDRESS={address} is not HOST:PORT")
+    socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_SECONDS).close()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.errors import ConfigError, DataError, UserError
 from codeparrot_ds.files import flush_to_disk, make_directory
 
 Address = str | Path
@@ -87,7 +87,7 @@ class LocalDirectory:
     def scratch(self) -> Iterator["Scratch"]:
         """A place for files that are not whole yet. What is not published goes when the block ends."""
         self.path.mkdir(parents=True, exist_ok=True)
-        scratch = Scratch(self, self.path, f".{secrets.token_hex(8)}")
+        scratch = Scratch(self.path, f".{secrets.token_hex(8)}")
         try:
             yield scratch
         finally:
@@ -143,25 +143,35 @@ class RemoteDirectory:
     def __getstate__(self) -> dict[str, Any]:
         return {"address": self.address}  # connections stay in the process that made them
 
-    def _at(self, name: str) -> tuple[Any, str]:
-        fs, root = self._fs_and_root
-        return fs, f"{root}/{name}"
+    @contextmanager
+    def _at(self, name: str) -> Iterator[tuple[Any, str]]:
+        """The file system and a file's path in it. What goes wrong there becomes a ConfigError; FileNotFoundError
+        stays."""
+        try:
+            fs, root = self._fs_and_root
+            yield fs, f"{root}/{name}"
+        except (FileNotFoundError, UserError):
+            raise
+        except Exception as error:  # each store has errors of its own
+            reason = str(error).strip() or type(error).__name__
+            raise ConfigError(
+                f"{self.address}: the store refuses or cannot be reached ({type(error).__name__}: {reason}). Check the "
+                "address, the network and the credentials in the environment, and run the same command again."
+            ) from error
 
     def make(self) -> None:
         """See that files can be made in it. Raises ConfigError."""
-        probe = f".write-probe-{secrets.token_hex(8)}"
+        probe = f".write-probe-{secrets.token_hex(8)}.tmp"
         try:
-            fs, path = self._at(probe)
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.write(probe, b"")
+            with self._at(probe) as (fs, path):
+                if self.address.partition("://")[0] not in _BUCKETS:
+                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                fs.pipe_file(path, b"-")
             self.remove(probe)
-        except ConfigError:
-            raise
-        except Exception as error:  # each store has errors of its own
+        except FileNotFoundError as error:
             raise ConfigError(
-                f"{self.address}: cannot write here ({type(error).__name__}: {error}). Check the address and the "
-                "credentials in the environment."
-            ) from error
+                f"{self.address}: there is no such bucket ({error}). Make it first, or correct its name."
+            ) from None
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -169,62 +179,63 @@ class RemoteDirectory:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None when there is none."""
-        fs, path = self._at(name)
-        fs.invalidate_cache()
         try:
-            return int(fs.info(path)["size"])
+            with self._at(name) as (fs, path):
+                fs.invalidate_cache()
+                return int(fs.info(path)["size"])
         except FileNotFoundError:
             return None
 
     def names(self) -> list[str]:
         """Names of the files in it, sorted; none when it does not exist."""
-        fs, root = self._fs_and_root
-        fs.invalidate_cache()
         try:
-            return sorted(path.rpartition("/")[2] for path in fs.ls(root, detail=False))
+            with self._at("") as (fs, path):
+                fs.invalidate_cache()
+                return sorted(found.rpartition("/")[2] for found in fs.ls(path.rstrip("/"), detail=False))
         except FileNotFoundError:
             return []
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading. Raises DataError when it is missing."""
-        fs, path = self._at(name)
         try:
-            return fs.open(path, "rb")
+            with self._at(name) as (fs, path):
+                return fs.open(path, "rb")
         except FileNotFoundError:
             raise DataError(f"{self.address}/{name}: no such file. Copy it again, or make it again.") from None
 
     def read(self, name: str) -> bytes:
         """The whole content of a file. Raises DataError when it is missing."""
-        with self.open(name) as file:
+        with self._at(name), self.open(name) as file:
             return file.read()
 
     @contextmanager
     def scratch(self) -> Iterator["Scratch"]:
         """A local place for files that are not whole yet."""
         with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as directory:
-            yield Scratch(self, Path(directory), "")
+            yield Scratch(Path(directory), "")
 
     def publish(self, files: dict[str, Path]) -> None:
         """Upload finished local files under their names."""
         for name, path in files.items():
-            fs, target = self._at(name)
-            fs.put_file(str(path), target)
+            with self._at(name) as (fs, target):
+                fs.put_file(str(path), target)
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write a small file, whole or absent; here it is always durable."""
-        fs, path = self._at(name)
-        fs.pipe_file(path, data)
+        with self._at(name) as (fs, path):
+            fs.pipe_file(path, data)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
-        fs, path = self._at(name)
         if self.exists(name):
-            fs.rm_file(path)
+            with self._at(name) as (fs, path):
+                fs.rm_file(path)
 
     def remove_leftovers(self) -> None:
         """Nothing: unfinished uploads do not appear."""
 
 
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hf"}  # made by hand, not by a typing error
 Directory = LocalDirectory | RemoteDirectory
 _SCRATCH_SUFFIX = ".tmp"
 
@@ -232,8 +243,7 @@ _SCRATCH_SUFFIX = ".tmp"
 class Scratch:
     """Local files on their way into a `Directory`. Their names are unique: a task may run twice at once."""
 
-    def __init__(self, target: Directory, directory: Path, prefix: str) -> None:
-        self.target = target
+    def __init__(self, directory: Path, prefix: str) -> None:
         self._directory, self._prefix = directory, prefix
         self._paths: dict[str, Path] = {}
 

@@ -15,7 +15,7 @@ import msgspec
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.corpus.read import Piece, open_binary, open_hub_dataset, printable_name, read_local
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, read_manifest
+from codeparrot_ds.files import MANIFEST, digest_json, read_manifest
 from codeparrot_ds.storage import filesystem, is_remote
 
 _KINDS = {
@@ -220,8 +220,30 @@ def _find_hub(argument: str) -> list[Piece]:
     """One piece a part of the dataset (usually a file of it)."""
     dataset = open_hub_dataset(argument)
     parts = int(dataset.num_shards)
-    name = argument.removeprefix("hub:").partition("?")[0].rstrip("/").rpartition("/")[2]
-    return [Piece(argument, name, "hub", 0, part, parts) for part in range(parts)]
+    name = argument.removeprefix("hub:").partition("?")[0].rstrip("/")
+    revision = _hub_revision(name, argument)
+    return [Piece(argument, name.rpartition("/")[2], "hub", 0, part, parts, digest=revision) for part in range(parts)]
+
+
+def _hub_revision(name: str, argument: str) -> str:
+    """What tells one state of a dataset from another: its commit, or of a local directory its files' sizes and times.
+
+    Empty where the Hub cannot be asked.
+    """
+    directory = Path(name)
+    if directory.is_dir():
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return digest_json([[str(f.relative_to(directory)), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    from urllib.parse import parse_qs
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    revision = parse_qs(argument.partition("?")[2]).get("revision", [None])[0]
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha or ""
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return ""
 
 
 def text_bytes(piece: Piece) -> float:

@@ -141,6 +141,7 @@ def build(
         },
     )
     if finished := _finished(target, manifest):
+        _clean(target)  # of a process that was killed between its manifest and this
         return finished
     target.make()
     if isinstance(target, LocalDirectory):
@@ -410,6 +411,17 @@ def _finish(
                 f"{', '.join(manifest.inputs)}: no document fell to the {split} split at a valid fraction of "
                 f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
             )
+    try:
+        _publish(target, manifest, quarantined, tokenizer)
+    except FileNotFoundError:  # another slice has finished meanwhile, and cleaned our scratch files away
+        if not target.exists(MANIFEST):
+            raise
+    _clean(target)
+    return manifest
+
+
+def _publish(target: Directory, manifest: Manifest, quarantined: Sequence[BadDocument], tokenizer: Path) -> None:
+    """Write what stands beside the shards, the manifest last."""
     if quarantined:
         target.write(QUARANTINE, b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined))
     else:
@@ -417,8 +429,11 @@ def _finish(
     for name, data in tokenizer_files(tokenizer).items():
         target.write(f"tokenizer/{name}", data)
     manifest.write()
+
+
+def _clean(target: Directory) -> None:
+    """Remove what only an unfinished build needs."""
     for name in target.names():
         if name.startswith((".task-", ".lock")):
             target.remove(name)
     target.remove_leftovers()
-    return manifest

@@ -1,0 +1,54 @@
+"""A Ray cluster of two nodes with one CPU each, all on loopback.
+
+Run as `python -m tests.faults.probe_ray DIRECTORY`. It prints a JSON line with its address, and another after each
+line that it reads; "remove" ends the second node, as a crash does. With the end of its input it ends the cluster.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+
+def say(**facts: Any) -> None:
+    """One JSON line."""
+    print(json.dumps(facts), flush=True)
+
+
+def tasks_of(raylet: psutil.Process) -> list[str]:
+    """What the workers of a node are called: "ray::FUNCTION" while they run one."""
+    return [worker.name() for worker in raylet.children() if worker.name().startswith("ray::")]
+
+
+def main(directory: str) -> None:
+    """Start, serve the lines, and end."""
+    loopback = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**loopback, "include_dashboard": False, "temp_dir": directory}
+    )
+    second = cluster.add_node(**loopback)
+    raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+    say(address=cluster.address)
+    for line in sys.stdin:
+        if line.strip() == "remove":
+            cut_off = tasks_of(raylet)
+            cluster.remove_node(second, allow_graceful=False)
+            say(cut_off=cut_off)
+        elif line.strip() == "connections":
+            family = psutil.Process(os.getpid()).children(recursive=True)
+            say(addresses=sorted({address for process in family for address in _addresses(process)}))
+    cluster.shutdown()
+
+
+def _addresses(process: psutil.Process) -> set[str]:
+    try:
+        return {end.ip for kept in process.net_connections("inet") for end in (kept.laddr, kept.raddr) if end}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
