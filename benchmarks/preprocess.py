@@ -31,6 +31,7 @@ from pipelines import DRIVERS, Peer, Task, megatron_checkout, megatron_version, 
 
 EOS_ID = 0
 LARGE_COPIES = 5
+LARGE_INTERVAL_SECONDS = 1.0  # between looks at memory, for they take time from the cores that are measured
 _OUR_PACKAGES = ("codeparrot-ds", "tokenizers", "fastokens", "msgspec", "isal", "numpy", "pyarrow", "xxhash")
 
 
@@ -69,7 +70,13 @@ class Ours:
         self.cache = directory / "cache"
 
     def build(
-        self, documents: Documents, workers: int, *, cache: Path | None = None, encoder: str = "auto"
+        self,
+        documents: Documents,
+        workers: int,
+        *,
+        cache: Path | None = None,
+        encoder: str = "auto",
+        interval_seconds: float = 0.05,
     ) -> tuple[Measurement, Path]:
         """One `shards build` with a cache directory of the user's; what it took, and the shards."""
         self._runs += 1
@@ -84,12 +91,13 @@ class Ours:
             output.with_suffix(".log"),
             env=dict(os.environ) | {"XDG_CACHE_HOME": str(cache)},
             cores=cores_for(workers),
+            interval_seconds=interval_seconds,
         )
         return measured, output
 
-    def measure(self, documents: Documents, workers: int) -> Measurement:
+    def measure(self, documents: Documents, workers: int, *, interval_seconds: float = 0.05) -> Measurement:
         """The same with the tokenizer known from the first run, and without keeping the shards."""
-        measured, output = self.build(documents, workers)
+        measured, output = self.build(documents, workers, interval_seconds=interval_seconds)
         shutil.rmtree(output)
         return measured
 
@@ -198,7 +206,7 @@ def check_large(
     """Ours and the floor on many copies of the documents, where start-up does not count: memory, scaling, share."""
     many = link_corpus(chosen, documents.directory.with_name("corpus-copies"), LARGE_COPIES)
     once = ours.measure(documents, workers)
-    large = {n: ours.measure(many, n) for n in (workers, 1)}
+    large = {n: ours.measure(many, n, interval_seconds=LARGE_INTERVAL_SECONDS) for n in (workers, 1)}
     floor = measure_floor(many, None, tokenizer, workers, many.directory.with_suffix(".floor"))
     print(f"\n{LARGE_COPIES} copies of each file, {many.text_bytes / 1e6:,.0f} MB of text")
     print(f"{'':<22} {'wall s':>8} {'CPU s':>8} {'peak MB':>8} {'RSS MB':>8}")

@@ -1,15 +1,18 @@
 """Files that are whole or absent, digests, locks and the manifests that every finished directory ends with."""
 
+import ctypes
 import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -18,6 +21,7 @@ from codeparrot_ds.errors import ConfigError, DataError, UserError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of every manifest
 _READ_SIZE = 1 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def flush_to_disk(path: Path) -> None:
@@ -27,6 +31,22 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def start_write_back(file: BinaryIO) -> None:
+    """Have the kernel begin to write what is in its cache of `file`, so that a later fsync has less to wait for.
+
+    Linux only; elsewhere nothing. Returns at once, and promises nothing.
+    """
+    if sys.platform == "linux":
+        file.flush()
+        start = end = ctypes.c_int64(0)  # the whole file
+        _libc().sync_file_range(file.fileno(), start, end, _SYNC_FILE_RANGE_WRITE)
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

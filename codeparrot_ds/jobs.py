@@ -6,6 +6,7 @@ the tasks that are done.
 """
 
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import os
@@ -145,6 +146,7 @@ def _threads() -> int | None:
 
 def _start_worker() -> None:
     die_with_parent()
+    gc.freeze()  # what was imported stays: the collector need not look at it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel by processes
 

@@ -25,7 +25,15 @@ import xxhash
 
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import FORMAT_VERSION, MANIFEST, digest_file, digest_json, dump_json, parse_manifest
+from codeparrot_ds.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    digest_file,
+    digest_json,
+    dump_json,
+    parse_manifest,
+    start_write_back,
+)
 from codeparrot_ds.storage import Address, Directory, LocalDirectory, Scratch, open_directory
 
 SPLITS = ("train", "valid")
@@ -34,6 +42,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's numbers
 _UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's own bound for 16-bit ids, below 65,536
 _PROVENANCE = ("repository", "path", "licence", "source")
+_WRITE_BACK_BYTES = 1 << 20
 _ROW_GROUP = 4096  # documents of provenance held in memory
 
 
@@ -73,6 +82,7 @@ class ShardWriter:
         self._lengths = array("i")
         self._documents: list[Document] = []
         self._provenance: Any = None
+        self._unflushed = 0  # bytes
         self.files: dict[str, Path] = {}
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, documents: Sequence[Document]) -> None:
@@ -81,6 +91,10 @@ class ShardWriter:
         data = ids.view(np.uint8).data
         self._bin.write(data)
         self._digest.update(data)
+        self._unflushed += len(data)
+        if self._unflushed >= _WRITE_BACK_BYTES:
+            start_write_back(self._bin)
+            self._unflushed = 0
         self._lengths.frombytes(lengths.astype("<i4").tobytes())
         self._documents += documents
         if len(self._documents) >= _ROW_GROUP:
