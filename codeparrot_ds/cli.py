@@ -173,7 +173,7 @@ def shards_build(
 
     share = Slice.parse(part) if part else None
     if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
-        say(f"slice {share} of the work, as the scheduler's environment says")
+        say(f"slice {share} of the work, as the scheduler's environment says (all of it: --slice 0/1)")
     manifest = build(
         inputs,
         tokenizer,
@@ -190,6 +190,8 @@ def shards_build(
     )
     if manifest is not None:
         _print_shards(manifest, json_output)
+    elif json_output:
+        print(json.dumps({"directory": output, "finished": False}))
 
 
 @shards_app.command("verify")

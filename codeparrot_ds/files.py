@@ -36,7 +36,7 @@ def flush_to_disk(path: Path) -> None:
 def start_write_back(file: BinaryIO) -> None:
     """Have the kernel begin to write what is in its cache of `file`, so that a later fsync has less to wait for.
 
-    Linux only; elsewhere nothing. Returns at once, and promises nothing.
+    Linux only; elsewhere nothing. Usually returns at once, and promises nothing.
     """
     if sys.platform == "linux":
         file.flush()
@@ -186,7 +186,7 @@ def make_directory(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe-{secrets.token_hex(8)}.tmp"  # several hosts may try at once
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{path}: is a file, but a directory is needed. Name another place.") from None
     except OSError as error:
@@ -215,6 +215,10 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(busy) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(f"note: {path}: this file system has no locks; see that nobody else works here.", file=sys.stderr)
         yield
 
 

@@ -49,6 +49,7 @@ def progress(items: Iterable[Item], what: str, total: int, unit: str = "file", d
     if sys.stderr.isatty():
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # its thread would stand in the way of forks
         yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, initial=done)
         return
     last = time.monotonic()
@@ -118,6 +119,8 @@ def _run_locally(
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list((pool._processes or {}).values()):  # their tasks may be lost: nobody waits for them
+                worker.kill()
             raise
 
 
@@ -125,7 +128,8 @@ def _context(preload: str | None) -> BaseContext:
     """How workers start: they share what `preload` imports.
 
     A fork inherits locks that other threads hold at that moment. With this thread alone there are none, and workers
-    fork from this process; otherwise from a fork server, a clean process that costs as much as a start of Python.
+    fork from this process (what `preload` imports may start threads of its own, and has to know forks, as with the
+    server); otherwise from a fork server, a clean process that costs as much as a start of Python.
     """
     global _forked_from
     if _threads() == 1:
@@ -154,7 +158,7 @@ def _start_worker() -> None:
 def die_with_parent() -> None:
     """End this worker when the process that it works for ends, however that ends.
 
-    A forked worker leaves that to the kernel; one of a fork server, whose parent is another process, watches.
+    The kernel sees to a forked worker; one of a fork server, whose parent is another process, watches as well.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

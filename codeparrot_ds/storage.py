@@ -5,9 +5,10 @@ Both offer the same few calls, and in both a file is whole or absent under its n
 
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -101,7 +102,8 @@ class LocalDirectory:
             list(threads.map(flush_to_disk, files.values()))
         for name, path in files.items():
             path.replace(self.path / name)
-        flush_to_disk(self.path)
+        for directory in {(self.path / name).parent for name in files}:
+            flush_to_disk(directory)
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write a small file, whole or absent; several processes may do so at once.
@@ -121,10 +123,12 @@ class LocalDirectory:
         """Remove a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
 
-    def remove_leftovers(self) -> None:
-        """Remove the scratch files of processes that were killed."""
+    def remove_leftovers(self, older_than_seconds: float = 0.0) -> None:
+        """Remove the scratch files of processes that were killed, or all that have not been touched for so long."""
         for path in self.path.glob(f".*{_SCRATCH_SUFFIX}"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= older_than_seconds:
+                    path.unlink()
 
 
 class RemoteDirectory:
@@ -231,7 +235,7 @@ class RemoteDirectory:
             with self._at(name) as (fs, path):
                 fs.rm_file(path)
 
-    def remove_leftovers(self) -> None:
+    def remove_leftovers(self, older_than_seconds: float = 0.0) -> None:
         """Nothing: unfinished uploads do not appear."""
 
 

@@ -9,6 +9,7 @@ from glob import glob, has_magic
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
@@ -87,7 +88,7 @@ def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Pie
     """
     pieces: list[Piece] = []
     for argument in arguments:
-        argument = argument.removeprefix("file://")
+        argument = argument.removeprefix("file://").removeprefix("local://")
         if not argument:
             raise DataError("an input without a name: an empty shell variable? Name a file, a directory or a URL.")
         if argument.startswith("hub:"):
@@ -171,7 +172,7 @@ def _local_piece(path: Path, name: str, kind: str | None = None, repository: str
             "document with --suffix."
         )
     return Piece(
-        str(path),
+        os.path.abspath(path),  # noqa: PTH100 (links stay as they are; workers may start elsewhere)
         printable_name(name),
         kind,
         facts.st_size,
@@ -182,7 +183,6 @@ def _local_piece(path: Path, name: str, kind: str | None = None, repository: str
 
 def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
     fs, path = filesystem(argument)
-    protocol = argument.partition("://")[0]
     try:
         found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
         ) from error
     pieces = []
     for name, facts in sorted(found.items()):
-        if facts["type"] != "file" or (suffix and not name.endswith(suffix)):
+        if facts.get("type", "file") != "file" or (suffix and not name.endswith(suffix)):
             continue
         kind = "file" if suffix else _kind(name)
         if kind is None:
@@ -202,7 +202,7 @@ def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
         below = name.removeprefix(path).strip("/") if not has_magic(path) else PurePosixPath(name).name
         stamp = str(facts.get("ETag") or facts.get("etag") or facts.get("mtime") or facts.get("LastModified") or "")
         root = PurePosixPath(path).name
-        address = f"{protocol}://{name.lstrip('/') if protocol != 'file' else name}"
+        address = fs.unstrip_protocol(name)
         pieces.append(
             Piece(
                 address,
@@ -218,14 +218,18 @@ def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
 
 def _find_hub(argument: str) -> list[Piece]:
     """One piece a part of the dataset (usually a file of it)."""
-    dataset = open_hub_dataset(argument)
-    parts = int(dataset.num_shards)
-    name = argument.removeprefix("hub:").partition("?")[0].rstrip("/")
-    revision = _hub_revision(name, argument)
-    return [Piece(argument, name.rpartition("/")[2], "hub", 0, part, parts, digest=revision) for part in range(parts)]
+    parts = int(open_hub_dataset(argument).num_shards)
+    called = argument.removeprefix("hub:")
+    name, _, query = called.partition("?")
+    options = dict(parse_qsl(query))
+    revision = _hub_revision(name, options.get("revision"))
+    address = argument
+    if revision and not Path(name).is_dir():  # all workers read this state, whatever is pushed meanwhile
+        address = f"hub:{name}?{urlencode({**options, 'revision': revision})}"
+    return [Piece(address, called, "hub", 0, part, parts, digest=revision) for part in range(parts)]
 
 
-def _hub_revision(name: str, argument: str) -> str:
+def _hub_revision(name: str, revision: str | None) -> str:
     """What tells one state of a dataset from another: its commit, or of a local directory its files' sizes and times.
 
     Empty where the Hub cannot be asked.
@@ -234,12 +238,9 @@ def _hub_revision(name: str, argument: str) -> str:
     if directory.is_dir():
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         return digest_json([[str(f.relative_to(directory)), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-    from urllib.parse import parse_qs
-
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    revision = parse_qs(argument.partition("?")[2]).get("revision", [None])[0]
     try:
         return HfApi().dataset_info(name, revision=revision).sha or ""
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):

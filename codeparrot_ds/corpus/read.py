@@ -5,6 +5,7 @@ place; who reads decides whether that ends the work.
 """
 
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from codeparrot_ds.storage import filesystem, is_remote
 MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; a longer one is a data dump, not source code
 _BLOCK_BYTES = 1 << 18  # decompresses fastest: the block stays in the second-level cache
 _ROWS = 64  # of a parquet file at a time
+_PAGE_BYTES = 1 << 20  # of a parquet column at a time; without it a whole column chunk is read at once
 
 _DAMAGED: Any = (EOFError, OSError, zlib.error, igzip_lib.IsalError)
 
@@ -217,6 +219,8 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
             offset = _seek_line(file, piece.start)
         try:
             for stretch in _whole_lines(_blocks(piece, file)):
+                if piece.stop is not None and offset >= piece.stop:
+                    return
                 if isinstance(stretch, _TooLong):
                     number += 1
                     most = f"{MAX_DOCUMENT_BYTES:,} are the most for one document"
@@ -265,17 +269,21 @@ def _seek_line(file: IO[bytes], start: int) -> int:
 def _parse_fast(decoder: Any, lines: bytes, name: str | None, number: int) -> list[Document] | None:
     """The documents of good lines that follow line `number` of the file `name`.
 
-    None when a line is bad, or needs its place, which is known only if no line is blank and `name` is given.
+    None when that is not for sure: a line is blank, is bad, holds more or less than one object, or needs its place
+    where no `name` is given.
     """
-    if decoder is None:
+    ends = lines.count(b"\n")
+    # msgspec would take two objects on a line, and one that spans several.
+    if decoder is None or ends != lines.count(b"}\n{") or not (lines.startswith(b"{") and lines.endswith(b"}")):
         return None
     try:
         rows = decoder.decode_lines(lines)
-        places = name is not None and len(rows) == lines.count(b"\n") + 1
+        if len(rows) != ends + 1:
+            return None
         documents = []
         for i, row in enumerate(rows, start=number + 1):
             text, *provenance = msgspec.structs.astuple(row)
-            documents.append(make_document(text, provenance, f"{name}#{i}" if places else None))
+            documents.append(make_document(text, provenance, f"{name}#{i}" if name is not None else None))
     except (ValueError, RecursionError):
         return None
     return documents
@@ -357,7 +365,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
 
     with open_binary(piece.address) as raw:
         try:
-            table = pq.ParquetFile(raw, pre_buffer=False)
+            table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=_PAGE_BYTES)
             names = table.schema_arrow.names
             if text_field not in names:
                 there = ", ".join(map(repr, names))
@@ -376,7 +384,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
                     if isinstance(row, str):
                         yield BadDocument(where, row)
                     else:
-                        yield document_from_row(row, text_field, where, f"{piece.name}#{number}")
+                        yield _from_row(row, text_field, where, f"{piece.name}#{number}")
             if number != sum(rows) or (piece.whole and number != table.metadata.num_rows):
                 yield BadDocument(
                     piece.address, f"damaged parquet: {number:,} rows, {table.metadata.num_rows:,} expected"
@@ -404,9 +412,29 @@ def _read_hub(piece: Piece, text_field: str) -> Iterator[Read]:
     dataset = open_hub_dataset(piece.address)
     assert piece.stop is not None
     part = dataset.shard(num_shards=piece.stop, index=piece.start)
-    for number, row in enumerate(part, start=1):
+    rows = iter(part)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, of a damaged file: errors of many libraries
+            raise DataError(
+                f"{piece.address}: part {piece.start} cannot be read behind example {number - 1:,} "
+                f"({type(error).__name__}: {error}). Check the network, and run the same command again."
+            ) from error
         where = f"{piece.address} part {piece.start} example {number:,}"
-        yield document_from_row(row, text_field, where, f"{piece.name}#{piece.start}.{number}")
+        yield _from_row(row, text_field, where, f"{piece.name}#{piece.start}.{number}")
+
+
+def _from_row(row: dict[str, Any], text_field: str, where: str, place: str) -> Read:
+    """As `document_from_row`, with the limit of a document's size."""
+    text = row.get(text_field)
+    if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
+        return BadDocument(
+            where, f"{len(text):,} characters; {MAX_DOCUMENT_BYTES:,} bytes are the most for one document"
+        )
+    return document_from_row(row, text_field, where, place)
 
 
 def open_hub_dataset(address: str) -> Any:

@@ -48,6 +48,8 @@ def adopt(
         raise ConfigError(f"{directory / MANIFEST}: is there already. Remove it to adopt the dataset anew.")
     if valid_prefix is not None and _strip(valid_prefix).parent.resolve() != directory.resolve():
         raise ConfigError(f"{valid_prefix}: must lie in {directory}, beside {prefix.name}.")
+    if valid_prefix is not None and _strip(valid_prefix).name == prefix.name:
+        raise ConfigError(f"{valid_prefix}: is the training data itself. Name other data, or leave it out.")
     if not 0.0 < valid_fraction < 1.0:
         raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
     encoder = Encoder(tokenizer)
@@ -76,6 +78,9 @@ def adopt(
     store = LocalDirectory(directory)
     store.make()
     require_free_space(directory, 10_000_000, "the manifest and the tokenizer")
+    for name, data in tokenizer_files(tokenizer).items():
+        if store.exists(f"tokenizer/{name}") and store.read(f"tokenizer/{name}") != data:
+            raise ConfigError(f"{directory / 'tokenizer' / name}: another tokenizer is there already. Move it away.")
     for name, data in tokenizer_files(tokenizer).items():
         store.write(f"tokenizer/{name}", data)
     manifest.write()
@@ -111,9 +116,10 @@ def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
     for start in range(0, len(ids), _READ_TOKENS):
         block = np.asarray(ids[start : start + _READ_TOKENS])
         digest.update(block.data)
-        if int(block.max()) >= encoder.vocab_size or int(block.min()) < 0:
+        wrong = int(block.min()) if int(block.min()) < 0 else int(block.max())
+        if not 0 <= wrong < encoder.vocab_size:
             raise DataError(
-                f"{data}: holds id {int(block.max()):,}, and the tokenizer ends at {encoder.vocab_size:,}. It was made "
+                f"{data}: holds id {wrong:,}, and the tokenizer ends at {encoder.vocab_size:,}. It was made "
                 "with another tokenizer: name that one with --tokenizer."
             )
         if layout is None:

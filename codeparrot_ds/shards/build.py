@@ -7,8 +7,9 @@ call keeps what has a receipt and makes the rest. When all receipts are there, t
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -21,15 +22,17 @@ import xxhash
 from codeparrot_ds.corpus.documents import BadDocument, Document
 from codeparrot_ds.corpus.inputs import deal, find_inputs, text_bytes
 from codeparrot_ds.corpus.read import Piece, read_documents, require_document
-from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.errors import ClusterError, ConfigError, DataError, UserError
 from codeparrot_ds.files import MANIFEST, digest_json, exclusive_lock, require_free_space
 from codeparrot_ds.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
-from codeparrot_ds.storage import Address, Directory, LocalDirectory, open_directory
+from codeparrot_ds.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_files
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_proof
 
 QUARANTINE = "quarantine.jsonl"
+_SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
+_STALE_SECONDS = 3600.0  # scratch files that nobody has touched for an hour are of a process that was killed
 _BATCH_CHARACTERS = 1 << 17  # encoded at a time: large enough for few calls, small enough for the caches
 BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _TASKS = 64  # wanted where the shards' size is left to us
@@ -42,9 +45,9 @@ _SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # of real documents in the proof,
 _PRELOAD = "codeparrot_ds.shards.preload"
 
 
-class _Task(msgspec.Struct, frozen=True):
-    number: int
-    pieces: list[Piece]
+class _Job(msgspec.Struct, frozen=True):
+    """What all tasks of a build have in common."""
+
     output: Directory
     tokenizer: Path
     tokenizer_digest: str
@@ -53,11 +56,18 @@ class _Task(msgspec.Struct, frozen=True):
     skip_bad: bool
     encoder: str  # "fastokens" or "tokenizers"
 
+
+class _Task(msgspec.Struct, frozen=True):
+    number: int
+    pieces: list[Piece]
+    job: _Job
+
     @property
     def fingerprint(self) -> str:
         """Of all that decides the bytes, and of the input files' modification times."""
-        pieces = [(p.name, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
-        return digest_json([pieces, self.tokenizer_digest, self.text_field, self.valid_fraction, self.skip_bad])
+        pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
+        job = self.job
+        return digest_json([pieces, job.tokenizer_digest, job.text_field, job.valid_fraction, job.skip_bad])
 
     @property
     def receipt(self) -> str:
@@ -110,19 +120,11 @@ def build(
         DataError: damaged input, or `output` holds other shards.
         ClusterError: workers were lost for good.
     """
-    if not 0.0 < valid_fraction < 1.0:
-        raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
-    if on_bad_document not in ("fail", "skip"):
-        raise ConfigError(f"on bad document {on_bad_document!r}: must be fail or skip.")
-    if engine not in ENGINES:
-        raise ConfigError(f"engine {engine!r}: must be one of {', '.join(ENGINES)}.")
-    if engine == "ray" and part is not None:
-        raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
+    _check_options(valid_fraction, on_bad_document, engine, part)
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
     pieces = find_inputs(arguments, suffix)
-    referee = Encoder(tokenizer)
-    target = open_directory(output)
     text = sum(map(text_bytes, pieces))
+    referee = Encoder(tokenizer)
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,
@@ -140,44 +142,52 @@ def build(
             "on_bad_document": on_bad_document,
         },
     )
+    target = open_directory(output if is_remote(output) else Path(output).resolve())  # workers may start elsewhere
     if finished := _finished(target, manifest):
         _clean(target)  # of a process that was killed between its manifest and this
         return finished
     target.make()
     if isinstance(target, LocalDirectory):
-        there = sum(target.size(name) or 0 for name in target.names())
+        there = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
         ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
         require_free_space(target.path, int(ids_bytes) - there, "the shards")
     with _lock(target, part):
-        first = [piece for piece in pieces if piece.kind != "hub"]
-        chosen = _choose_encoder(tokenizer, referee, encoder, first[:: max(1, len(first) // _SAMPLE_FILES)], text_field)
-        tasks = [
-            _Task(
-                number,
-                dealt,
-                target,
-                tokenizer.resolve(),
-                referee.digest,
-                text_field,
-                valid_fraction,
-                on_bad_document == "skip",
-                chosen,
-            )
-            for number, dealt in enumerate(deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN))
-        ]
+        if finished := _finished(target, manifest):  # by the process that held the lock
+            return finished
+        target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
+        chosen = _choose_encoder(tokenizer, referee, encoder, pieces, text_field)
+        skip_bad = on_bad_document == "skip"
+        job = _Job(target, tokenizer.resolve(), referee.digest, text_field, valid_fraction, skip_bad, chosen)
+        dealt = deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN)
+        tasks = [_Task(number, its_pieces, job) for number, its_pieces in enumerate(dealt)]
         labels = _trusted_labels(chosen, referee)
-        open_tasks = [task for task in (part.of(tasks) if part else tasks) if _read_receipt(task, labels) is None]
-        done = len(tasks) - len(open_tasks) if part is None else 0
-        os.environ["CODEPARROT_DS_PRELOAD_TOKENIZER"] = f"{tokenizer.resolve()}\n{referee.digest}\n{chosen}"
-        results = run_tasks(_build_one, open_tasks, workers or _cores(), engine=engine, preload=_PRELOAD)
-        for _ in progress(results, "encoding", len(open_tasks) + done, "shard", done):
+        mine = part.of(tasks) if part else tasks
+        unfinished = [task for task in mine if _read_receipt(task, labels) is None]
+        os.environ["CODEPARROT_DS_PRELOAD_TOKENIZER"] = f"{job.tokenizer}\n{referee.digest}\n{chosen}"
+        results = run_tasks(_build_one, unfinished, workers or _cores(), engine=engine, preload=_PRELOAD)
+        for _ in progress(results, "encoding", len(mine), "task", done=len(mine) - len(unfinished)):
             pass
-        return _finish(tasks, labels, target, manifest, tokenizer)
+        return _finish(tasks, labels, target, manifest, tokenizer, alone=part is None)
+
+
+def _check_options(valid_fraction: float, on_bad_document: str, engine: str, part: Slice | None) -> None:
+    if not 0.0 < valid_fraction < 1.0:
+        raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
+    if on_bad_document not in ("fail", "skip"):
+        raise ConfigError(f"on bad document {on_bad_document!r}: must be fail or skip.")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r}: must be one of {', '.join(ENGINES)}.")
+    if engine == "ray" and part is not None:
+        raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
 
 
 def _cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use, by affinity and by the quota of its control group, as in containers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max", no quota
+    return cores
 
 
 def _shard_tokens(text: float) -> int:
@@ -227,7 +237,9 @@ def _choose_encoder(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequ
     of its own: it takes a few hundred megabytes for some seconds."""
     if known_outcome(referee) is not None or wanted == "tokenizers":
         return choose_encoder(tokenizer, referee, wanted, [])
-    return run_apart(_choose_apart, (tokenizer, wanted, list(pieces), text_field))
+    files = [piece for piece in pieces if piece.kind != "hub"]
+    sample = files[:: -(-len(files) // _SAMPLE_FILES) or 1]
+    return run_apart(_choose_apart, (tokenizer, wanted, sample, text_field))
 
 
 def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
@@ -240,12 +252,13 @@ def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
     """Documents from the start of some files; what cannot be read is for the build to report."""
     for piece in pieces[:_SAMPLE_FILES]:
         characters = 0
-        for read in islice(read_documents(piece, text_field), 1000):
-            if isinstance(read, Document):
-                yield read.text[:_SAMPLE_CHARACTERS]
-                characters += len(read.text)
-            if characters > _SAMPLE_CHARACTERS:
-                break
+        with suppress(UserError, OSError):
+            for read in islice(read_documents(piece, text_field), 1000):
+                if isinstance(read, Document):
+                    yield read.text[:_SAMPLE_CHARACTERS]
+                    characters += len(read.text)
+                if characters > _SAMPLE_CHARACTERS:
+                    break
 
 
 def _trusted_labels(chosen: str, referee: Encoder) -> set[str]:
@@ -257,10 +270,11 @@ def _trusted_labels(chosen: str, referee: Encoder) -> set[str]:
 
 def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
     """The task's receipt, unless it is missing, or of other inputs, or of an encoder that is not trusted."""
-    if not task.output.exists(task.receipt):
+    output = task.job.output
+    if not output.exists(task.receipt):
         return None
     try:
-        receipt = msgspec.json.decode(task.output.read(task.receipt), type=_Receipt)
+        receipt = msgspec.json.decode(output.read(task.receipt), type=_Receipt)
     except (DataError, msgspec.DecodeError):
         return None
     return receipt if receipt.fingerprint == task.fingerprint and receipt.encoder in labels else None
@@ -287,39 +301,39 @@ def load_encoders(tokenizer: Path, digest: str, name: str) -> tuple[Encoder, Enc
 
 def _build_one(task: _Task) -> int:
     """Make a task's shards and then its receipt, and return its number."""
-    referee, encoder = load_encoders(task.tokenizer, task.tokenizer_digest, task.encoder)
-    task.output.remove(task.receipt)  # of other inputs: it must not outlive the shards that it speaks of
+    job = task.job
+    referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder)
+    job.output.remove(task.receipt)  # of other inputs: it must not outlive the shards that it speaks of
     receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
-    with task.output.scratch() as scratch, ExitStack() as stack:
-        splits = {
-            split: _Split(
-                encoder,
-                referee,
-                ShardWriter(scratch, f"{split}-{task.number:05d}", split, dtype_for(referee.vocab_size)),
-            )
-            for split in SPLITS
-        }
-        for each in splits.values():
-            stack.callback(each.writer.close)
+    dtype = dtype_for(referee.vocab_size)
+    with job.output.scratch() as scratch, ExitStack() as stack:
+        writers = {split: ShardWriter(scratch, f"{split}-{task.number:05d}", split, dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        splits = {split: _Split(encoder, referee, writer) for split, writer in writers.items()}
         for piece in task.pieces:
-            for read in read_documents(piece, task.text_field):
+            for read in read_documents(piece, job.text_field):
                 receipt.read += 1
                 if isinstance(read, BadDocument):
-                    if not task.skip_bad:
+                    if not job.skip_bad:
                         require_document(read)
                     receipt.quarantined.append(read)
                 elif not read.text:
                     receipt.empty += 1
                 else:
                     digest = xxhash.xxh3_128_intdigest(read.text.encode())
-                    splits[_split_of(digest, task.valid_fraction)].append(read, digest)
+                    splits[_split_of(digest, job.valid_fraction)].append(read, digest)
         for each in splits.values():
             each.flush()
-            if info := each.writer.finish():
-                receipt.shards.append(info)
-        task.output.publish({name: path for each in splits.values() for name, path in each.writer.files.items()})
+        receipt.shards += [info for writer in writers.values() if (info := writer.finish())]
+        try:
+            job.output.publish({name: path for writer in writers.values() for name, path in writer.files.items()})
+        except FileNotFoundError:  # another copy of this task was quicker, and the build is finished and tidied
+            if not job.output.exists(MANIFEST):
+                raise
+            return task.number
     # Its loss would cost the task's time and nothing else, so it need not wait for the disk.
-    task.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
+    job.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
     return task.number
 
 
@@ -384,13 +398,18 @@ class _Split:
 
 
 def _finish(
-    tasks: Sequence[_Task], labels: set[str], target: Directory, manifest: Manifest, tokenizer: Path
+    tasks: Sequence[_Task], labels: set[str], target: Directory, manifest: Manifest, tokenizer: Path, *, alone: bool
 ) -> Manifest | None:
     """Write the manifest if every task has its receipt. Several slices may do so at once, and write the same."""
     receipts = [_read_receipt(task, labels) for task in tasks]
     if target.exists(MANIFEST):  # another slice was quicker, and has removed receipts
         return Manifest.read(manifest.directory)
     missing = sum(receipt is None for receipt in receipts)
+    if missing and alone:
+        raise ClusterError(
+            f"{target}: {missing:,} of {len(tasks):,} tasks ran, but what they made is not there. Is it a disk "
+            f"that all workers share, and do they have the same {' and '.join(sorted(labels))}?"
+        )
     if missing:
         say(f"{target}: {missing:,} of {len(tasks):,} tasks are left to other slices; the last finishes it.")
         return None
@@ -428,6 +447,10 @@ def _publish(target: Directory, manifest: Manifest, quarantined: Sequence[BadDoc
         target.remove(QUARANTINE)  # of a run that was killed before its manifest, over an input since mended
     for name, data in tokenizer_files(tokenizer).items():
         target.write(f"tokenizer/{name}", data)
+    listed = {f"{shard.name}{suffix}" for shard in manifest.shards for suffix in shard.files}
+    for name in target.names():  # of an unfinished build that was dealt otherwise: readers of *.bin would take them too
+        if _SHARD_FILE.fullmatch(name) and name not in listed:
+            target.remove(name)
     manifest.write()
 
 

@@ -43,7 +43,7 @@ _DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's numbers
 _UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's own bound for 16-bit ids, below 65,536
 _PROVENANCE = ("repository", "path", "licence", "source")
 _WRITE_BACK_BYTES = 1 << 20
-_ROW_GROUP = 4096  # documents of provenance held in memory
+_ROW_GROUP, _ROW_GROUP_CHARACTERS = 4096, 1 << 24  # documents whose provenance is held in memory, at most
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -80,7 +80,8 @@ class ShardWriter:
         self._bin: BinaryIO = open(scratch.path(f"{name}.bin"), "wb")  # noqa: SIM115 (closed in close)
         self._digest = xxhash.xxh3_128()
         self._lengths = array("i")
-        self._documents: list[Document] = []
+        self._held: list[tuple[str, ...]] = []  # provenance of documents, not their texts
+        self._held_characters = 0
         self._provenance: Any = None
         self._unflushed = 0  # bytes
         self.files: dict[str, Path] = {}
@@ -96,9 +97,12 @@ class ShardWriter:
             start_write_back(self._bin)
             self._unflushed = 0
         self._lengths.frombytes(lengths.astype("<i4").tobytes())
-        self._documents += documents
-        if len(self._documents) >= _ROW_GROUP:
-            self._write_provenance()
+        for document in documents:
+            row = (document.repository, document.path, document.licence, document.source)
+            self._held.append(row)
+            self._held_characters += sum(map(len, row))
+            if len(self._held) >= _ROW_GROUP or self._held_characters >= _ROW_GROUP_CHARACTERS:
+                self._write_provenance()
 
     def close(self) -> None:
         """Close the files, finished or not."""
@@ -134,8 +138,8 @@ class ShardWriter:
         return header + lengths.tobytes() + offsets.tobytes() + first_sequence.tobytes()
 
     def _write_provenance(self) -> None:
-        """Write the held documents' provenance as a row group."""
-        if not self._documents:
+        """Write the held provenance as a row group."""
+        if not self._held:
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -144,9 +148,9 @@ class ShardWriter:
             schema = pa.schema([(name, pa.string()) for name in _PROVENANCE])
             path = self._scratch.path(f"{self._name}.docs.parquet")
             self._provenance = pq.ParquetWriter(path, schema, compression="zstd")
-        columns = [_string_array([getattr(d, name) for d in self._documents]) for name in _PROVENANCE]
+        columns = [_string_array(values) for values in zip(*self._held, strict=True)]
         self._provenance.write_batch(pa.RecordBatch.from_arrays(columns, list(_PROVENANCE)))
-        self._documents = []
+        self._held, self._held_characters = [], 0
 
 
 def _string_array(values: Sequence[str]) -> Any:

@@ -1,9 +1,11 @@
 """A split as packed sequences of equal length, read from memory-mapped shards."""
 
 import ctypes
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -28,6 +30,7 @@ class PackedSequences:
         """Map the shards of `split`. Raises DataError when they hold less than one sequence."""
         shards = manifest.split(split)
         self.seq_len = seq_len
+        _allow_open_files(len(shards))
         self._ids = [
             np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r").view(np.ndarray)[
                 shard.first_token : shard.first_token + shard.tokens
@@ -51,6 +54,9 @@ class PackedSequences:
 
     def __len__(self) -> int:
         return self._count
+
+    def __reduce__(self) -> Any:
+        raise TypeError("memory maps do not travel: open the shards again in the other process")
 
     def read(self, i: int) -> np.ndarray:
         """Sequence i, [seq_len + 1] ids, a view into the memory map unless it spans two shards.
@@ -159,6 +165,15 @@ class Dataset:
         if len(self.manifests) == 1:
             return Order(len(self.train), seed)
         return BlendedOrder([len(part) for part in self.train.parts], self.weights, seed)
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise this process's limit of open files where `more` would meet it: each memory map holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = more + 512 + soft // 2
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 def _windows_over(arrays: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,11 @@ import xxhash
 from codeparrot_ds.corpus.documents import BadDocument, Document
 from codeparrot_ds.corpus.inputs import deal, find_inputs
 from codeparrot_ds.corpus.read import Piece, read_documents
-from codeparrot_ds.errors import DataError, list_problems
+from codeparrot_ds.errors import ConfigError, DataError, list_problems
 from codeparrot_ds.files import digest_bytes
 from codeparrot_ds.shards.build import BYTES_PER_TOKEN, split_of
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
-from codeparrot_ds.storage import Address, Directory, open_directory
+from codeparrot_ds.storage import Address, Directory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
@@ -99,6 +99,8 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     Raises:
         DataError: the input is gone or another one, or a document differs.
     """
+    if is_remote(manifest.directory):
+        raise ConfigError(f"{manifest.directory}: only local shards are compared with their input. Copy them here.")
     options = manifest.options
     if "shard_tokens" not in options:
         raise DataError(f"{manifest.directory}: was adopted, not built, so there is no input to compare it with.")
@@ -107,7 +109,7 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     encoder = Encoder(Path(manifest.directory) / "tokenizer")
     shards = {shard.name: shard for shard in manifest.shards}
     compared = 0
-    for number, dealt in tasks[:: max(1, len(tasks) // _COMPARED_TASKS)]:
+    for number, dealt in tasks[:: -(-len(tasks) // _COMPARED_TASKS)]:
         readers = {split: _documents_of(manifest, shards.get(f"{split}-{number:05d}")) for split in SPLITS}
         for document in islice(_readable(dealt, options["text_field"]), _COMPARED_DOCUMENTS):
             split = split_of(document, options["valid_fraction"])

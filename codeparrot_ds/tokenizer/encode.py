@@ -18,7 +18,7 @@ class Encoder:
 
     Attributes:
         label: library and version, e.g. "tokenizers 0.23.3".
-        vocab_size: tokens, added ones included.
+        vocab_size: the largest id and one, added tokens included.
         eos_id: id that ends a document.
         digest: xxh3-128 of `tokenizer.json`.
     """
@@ -43,7 +43,8 @@ class Encoder:
             raise DataError(f"{path}: has no {EOS_TOKEN} token, so documents could not be told apart.")
         self.label = f"tokenizers {importlib.metadata.version('tokenizers')}"
         self.eos_id: int = eos_id
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        # Not the number of tokens: ids of added tokens may leave gaps.
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.digest = digest_file(path)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

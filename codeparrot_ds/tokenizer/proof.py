@@ -9,6 +9,7 @@ tokenizer, both libraries' versions and a kind of CPU, and its outcome is kept i
 
 import itertools
 import os
+import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import read_json, write_json
+from codeparrot_ds.errors import ConfigError, DataError, UserError
+from codeparrot_ds.files import dump_json, read_json
 from codeparrot_ds.jobs import say
+from codeparrot_ds.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, cpu_digest, fast_label
 from codeparrot_ds.tokenizer.train import EOS_TOKEN
 
@@ -79,7 +81,7 @@ def _why_not_fast(directory: Path, referee: Encoder, sample: Iterable[str]) -> s
     except InexactError as found:
         difference = str(found)
     except BaseException as error:  # a panic of a Rust library is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
             raise
         difference = f"fastokens failed in the proof ({type(error).__name__}: {error})"
     record_proof(referee, difference, checked)
@@ -104,7 +106,10 @@ def known_outcome(referee: Encoder) -> dict[str, Any] | None:
 
 def proof_file(referee: Encoder) -> Path:
     """Where the outcome for this tokenizer, these versions and this kind of CPU is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in containers
+        cache = Path(tempfile.gettempdir())
     versions = f"{fast_label()} {referee.label}".replace(" ", "-")
     return cache / "codeparrot-ds" / "proofs" / f"{PROOF_VERSION}-{referee.digest}-{versions}-{cpu_digest()}.json"
 
@@ -114,7 +119,7 @@ def record_proof(referee: Encoder, difference: str | None, checked: dict[str, An
     path = proof_file(referee)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"difference": difference, "checked": checked})
+        LocalDirectory(path.parent).write(path.name, dump_json({"difference": difference, "checked": checked}))
     except OSError as error:
         say(f"note: {path} cannot be written ({error.strerror}): the proof will be made again next time.")
 

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,8 @@ from codeparrot_ds.jobs import Slice
 from codeparrot_ds.shards.build import QUARANTINE, build
 from codeparrot_ds.shards.format import Manifest, read_provenance
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
+from codeparrot_ds.tokenizer import proof as proving
+from codeparrot_ds.tokenizer.encode import Encoder
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = ["def f():\n\treturn 1\n", "s = 'naïve 🦜'\r\n", "\u2028\x0b", " ", "x" * 70, "</s>\\n\"'\n"]
@@ -1197,3 +1199,49 @@ def test_a_data_file_whose_name_is_not_utf8_is_refused_by_name(data: Path, tmp_p
     path = _file_with_a_name_that_is_not_utf8(tmp_path, b".jsonl", lines(many()))
     with pytest.raises(DataError, match="caf"):
         make(data, path, tmp_path / "shards")
+
+
+def test_a_line_holds_one_object_whatever_stands_around_it(data: Path, tmp_path: Path) -> None:
+    two = b'{"content": "a"}{"content": "b"}\n'
+    spread = b'{"content":\n"c"}\n'
+    for bad in (two, spread, two + spread):
+        path = write(tmp_path / "a.jsonl", lines(many(3)) + bad + lines(many(3, 50)))
+        kinds = [type(read).__name__ for read in read_all(path)]
+        assert kinds.count("Document") == 6
+        assert kinds.count("BadDocument") == bad.count(b"\n")
+
+
+def test_a_too_long_line_at_a_border_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 200)
+    start = lines(many(3))
+    path = write(tmp_path / "a.jsonl", start + b'{"content": "' + b"x" * 500 + b'"}\n' + lines(many(2, 50)))
+    whole = find_inputs([str(path)])[0]
+    found = []
+    for first, stop in ((0, len(start)), (len(start), whole.size)):
+        found += list(read_documents(msgspec.structs.replace(whole, start=first, stop=stop)))
+    assert [type(read).__name__ for read in found] == ["Document"] * 3 + ["BadDocument"] + ["Document"] * 2
+
+
+def test_an_input_that_cannot_be_read_does_not_condemn_the_encoder(data: Path, tmp_path: Path) -> None:
+    def sample() -> Iterator[str]:
+        yield "x = 1"
+        raise DataError("the disk is gone")
+
+    referee = Encoder(data / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        patch.setattr(proving, "code_points", lambda: iter(["a"]))
+        patch.setattr(proving, "hard_cases", lambda _: iter(["a"]))
+        with pytest.raises(DataError, match="the disk is gone"):
+            proving.choose_encoder(data / "tokenizer", referee, "auto", sample())
+        assert proving.known_outcome(referee) is None
+
+
+def test_shards_of_an_unfinished_build_that_was_dealt_otherwise_are_removed(data: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(many(200)) + b"bad\n")
+    with pytest.raises(DataError):
+        make(data, path, tmp_path / "shards", shard_tokens=300)
+    assert list((tmp_path / "shards").glob("train-*.bin"))
+    write(path, lines(many(200)))
+    manifest = make(data, path, tmp_path / "shards", shard_tokens=100_000)
+    assert len(list((tmp_path / "shards").glob("*.bin"))) == len(manifest.shards)
