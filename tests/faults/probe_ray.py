@@ -1,16 +1,20 @@
 """A Ray cluster of two nodes with one CPU each, all on loopback.
 
 Run as `python -m tests.faults.probe_ray DIRECTORY`. It prints a JSON line with its address, and another after each
-line that it reads; "remove" ends the second node, as a crash does. With the end of its input it ends the cluster.
+line that it reads; "remove" ends the second node while it works on a task, as a crash does. With the end of its input
+it ends the cluster.
 """
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
+
+WORKING, WORKING_SECONDS = "_build_one", 20.0
 
 
 def say(**facts: Any) -> None:
@@ -34,6 +38,9 @@ def main(directory: str) -> None:
     say(address=cluster.address)
     for line in sys.stdin:
         if line.strip() == "remove":
+            deadline = time.monotonic() + WORKING_SECONDS
+            while not any(WORKING in task for task in tasks_of(raylet)) and time.monotonic() < deadline:
+                time.sleep(0.01)
             cut_off = tasks_of(raylet)
             cluster.remove_node(second, allow_graceful=False)
             say(cut_off=cut_off)

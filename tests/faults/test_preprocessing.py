@@ -471,6 +471,8 @@ def ray_cluster() -> Iterator[RayCluster]:
                 (other.pid, other.name()) for other in [*family, *session_of(process.pid)] if is_alive(other)
             ]
         finally:
+            if process.poll() is None:  # the test has failed
+                family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.wait(10)
             end_session(process.pid)
