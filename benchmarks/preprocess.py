@@ -30,7 +30,7 @@ from measure import Measurement, measure
 from pipelines import DRIVERS, Peer, Task, megatron_checkout, megatron_version, peers
 
 EOS_ID = 0
-LARGE_COPIES = 5
+LARGE_COPIES = 10
 LARGE_INTERVAL_SECONDS = 1.0  # between looks at memory, for they take time from the cores that are measured
 _OUR_PACKAGES = ("codeparrot-ds", "tokenizers", "fastokens", "msgspec", "isal", "numpy", "pyarrow", "xxhash")
 

@@ -272,13 +272,17 @@ def _parse_fast(decoder: Any, lines: bytes, name: str | None, number: int) -> li
     None when that is not for sure: a line is blank, is bad, holds more or less than one object, or needs its place
     where no `name` is given.
     """
-    ends = lines.count(b"\n")
-    # msgspec would take two objects on a line, and one that spans several.
-    if decoder is None or ends != lines.count(b"}\n{") or not (lines.startswith(b"{") and lines.endswith(b"}")):
+    if decoder is None or not (lines.startswith(b"{") and lines.endswith(b"}")):
         return None
+    # msgspec would take two objects on a line, and one that spans several.
+    count, end = 1, lines.find(b"\n")
+    while end >= 0:
+        if lines[end - 1 : end + 2] != b"}\n{":
+            return None
+        count, end = count + 1, lines.find(b"\n", end + 1)
     try:
         rows = decoder.decode_lines(lines)
-        if len(rows) != ends + 1:
+        if len(rows) != count:
             return None
         documents = []
         for i, row in enumerate(rows, start=number + 1):
