@@ -58,7 +58,7 @@ def choose_encoder(directory: Path, referee: Encoder, wanted: str, sample: Itera
     if wanted == "fastokens":
         raise ConfigError(f"{directory}: fastokens cannot be used for this tokenizer: {reason}. Use --encoder auto.")
     say(
-        f"note: encoding with tokenizers, which takes some 100 times the CPU time of fastokens "
+        f"note: encoding with tokenizers, which makes the whole build take some 25 times the CPU time "
         f"(docs/benchmarks.md), for {reason}."
     )
     return "tokenizers"
