@@ -298,10 +298,10 @@ def finish_around_another(corpus: Corpus, output: Path, number: int) -> int:
     publish, finish = LocalDirectory.publish, building._finish
     finishing, writes = False, 0
 
-    def note_finish(*arguments: Any) -> Any:
+    def note_finish(*arguments: Any, **also: Any) -> Any:
         nonlocal finishing
         finishing = True
-        return finish(*arguments)
+        return finish(*arguments, **also)
 
     def interrupted(self: LocalDirectory, files: dict[str, Path]) -> None:
         nonlocal writes
