@@ -132,7 +132,7 @@ def _context(preload: str | None) -> BaseContext:
     server); otherwise from a fork server, a clean process that costs as much as a start of Python.
     """
     global _forked_from
-    if _threads() == 1:
+    if len(threads()) == 1:
         _forked_from = os.getpid()
         if preload is not None:
             importlib.import_module(preload)
@@ -142,10 +142,10 @@ def _context(preload: str | None) -> BaseContext:
     return context
 
 
-def _threads() -> int | None:
-    """Threads of this process, those of libraries included; None where the system does not say."""
+def threads() -> set[int]:
+    """Ids of this process's threads, those of libraries included; empty where the system does not say."""
     tasks = Path("/proc/self/task")
-    return sum(1 for _ in tasks.iterdir()) if tasks.is_dir() else None
+    return {int(entry.name) for entry in tasks.iterdir()} if tasks.is_dir() else set()
 
 
 def _start_worker() -> None:

@@ -3,15 +3,16 @@
 Both offer the same few calls, and in both a file is whole or absent under its name.
 """
 
+import io
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from codeparrot_ds.errors import ConfigError, DataError, UserError
 from codeparrot_ds.files import flush_to_disk, make_directory
@@ -42,6 +43,81 @@ def filesystem(address: str) -> tuple[Any, str]:
 
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+@contextmanager
+def explain_store_errors(address: str, error_class: type[UserError]) -> Iterator[None]:
+    """Turn whatever a store raises, for each has errors of its own, into an `error_class` that says what to look at."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise error_class(
+            f"{address}: cannot be read or written ({type(error).__name__}: {reason}). Check "
+            "the address, the network and the credentials in the environment, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def open_binary(address: str) -> Iterator[IO[bytes]]:
+    """The bytes of a local or remote file as they lie there."""
+    if is_remote(address):
+        with _RemoteFile(address) as remote:
+            yield cast(IO[bytes], remote)
+    else:
+        with open(address, "rb", buffering=0) as file:
+            yield file
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of an object store. Whatever goes wrong between here and there is a DataError that says so: it must not
+    pass for damage of the file, which may be skipped."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._address = address
+        with self._explained():
+            fs, path = filesystem(address)
+            self._file = fs.open(path, "rb", cache_type="readahead")
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explain_store_errors(self._address, DataError)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """As of any file."""
+        with self._explained():
+            return bytes(self._file.read(size))
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any file."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file."""
+        with self._explained():
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """As of any file."""
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        """As of any file."""
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
 
 
 class LocalDirectory:
@@ -151,17 +227,15 @@ class RemoteDirectory:
     def _at(self, name: str) -> Iterator[tuple[Any, str]]:
         """The file system and a file's path in it. What goes wrong there becomes a ConfigError; FileNotFoundError
         stays."""
-        try:
+        missing = None
+        with explain_store_errors(self.address, ConfigError):
             fs, root = self._fs_and_root
-            yield fs, f"{root}/{name}"
-        except (FileNotFoundError, UserError):
-            raise
-        except Exception as error:  # each store has errors of its own
-            reason = str(error).strip() or type(error).__name__
-            raise ConfigError(
-                f"{self.address}: the store refuses or cannot be reached ({type(error).__name__}: {reason}). Check the "
-                "address, the network and the credentials in the environment, and run the same command again."
-            ) from error
+            try:
+                yield fs, f"{root}/{name}"
+            except FileNotFoundError as error:
+                missing = error
+        if missing is not None:
+            raise missing
 
     def make(self) -> None:
         """See that files can be made in it. Raises ConfigError."""

@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 
 from codeparrot_ds.corpus.documents import Document
-from codeparrot_ds.corpus.read import Piece, open_binary, open_hub_dataset, printable_name, read_local
+from codeparrot_ds.corpus.read import Piece, open_hub_dataset, printable_name, read_local
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.files import MANIFEST, digest_json, read_manifest
-from codeparrot_ds.storage import filesystem, is_remote
+from codeparrot_ds.storage import filesystem, is_remote, open_binary
 
 _KINDS = {
     ".jsonl": "jsonl",

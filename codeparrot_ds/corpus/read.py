@@ -4,15 +4,13 @@ Everything streams: memory is a block, a line and a document. What cannot be rea
 place; who reads decides whether that ends the work.
 """
 
-import io
 import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import msgspec
 from isal import igzip_lib
@@ -24,8 +22,8 @@ from codeparrot_ds.corpus.documents import (
     document_from_row,
     make_document,
 )
-from codeparrot_ds.errors import DataError, UserError
-from codeparrot_ds.storage import filesystem, is_remote
+from codeparrot_ds.errors import DataError
+from codeparrot_ds.storage import open_binary
 
 MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; a longer one is a data dump, not source code
 _BLOCK_BYTES = 1 << 18  # decompresses fastest: the block stays in the second-level cache
@@ -81,76 +79,6 @@ def read_documents(piece: Piece, text_field: str = "content") -> Iterator[Read]:
         raise DataError(
             f"{piece.address}: cannot be read ({error.strerror or error}). Mend that and run the same command again."
         ) from error
-
-
-@contextmanager
-def open_binary(address: str) -> Iterator[IO[bytes]]:
-    """The bytes of a local or remote file as they lie there."""
-    if is_remote(address):
-        with _RemoteFile(address) as remote:
-            yield cast(IO[bytes], remote)
-    else:
-        with open(address, "rb", buffering=0) as file:
-            yield file
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of an object store. Whatever goes wrong between here and there is a DataError that says so: it must not
-    pass for damage of the file, which may be skipped."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__()
-        self._address = address
-        with self._explained():
-            fs, path = filesystem(address)
-            self._file = fs.open(path, "rb", cache_type="readahead")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # each store has errors of its own
-            reason = str(error).strip() or type(error).__name__
-            raise DataError(
-                f"{self._address}: cannot be read ({type(error).__name__}: {reason}). Check the network and the "
-                "credentials in the environment, and run the same command again."
-            ) from error
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """As of any file."""
-        with self._explained():
-            return bytes(self._file.read(size))
-
-    def readinto(self, buffer: Any) -> int:
-        """As of any file."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """As of any file."""
-        with self._explained():
-            return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        """As of any file."""
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        """As of any file."""
-        if not self.closed and hasattr(self, "_file"):
-            self._file.close()
-        super().close()
 
 
 def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:

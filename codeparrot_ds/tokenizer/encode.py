@@ -10,6 +10,7 @@ import numpy as np
 
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.files import digest_bytes, digest_file, write_atomically
+from codeparrot_ds.jobs import threads
 from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
 
 
@@ -108,13 +109,13 @@ class FastEncoder:
         if not hasattr(os, "sched_setaffinity"):
             return
         allowed = os.sched_getaffinity(0)
-        before = _threads()
+        before = threads()
         os.sched_setaffinity(0, {min(allowed)})
         try:
             self.encode_flat(["start", "the", "pool"])
         finally:
             os.sched_setaffinity(0, allowed)
-        for thread in _threads() - before:
+        for thread in threads() - before:
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(thread, allowed)
 
@@ -125,11 +126,6 @@ def fast_label() -> str:
         return f"fastokens {importlib.metadata.version('fastokens')}"
     except importlib.metadata.PackageNotFoundError:
         return "fastokens none"
-
-
-def _threads() -> set[int]:
-    """Ids of this process's threads, those of libraries included."""
-    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -177,7 +177,7 @@ def process_id(_: int) -> int:
 @pytest.fixture(params=["fork", "forkserver"])
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How workers start: as from a process without other threads, or as from one with some."""
-    monkeypatch.setattr(jobs, "_threads", lambda: 1 if request.param == "fork" else 2)
+    monkeypatch.setattr(jobs, "threads", lambda: {1} if request.param == "fork" else {1, 2})
     return str(request.param)
 
 
