@@ -160,7 +160,7 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
                     _parse_fast(decoder, stretch, piece.name if piece.whole else None, number) if inside else None
                 )
                 if documents is not None:
-                    number += stretch.count(b"\n") + 1
+                    number += len(documents)
                     offset += len(stretch) + 1
                     yield from documents
                     continue
