@@ -31,7 +31,7 @@ from pipelines import DRIVERS, Peer, Task, megatron_checkout, megatron_version, 
 
 EOS_ID = 0
 LARGE_COPIES = 10
-LARGE_INTERVAL_SECONDS = 1.0  # between looks at memory, for they take time from the cores that are measured
+LARGE_ROUNDS = 3
 _OUR_PACKAGES = ("codeparrot-ds", "tokenizers", "fastokens", "msgspec", "isal", "numpy", "pyarrow", "xxhash")
 
 
@@ -76,7 +76,7 @@ class Ours:
         *,
         cache: Path | None = None,
         encoder: str = "auto",
-        interval_seconds: float = 0.05,
+        interval_seconds: float | None = 0.05,
     ) -> tuple[Measurement, Path]:
         """One `shards build` with a cache directory of the user's; what it took, and the shards."""
         self._runs += 1
@@ -95,7 +95,7 @@ class Ours:
         )
         return measured, output
 
-    def measure(self, documents: Documents, workers: int, *, interval_seconds: float = 0.05) -> Measurement:
+    def measure(self, documents: Documents, workers: int, *, interval_seconds: float | None = 0.05) -> Measurement:
         """The same with the tokenizer known from the first run, and without keeping the shards."""
         measured, output = self.build(documents, workers, interval_seconds=interval_seconds)
         shutil.rmtree(output)
@@ -203,30 +203,43 @@ def share_of_floor(floor: Row, ours: Row) -> dict[str, float | None]:
 def check_large(
     ours: Ours, chosen: list[CorpusFile], documents: Documents, tokenizer: Path, workers: int
 ) -> dict[str, Any]:
-    """Ours and the floor on many copies of the documents, where start-up does not count: memory, scaling, share."""
+    """Ours and the floor on many copies of the documents, where start-up does not count: memory, scaling, share.
+
+    Memory is looked at in one run, time taken in others, which no sampler disturbs, round by round.
+    """
     many = link_corpus(chosen, documents.directory.with_name("corpus-copies"), LARGE_COPIES)
-    once = ours.measure(documents, workers)
-    large = {n: ours.measure(many, n, interval_seconds=LARGE_INTERVAL_SECONDS) for n in (workers, 1)}
-    floor = measure_floor(many, None, tokenizer, workers, many.directory.with_suffix(".floor"))
-    print(f"\n{LARGE_COPIES} copies of each file, {many.text_bytes / 1e6:,.0f} MB of text")
+    runs = {"once": [ours.measure(documents, workers)], "copies, memory": [ours.measure(many, workers)]}
+    for _ in range(LARGE_ROUNDS):
+        for n in (workers, 1):
+            runs.setdefault(f"copies, workers {n}", []).append(ours.measure(many, n, interval_seconds=None))
+        floor = measure_floor(many, None, tokenizer, workers, many.directory.with_suffix(".floor"))
+        runs.setdefault("floor", []).extend(floor.runs)
+    print(f"\n{LARGE_COPIES} copies of each file, {many.text_bytes / 1e6:,.0f} MB of text, medians")
     print(f"{'':<22} {'wall s':>8} {'CPU s':>8} {'peak MB':>8} {'RSS MB':>8}")
-    runs = {"once": once, **{f"copies, {n} workers": run for n, run in large.items()}, "floor": floor.runs[0]}
-    for name, run in runs.items():
-        print(
-            f"{name:<22} {run.wall_seconds:8.2f} {run.cpu_seconds:8.2f} {run.peak_pss_bytes / 1e6:8,.0f} "
-            f"{run.peak_rss_bytes / 1e6:8,.0f}"
-        )
-    share = floor.runs[0].cpu_seconds / large[workers].cpu_seconds
-    wall_share = floor.runs[0].wall_seconds / large[workers].wall_seconds
-    speedup = large[1].wall_seconds / large[workers].wall_seconds
-    print(f"floor / ours: {share:.0%} in CPU s, {wall_share:.0%} in wall s")
-    print(f"{workers} workers against 1: {speedup:.2f} times as fast")
+    for name, each in runs.items():
+        fields = ("wall_seconds", "cpu_seconds", "peak_pss_bytes", "peak_rss_bytes")
+        wall, cpu, pss, rss = (statistics.median(getattr(run, field) for run in each) for field in fields)
+        print(f"{name:<22} {wall:8.2f} {cpu:8.2f} {pss / 1e6:8,.0f} {rss / 1e6:8,.0f}")
+
+    def paired(field: str, one: str, other: str) -> list[float]:
+        return [getattr(a, field) / getattr(b, field) for a, b in zip(runs[one], runs[other], strict=True)]
+
+    both = f"copies, workers {workers}"
+    shares = paired("cpu_seconds", "floor", both)
+    shares_alone = paired("cpu_seconds", "floor", "copies, workers 1")
+    speedups = paired("wall_seconds", "copies, workers 1", both)
+    for text, ratios in (
+        (f"floor / ours in CPU s, {workers} workers", shares),
+        ("floor / ours in CPU s, 1 worker", shares_alone),
+        (f"{workers} workers against 1, times as fast", speedups),
+    ):
+        print(f"{text}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return {
         "text_bytes": many.text_bytes,
-        "runs": {name: asdict(run) for name, run in runs.items()},
-        "floor_share_cpu": share,
-        "floor_share_wall": wall_share,
-        "speedup_over_1_worker": speedup,
+        "runs": {name: [asdict(run) for run in each] for name, each in runs.items()},
+        "floor_share_cpu": shares,
+        "floor_share_cpu_1_worker": shares_alone,
+        "speedup_over_1_worker": speedups,
     }
 
 

@@ -33,7 +33,7 @@ from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_
 QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files that nobody has touched for an hour are of a process that was killed
-_BATCH_CHARACTERS = 1 << 17  # encoded at a time: large enough for few calls, small enough for the caches
+_BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the caches
 BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _TASKS = 64  # wanted where the shards' size is left to us
 _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
