@@ -82,6 +82,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
+def parse_steps(text: str) -> tuple[int, int | None]:
+    """(first, end) from "100:200", "100:", ":200" or ":"; no end is None. Raises ConfigError."""
+    match = re.fullmatch(r"(\d*):(\d*)", text.strip())
+    first, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
+    if end is not None and end <= first:
+        raise ConfigError(f"steps {text!r}: write them like 100:200, 100: or :200, the first below the second.")
+    return first, end
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
@@ -308,6 +317,28 @@ def status(
     _print_result(json_output, str(run), [(key, str(value)) for key, value in facts.items()], facts)
 
 
+@app.command("compare")
+def compare_command(
+    run_a: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_b: Annotated[Path, typer.Argument(help="Run directory of the same global batch.")],
+    tolerance: Annotated[float, typer.Option(help="Of losses, relative; 0: equal to the bit.")] = 1e-3,
+    steps: Annotated[
+        str, typer.Option(help="A:B, from step A up to, but without, step B; 100: is all from 100.")
+    ] = ":",
+    json_output: JsonOption = False,
+) -> None:
+    """Did two runs see the same data and have the same losses? Exits with 0 if they did, else with 1."""
+    from codeparrot_ds.report.compare import as_rows, as_table, compare
+    from codeparrot_ds.run_directory import RunDirectory
+
+    comparison = compare(RunDirectory(run_a), RunDirectory(run_b), tolerance, *parse_steps(steps))
+    rows = [(printable(name), printable(value)) for name, value in as_rows(comparison)]
+    _print_result(json_output, "two runs, step by step", rows, comparison.to_dict())
+    if not json_output:
+        print("", *as_table(comparison), sep="\n")
+    raise typer.Exit(0 if comparison.same else EXIT_USER_ERROR)
+
+
 @app.command("convert")
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Run directory, or one checkpoint.")],
@@ -320,8 +351,8 @@ def convert_command(
     """Convert a ZeRO checkpoint to a Hugging Face directory, and prove it."""
     from codeparrot_ds.evaluation.loss import validation_loss
     from codeparrot_ds.export.convert import convert
-    from codeparrot_ds.export.zero import source_checkpoint
     from codeparrot_ds.recipe import Recipe
+    from codeparrot_ds.zero import source_checkpoint
 
     def measure(directory: Path, recipe: Recipe) -> float | None:
         if not all(shards.is_dir() for shards in recipe.data.sources):

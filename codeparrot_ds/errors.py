@@ -30,6 +30,10 @@ class ClusterError(UserError):
     """A hostfile or a host is wrong."""
 
 
+class TrainingError(UserError):
+    """A run that goes wrong in a way that only its owner can judge, and was stopped."""
+
+
 def list_problems(subject: str, problems: Sequence[str], mend: str = "") -> str:
     """One message for all `problems` found in `subject` (inline for one, a list for several) and how to `mend` them."""
     if len(problems) == 1:

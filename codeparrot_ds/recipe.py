@@ -4,6 +4,7 @@ A recipe says what a run is; the DeepSpeed JSON that it names says how the engin
 and all problems are reported at once.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +35,9 @@ class Model(_Section):
     n_embd: Positive = 768
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     scale_attn_by_inverse_layer_idx: bool = True
-    activation_checkpointing: Literal["none", "full"] = "none"
+    # none; full: only the input of each block is kept; selective: every second block in full.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    init_from: Path | None = None  # a Hugging Face GPT-2 directory of this shape, to start from its weights
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Model":
@@ -116,46 +119,164 @@ class Optimizer(_Section):
 
 
 class Schedule(_Section):
-    """Learning rate over optimizer steps: linear warm-up, then half a cosine down to `min_ratio` of the peak."""
+    """Learning rate over optimizer steps: linear warm-up, then by `name` down to `min_ratio` of the peak.
 
-    name: Literal["cosine"] = "cosine"
-    steps: Positive
-    warmup_steps: int = Field(0, ge=0)
+    cosine: half a cosine. linear: a line. constant: stays at the peak. wsd (warm-up, stable, decay): at the peak,
+    then a line over the last `decay_steps`. Each length may be given in tokens instead; steps are rounded up.
+    """
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_tokens: int | None = Field(None, ge=0)
+    decay_steps: Positive | None = None
+    decay_tokens: Positive | None = None
     min_ratio: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _warmup_is_shorter(self) -> "Schedule":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+    def _each_length_once(self) -> "Schedule":
+        for name in ("steps", "warmup_steps", "decay_steps"):
+            if getattr(self, name) is not None and getattr(self, name.replace("steps", "tokens")) is not None:
+                raise ValueError(f"give {name} or {name.replace('steps', 'tokens')}, not both")
+        if self.steps is None and self.tokens is None:
+            raise ValueError("give steps, or tokens")
+        decay = self.decay_steps is not None or self.decay_tokens is not None
+        if decay != (self.name == "wsd"):
+            raise ValueError("decay_steps (or decay_tokens) belongs to name: wsd, and only there")
+        if self.tokens is None and self.warmup_tokens is None and self.decay_tokens is None:
+            self._check_lengths()
         return self
+
+    def in_steps(self, tokens_per_step: int) -> "Schedule":
+        """This schedule with every length in steps. Raises ValueError when they do not fit into one another."""
+
+        def steps(name: str, default: int | None) -> int | None:
+            tokens = getattr(self, name.replace("steps", "tokens"))
+            given = getattr(self, name) if tokens is None else -(-tokens // tokens_per_step)
+            return default if given is None else given
+
+        resolved = self.model_copy(
+            update={
+                "steps": steps("steps", None),
+                "warmup_steps": steps("warmup_steps", 0),
+                "decay_steps": steps("decay_steps", None),
+                "tokens": None,
+                "warmup_tokens": None,
+                "decay_tokens": None,
+            }
+        )
+        resolved._check_lengths()
+        return resolved
+
+    def _check_lengths(self) -> None:
+        if self.warmup >= self.last_step:
+            raise ValueError(f"warmup_steps {self.warmup} must be below steps {self.last_step}")
+        if self.decay_steps is not None and self.warmup + self.decay_steps > self.last_step:
+            raise ValueError(
+                f"warmup_steps {self.warmup} and decay_steps {self.decay_steps} exceed steps {self.last_step}"
+            )
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps of the run. For a schedule in steps, as every loaded recipe's is."""
+        assert self.steps is not None
+        return self.steps
+
+    @property
+    def warmup(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return self.warmup_steps or 0
+
+    def ratio(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0, as a share of the peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.name == "constant":
+            return 1.0
+        first = self.warmup if self.decay_steps is None else self.last_step - self.decay_steps
+        done = min(1.0, max(0.0, (step - first) / max(1, self.last_step - first)))
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.name == "cosine" else 1 - done
+        return self.min_ratio + (1 - self.min_ratio) * left
 
 
 class Engine(_Section):
-    """How it runs: a DeepSpeed JSON, and the precision of forward and backward."""
+    """How it runs: a DeepSpeed JSON, and the precision of forward and backward.
+
+    Attributes:
+        nvme: a directory on a fast local disk, for a DeepSpeed JSON that offloads to NVMe.
+        loss_chunk_tokens: logits are made for so many tokens at a time, never for all.
+        compile: torch.compile for the model's blocks.
+    """
 
     deepspeed: Path
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    nvme: Path | None = None
+    loss_chunk_tokens: Positive = 4096
+    compile: bool = False
 
 
 class Evaluation(_Section):
-    """Validation loss over the same fixed sequences, every so many steps, at the start and at the end."""
+    """Validation loss over the same fixed sequences, every so many steps, at the start and at the end.
+
+    Attributes:
+        samples: texts that the model writes for the log at each evaluation, at temperature 0; 0 for none.
+        sample_tokens: length of each.
+    """
 
     every_steps: Positive = 1000
     sequences: Positive = 512
+    samples: int = Field(0, ge=0)
+    sample_tokens: Positive = 64
 
 
 class Checkpoints(_Section):
-    """How often to save, and how many of the newest to keep."""
+    """How often to save, and what to keep.
+
+    Attributes:
+        every_steps: between checkpoints.
+        every_minutes: save as well when the last checkpoint is so old; null for never.
+        keep_last: of the newest.
+        keep_every_steps: those of a multiple of so many steps are kept for good; null for none.
+    """
 
     every_steps: Positive = 1000
+    every_minutes: float | None = Field(None, gt=0)
     keep_last: Positive = 3
+    keep_every_steps: Positive | None = None
+
+
+class Guards(_Section):
+    """What happens when a run goes wrong.
+
+    Attributes:
+        hang_seconds: a step (or a save, or an evaluation) that takes longer ends the job, with every rank's stack in
+            its log; null for never. The first of a process may take three times as long: it compiles and allocates.
+        max_skipped_steps: in a row, for gradients that are not finite; one more stops the run.
+        spike: what to do about a loss spike. warn: name the step's samples. stop: that, and stop without saving.
+            go_back: to the newest checkpoint from before it, and leave out the samples of its steps.
+        spike_threshold: a spike is a loss so much (nats) above the median of the last 64.
+        replica_check_steps: between comparisons of what must be equal on all ranks (weights below ZeRO-3).
+    """
+
+    hang_seconds: float | None = Field(1800.0, gt=0)
+    max_skipped_steps: Positive = 20
+    spike: Literal["ignore", "warn", "stop", "go_back"] = "warn"
+    spike_threshold: float = Field(2.0, gt=0)
+    replica_check_steps: Positive | None = 100
 
 
 class Logging(_Section):
-    """Steps between lines of the log, and whether TensorBoard is written."""
+    """Steps between lines of the log, and where metrics go beside metrics.jsonl.
+
+    Attributes:
+        peak_tflops: of one device at the recipe's precision, for MFU; known for common GPUs.
+    """
 
     every_steps: Positive = 10
     tensorboard: bool = True
+    wandb: bool = False
+    peak_tflops: float | None = Field(None, gt=0)
 
 
 class Recipe(_Section):
@@ -170,9 +291,17 @@ class Recipe(_Section):
     optimizer: Optimizer
     schedule: Schedule
     engine: Engine
-    evaluation: Evaluation = Evaluation()
-    checkpoints: Checkpoints = Checkpoints()
-    logging: Logging = Logging()
+    evaluation: Evaluation = Evaluation.model_validate({})
+    checkpoints: Checkpoints = Checkpoints.model_validate({})
+    guards: Guards = Guards.model_validate({})
+    logging: Logging = Logging.model_validate({})
+
+    @model_validator(mode="after")
+    def _schedule_in_steps(self) -> "Recipe":
+        tokens_per_step = self.batch.global_batch_size * self.model.seq_len
+        # The section is frozen for its users; what they see is the schedule in steps.
+        self.__dict__["schedule"] = self.schedule.in_steps(tokens_per_step)
+        return self
 
     @property
     def run_directory(self) -> Path:
@@ -182,7 +311,7 @@ class Recipe(_Section):
     def identity(self, shards_digest: str) -> dict[str, Any]:
         """What must not change while a run goes on from its checkpoints, by the name a user knows it under."""
         return {
-            "model": self.model.model_dump(mode="json", exclude={"activation_checkpointing"}),
+            "model": self.model.model_dump(mode="json", exclude={"activation_checkpointing", "init_from"}),
             "seed": self.seed,
             "batch.global_batch_size": self.batch.global_batch_size,
             "digest of data.shards": shards_digest,

@@ -25,6 +25,11 @@ from codeparrot_ds.files import (
 _STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint directory is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run."""
@@ -57,9 +62,38 @@ class RunDirectory:
         return self.path / "status.json"
 
     @property
+    def stop_file(self) -> Path:
+        """Made by a user to have the run save and end."""
+        return self.path / "stop"
+
+    @property
+    def incidents(self) -> Path:
+        """One JSON line a loss spike: its step, its samples and where they come from, and what was done."""
+        return self.path / "incidents.jsonl"
+
+    @property
+    def left_out_file(self) -> Path:
+        """Stretches of the data's order that are not trained on, after spikes."""
+        return self.path / "left_out.json"
+
+    def left_out(self) -> list[tuple[int, int]]:
+        """The stretches of the order, (first place, one past the last), that are left out. Raises DataError."""
+        if not self.left_out_file.exists():
+            return []
+        stretches = read_json(self.left_out_file, "list of left out samples")
+        try:
+            return [(int(start), int(stop)) for start, stop in stretches]
+        except (TypeError, ValueError):
+            raise DataError(f"{self.left_out_file}: not a list of [first, one past the last].") from None
+
+    @property
     def logs(self) -> Path:
         """One log file a rank."""
         return self.path / "logs"
+
+    def log(self, rank: int) -> Path:
+        """The log file of one rank; the stacks of its threads are in it when it has hung."""
+        return self.logs / f"rank_{rank:05d}.log"
 
     @property
     def tensorboard(self) -> Path:
@@ -77,7 +111,7 @@ class RunDirectory:
         return self.path / "hf"
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replace status.json. States: running, finished, failed. Exit codes of launchers prove nothing."""
+        """Replace status.json. States: running, finished, preempted, failed. Exit codes of launchers prove nothing."""
         write_json(self.status_file, {"state": state, **facts})
 
     def read_status(self) -> dict[str, Any]:
@@ -96,7 +130,7 @@ class RunDirectory:
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if _STEP_DIRECTORY.fullmatch(path.name)]
-        return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name[5:]))
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of)
 
     def newest_checkpoint(self) -> "Checkpoint":
         """The newest published checkpoint. Raises CheckpointError when there is none, or it is damaged.
@@ -128,6 +162,7 @@ class Checkpoint:
         identity: what a run must have in common with this checkpoint to go on from it.
         files: name -> {"bytes", "xxh3_128"}.
         loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
+        offload: where the optimizer's state lived: "none", "cpu" or "nvme".
     """
 
     path: Path
@@ -140,6 +175,7 @@ class Checkpoint:
     identity: dict[str, Any]
     files: dict[str, dict[str, Any]]
     loss_valid: float | None
+    offload: str = "none"
 
     def write(self, directory: Path) -> None:
         """Write the manifest into `directory`, which becomes `path` when it is renamed."""
@@ -151,6 +187,7 @@ class Checkpoint:
         """Read a checkpoint's manifest. Raises CheckpointError."""
         try:
             body = read_manifest(path, "checkpoint")
+            body.setdefault("offload", "none")  # of version 0.1.0, which did not write it
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
         except (DataError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from codeparrot_ds.cluster.hostfile import check_launch_command
-from codeparrot_ds.errors import EXIT_USER_ERROR, ClusterError, ConfigError, UserError, list_problems
+from codeparrot_ds.errors import (
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    ClusterError,
+    ConfigError,
+    TrainingError,
+    UserError,
+    list_problems,
+)
 from codeparrot_ds.files import (
     exclusive_lock,
     explain_os_error,
@@ -29,7 +37,7 @@ from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
-from codeparrot_ds.training.engine import check_compiler, load_ds_config, required_ops, resolve
+from codeparrot_ds.training.engine import check_compiler, load_ds_config, offload_device, required_ops, resolve
 
 if TYPE_CHECKING:
     from codeparrot_ds.run_directory import Checkpoint
@@ -46,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     options = parser.parse_args(arguments)
     try:
-        train(options.recipe, options.set)
+        finished = train(options.recipe, options.set)
     except (UserError, OSError) as error:
         message = _user_error(error)
         if _environment("RANK", 0) == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    return 0
+    return 0 if finished else EXIT_PREEMPTED
 
 
 def _user_error(error: UserError | OSError) -> UserError:
@@ -75,8 +83,11 @@ class Plan:
     run: RunDirectory
 
 
-def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
-    """Train one recipe to its last step on this rank. Raises UserError for what a user can mend."""
+def train(recipe_path: Path, overrides: Sequence[str] = ()) -> bool:
+    """Train one recipe to its last step on this rank; False when it has saved and stopped before, as it was asked to.
+
+    Raises UserError for what a user can mend.
+    """
     world_size = _environment("WORLD_SIZE", 1)
     plan, failure = None, None
     try:
@@ -104,14 +115,15 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> None:
         _agree(ranks, failure)
         resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
         try:
-            _train_on_rank(plan, ranks, resume_from)
+            finished = _train_on_rank(plan, ranks, resume_from)
         except BaseException as error:
             if ranks.rank == 0:
                 plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
-            elif isinstance(error, UserError):
+            elif isinstance(error, UserError) and not isinstance(error, TrainingError):  # that one all ranks raise
                 print(f"error: rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             raise
     rank_module.leave()
+    return finished
 
 
 def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Plan:
@@ -172,40 +184,67 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     open_log(run, ranks.rank)
     if ranks.rank > 0:
         return None
-    stage = plan.ds_config["zero_optimization"]["stage"]
-    resume_from = find_resume_point(run, recipe.identity(plan.data.digest), stage, ranks.world_size)
+    resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
     write_json(run.ds_config, plan.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
     copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
     return resume_from
 
 
-def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
-    from codeparrot_ds.training import checkpoint as checkpoints
+def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None") -> bool:
     from codeparrot_ds.training.engine import build_engine
+    from codeparrot_ds.training.guards import StopRequests, Watchdog
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
 
     recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
-    if resume_from is not None and resume_from.step >= recipe.schedule.steps:
+    if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
         if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
             _write_finished(run, resume_from, ranks)
-        return
+        return True
     for op in required_ops(ds_config):
         log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
+    facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
-    network = build_model(recipe.model, plan.data.manifests[0].eos_id, recipe.seed, ds_config)
+    def on_hang(message: str) -> None:
+        run.write_status("failed", **facts, error=f"rank {ranks.rank} {message}")
+
+    stop_requests = StopRequests(run.stop_file, ranks)
+    stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog needs it to the end)
+    watchdog = Watchdog(recipe.guards.hang_seconds, stacks, on_hang)
+    network = build_model(
+        recipe.model,
+        data.manifests[0].eos_id,
+        recipe.seed,
+        ds_config,
+        loss_chunk_tokens=recipe.engine.loss_chunk_tokens,
+        from_checkpoint=resume_from is not None,
+    )
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    facts["parameters"] = parameters
     if ranks.rank == 0:
-        run.write_status("running", world_size=ranks.world_size, device=ranks.device.type, parameters=parameters)
+        run.write_status("running", **facts)
         missing = recipe.checkpoints.keep_last + 1 - len(run.checkpoint_directories())  # one more while it is written
         needed_bytes = max(1, missing) * parameters * _CHECKPOINT_BYTES_PER_PARAMETER
         require_free_space(run.path, needed_bytes, f"{max(1, missing)} more checkpoints")
     engine = build_engine(network, recipe, ds_config)
+    trainer = Trainer(
+        recipe=recipe,
+        ranks=ranks,
+        engine=engine,
+        data=data,
+        parameters=parameters,
+        run=run,
+        metrics=Metrics(run, recipe, resume_from.step if resume_from else 0) if ranks.rank == 0 else None,
+        watchdog=watchdog,
+        stop_requests=stop_requests,
+        offload=offload_device(ds_config),
+        left_out=ranks.gather(run.left_out() if ranks.rank == 0 else None)[0],
+    )
     if resume_from is not None:
-        checkpoints.load(engine, resume_from)
+        trainer.load(resume_from)
         log.info("going on from %s", resume_from.path)
     log.info(
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
@@ -218,22 +257,15 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         f"{len(data.train):,}",
         recipe.model.seq_len,
     )
-    step = resume_from.step if resume_from else 0
-    metrics = Metrics(run, recipe, step) if ranks.rank == 0 else None
-    trainer = Trainer(
-        recipe=recipe,
-        ranks=ranks,
-        engine=engine,
-        data=data,
-        parameters=parameters,
-        run=run,
-        metrics=metrics,
-        step=step,
-    )
-    trainer.fit()
-    if metrics is not None:
-        metrics.close()
-        _write_finished(run, run.newest_checkpoint(), ranks)
+    finished = trainer.fit()
+    watchdog.stop()
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+        if finished:
+            _write_finished(run, run.newest_checkpoint(), ranks)
+        else:
+            run.write_status("preempted", **facts, step=trainer.step, reason=stop_requests.reason)
+    return finished
 
 
 def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> None:

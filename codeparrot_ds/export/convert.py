@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError, ConfigError
-from codeparrot_ds.export.zero import ZeroCheckpoint
 from codeparrot_ds.files import (
     digest_bytes,
     digest_file,
@@ -21,6 +20,7 @@ from codeparrot_ds.files import (
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
+from codeparrot_ds.zero import ZeroCheckpoint
 
 CERTIFICATE = "certificate.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

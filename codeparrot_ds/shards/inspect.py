@@ -1,6 +1,6 @@
 """Show what training saw: the text of any sequence, and which repository, path and licence each document came from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,29 +89,55 @@ def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, nu
     manifest = data.manifests[which]
     encoder = Encoder(Path(manifest.directory) / "tokenizer")
     first = number * seq_len
-    return list(_excerpts(manifest, split, first, first + seq_len + 1, encoder))
+    return list(_excerpts(manifest, split, first, first + seq_len + 1, encoder, {}))
 
 
-def _excerpts(manifest: Manifest, split: str, first: int, stop: int, encoder: Encoder) -> Iterator[Excerpt]:
+def describe_sequences(data: Dataset, numbers: Iterable[int]) -> dict[int, list[list[str]]]:
+    """Where training sequences come from: number -> [repository, path] of each of its documents.
+
+    Of an adopted dataset, which knows neither, [shard, number of the document].
+    """
+    described = {}
+    memo: _Memo = {}
+    for number in sorted(set(map(int, numbers))):  # so that each shard is read once
+        which, place = 0, number
+        while place >= len(data.train.parts[which]):
+            place -= len(data.train.parts[which])
+            which += 1
+        first = place * data.train.seq_len
+        excerpts = _excerpts(data.manifests[which], "train", first, first + data.train.seq_len + 1, None, memo)
+        described[number] = [
+            [each.provenance.repository, each.provenance.path] if each.provenance else [each.shard, str(each.document)]
+            for each in excerpts
+        ]
+    return described
+
+
+# Ids, [tokens]; where documents end, [documents] int64; their provenance. Of the shard that was read last.
+_Contents = tuple[np.ndarray, np.ndarray, list[Document] | None]
+_Memo = dict[tuple[str, str], _Contents]
+
+
+def _excerpts(
+    manifest: Manifest, split: str, first: int, stop: int, encoder: Encoder | None, memo: _Memo
+) -> Iterator[Excerpt]:
     """The documents that hold tokens `first` .. `stop` of a split."""
     start_of_shard = 0
     for shard in manifest.split(split):
         inside = range(max(first - start_of_shard, 0), min(stop - start_of_shard, shard.tokens))
         if inside:
-            yield from _excerpts_of_shard(manifest, shard, inside.start, inside.stop, encoder)
+            yield from _excerpts_of_shard(manifest, shard, inside.start, inside.stop, encoder, memo)
         start_of_shard += shard.tokens
 
 
 def _excerpts_of_shard(
-    manifest: Manifest, shard: ShardInfo, first: int, stop: int, encoder: Encoder
+    manifest: Manifest, shard: ShardInfo, first: int, stop: int, encoder: Encoder | None, memo: _Memo
 ) -> Iterator[Excerpt]:
-    all_ids = np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r")
-    ids = all_ids[shard.first_token : shard.first_token + shard.tokens]
-    ends = np.cumsum(_lengths(manifest, shard, ids), dtype=np.int64)
-    provenance = None
-    if ".docs.parquet" in shard.files:
-        path = manifest.path(shard, ".docs.parquet")
-        provenance = read_provenance(path.read_bytes(), str(path))
+    key = (str(manifest.directory), shard.name)
+    if key not in memo:
+        memo.clear()
+        memo[key] = _contents(manifest, shard)
+    ids, ends, provenance = memo[key]
     for i in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
         begin = int(ends[i - 1]) if i else 0
         if begin >= stop:
@@ -124,8 +150,18 @@ def _excerpts_of_shard(
             start=inside.start - begin,
             stop=inside.stop - begin,
             tokens=int(ends[i]) - begin,
-            text=encoder.decode(np.asarray(ids[inside])),
+            text=encoder.decode(np.asarray(ids[inside])) if encoder else "",
         )
+
+
+def _contents(manifest: Manifest, shard: ShardInfo) -> _Contents:
+    all_ids = np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r")
+    ids = all_ids[shard.first_token : shard.first_token + shard.tokens]
+    ends = np.cumsum(_lengths(manifest, shard, ids), dtype=np.int64)
+    if ".docs.parquet" not in shard.files:
+        return ids, ends, None
+    path = manifest.path(shard, ".docs.parquet")
+    return ids, ends, read_provenance(path.read_bytes(), str(path))
 
 
 def _lengths(manifest: Manifest, shard: ShardInfo, ids: np.ndarray) -> np.ndarray:

@@ -88,6 +88,21 @@ class Order:
         return taken
 
 
+def leave_out(samples: np.ndarray, left_out: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Places in an order, [n] int64, of `samples`, [n] integers from 0, that are counted without some stretches of it.
+
+    `left_out`: (first, one past the last) places, in any order, which may overlap.
+    """
+    places = np.asarray(samples, np.int64).copy()
+    passed = 0  # everything before it is dealt with
+    for start, stop in sorted(left_out):
+        start = max(start, passed)
+        if stop > start:
+            places[places >= start] += stop - start
+            passed = stop
+    return places
+
+
 class Blend:
     """Deals samples to sources by weight: of any first k samples, a source has its share of k, within one sample.
 
@@ -159,8 +174,12 @@ class BlendedOrder:
 
     def take(self, samples_seen: int, count: int) -> np.ndarray:
         """Sequence numbers of samples `samples_seen` .. `samples_seen + count - 1`, [count] int64."""
-        sources, places = self._blend.at(np.arange(samples_seen, samples_seen + count))
-        taken = np.empty(count, np.int64)
+        return self.at(np.arange(samples_seen, samples_seen + count))
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        """Sequence numbers of any `samples`, [n] integers from 0: [n] int64."""
+        sources, places = self._blend.at(samples)
+        taken = np.empty(len(samples), np.int64)
         for source, order in enumerate(self._orders):
             here = sources == source
             taken[here] = self._first[source] + order.at(places[here])

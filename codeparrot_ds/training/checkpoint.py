@@ -16,7 +16,8 @@ import torch
 
 from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.files import digest_file, flush_to_disk
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints, step_of
+from codeparrot_ds.training import reshard
 from codeparrot_ds.training.engine import silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
@@ -24,7 +25,15 @@ from codeparrot_ds.training.ranks import Ranks
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 
-def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int, ranks: Ranks) -> None:
+def save(
+    engine: Any,
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    keep_last: int,
+    ranks: Ranks,
+    *,
+    keep_every_steps: int | None = None,
+) -> None:
     """Save and publish `checkpoint`, whose `files` are filled in here. All ranks must call.
 
     Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
@@ -51,7 +60,8 @@ def save(engine: Any, run: RunDirectory, checkpoint: Checkpoint, keep_last: int,
         for script in run.checkpoints.glob("zero_to_*.py"):
             script.unlink()
         for old in run.checkpoint_directories()[:-keep_last]:
-            shutil.rmtree(old)
+            if keep_every_steps is None or step_of(old) % keep_every_steps:
+                shutil.rmtree(old)
     ranks.gather(None)
 
 
@@ -85,14 +95,12 @@ def _flush_and_hash(directory: Path, rank: int) -> dict[str, dict[str, Any]]:
     return files
 
 
-def find_resume_point(
-    run: RunDirectory, identity: dict[str, Any], zero_stage: int, world_size: int
-) -> Checkpoint | None:
+def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint | None:
     """The newest undamaged checkpoint to go on from, or None when the run has none yet. For rank 0 alone.
 
     Damaged ones are reported and passed over, and renamed so that retention never counts them. Raises
     CheckpointError when all are damaged (never silently back to step 0), or when the newest good one is of another
-    model, other data, another ZeRO stage or another number of ranks.
+    model or other data.
     """
     damaged: list[Path] = []
     for directory in reversed(run.checkpoint_directories()):
@@ -103,7 +111,7 @@ def find_resume_point(
             log.warning("%s", error)
             damaged.append(directory)
             continue
-        _check_identity(checkpoint, {**identity, "ZeRO stage": zero_stage, "number of ranks": world_size})
+        _check_identity(checkpoint, identity)
         for path in damaged:
             path.rename(path.with_name(f"{path.name}.damaged"))
         return checkpoint
@@ -116,7 +124,7 @@ def find_resume_point(
 
 
 def _check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
-    saved = {**checkpoint.identity, "ZeRO stage": checkpoint.zero_stage, "number of ranks": checkpoint.world_size}
+    saved = checkpoint.identity
     problems = [
         f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
     ]
@@ -125,8 +133,25 @@ def _check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
         raise CheckpointError(list_problems(str(checkpoint.path), problems, mend))
 
 
-def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Load weights and optimizer state; nothing that could run code is unpickled. All ranks must call."""
+def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:
+    """Load weights and optimizer state; nothing that could run code is unpickled. All ranks must call.
+
+    `like` is what this run would save: a checkpoint of another ZeRO stage, number of ranks, precision or place of
+    the optimizer's state is read by parameter.
+    """
+    layout = ("zero_stage", "world_size", "precision", "offload")
+    differing = [name for name in layout if getattr(checkpoint, name) != getattr(like, name)]
+    if differing:
+        for name in differing:
+            log.info(
+                "%s: saved with %s %s, now %s",
+                checkpoint.path.name,
+                name.replace("_", " "),
+                getattr(checkpoint, name),
+                getattr(like, name),
+            )
+        reshard.load(engine, checkpoint, ranks)
+        return
     torch.serialization.add_safe_globals(classes_in_checkpoints())
     with silence_prints():
         path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)

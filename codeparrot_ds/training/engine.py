@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.errors import ConfigError, list_problems
-from codeparrot_ds.recipe import Recipe, Schedule
+from codeparrot_ds.recipe import Optimizer, Recipe
 
 if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before anything is imported or allocated
     from torch import nn
@@ -71,6 +70,13 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
             _set(resolved, key, value)
         elif given != value:
             problems.append(f'{key}: {given!r}, but the recipe makes it {value!r}. Write "auto", or the same value.')
+    for section in ("offload_optimizer", "offload_param"):
+        key = f"zero_optimization.{section}.nvme_path"
+        if _get(resolved, key) == "auto" and recipe.engine.nvme is not None:
+            _set(resolved, key, str(recipe.engine.nvme.resolve()))
+        elif _get(resolved, key) == "auto":
+            _set(resolved, key, None)
+            problems.append(f"{key}: set engine.nvme in the recipe to a directory on a fast local disk.")
     for key, reason in _REFUSED.items():
         if _get(resolved, key) is not None:
             problems.append(f"{key}: remove it; {reason}.")
@@ -116,6 +122,11 @@ def _autos(config: Any, key: str = "") -> Iterator[str]:
             yield from _autos(value, f"{key}[{number}]")
 
 
+def offload_device(ds_config: Mapping[str, Any]) -> str:
+    """Where a resolved configuration keeps the optimizer's state: "none" (with the weights), "cpu" or "nvme"."""
+    return str(_get(ds_config, "zero_optimization.offload_optimizer.device") or "none")
+
+
 def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
     """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
     devices = {
@@ -142,35 +153,36 @@ def _find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
-def learning_rate(schedule: Schedule, peak: float, step: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then a cosine to peak * min_ratio."""
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
-
-
 def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:
-    """The DeepSpeed engine for `network` with AdamW over its two parameter groups."""
+    """The DeepSpeed engine for `network`, with the recipe's optimizer over its two parameter groups."""
     import deepspeed
-    import torch
 
     from codeparrot_ds.training.model import parameter_groups
 
-    settings = recipe.optimizer
-    groups = parameter_groups(network, settings.weight_decay)
-    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-    if "cpu_adam" in required_ops(ds_config):
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    else:
-        # torch's fused AdamW: one kernel a group, and nothing to compile, unlike DeepSpeed's FusedAdam.
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    groups = parameter_groups(network, recipe.optimizer.weight_decay)
+    optimizer = OPTIMIZERS[recipe.optimizer.name](groups, recipe.optimizer, "cpu_adam" in required_ops(ds_config))
     with silence_prints():
         engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
         )
+        if recipe.engine.compile:
+            engine.compile()
     return engine
+
+
+def _adamw(groups: list[dict[str, Any]], settings: Optimizer, offloaded: bool) -> Any:
+    import deepspeed
+    import torch
+
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if offloaded:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    # torch's fused AdamW: one kernel a group, and nothing to compile, unlike DeepSpeed's FusedAdam.
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+# recipe.optimizer.name -> maker of an optimizer over parameter groups, for states in host memory or on the device
+OPTIMIZERS = {"adamw": _adamw}
 
 
 @contextlib.contextmanager

@@ -1,22 +1,31 @@
 """The training loop. Read `Trainer.fit` first, then `train_step`."""
 
+import itertools
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from codeparrot_ds.errors import TrainingError
+from codeparrot_ds.files import write_json
 from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
-from codeparrot_ds.shards.order import BlendedOrder, Order
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.shards.inspect import describe_sequences
+from codeparrot_ds.shards.order import BlendedOrder, Order, leave_out
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
+from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
-from codeparrot_ds.training.engine import learning_rate
-from codeparrot_ds.training.metrics import Metrics, log
-from codeparrot_ds.training.model import next_token_loss
+from codeparrot_ds.training.guards import SkippedSteps, SpikeDetector, StopRequests, Watchdog, replicas_differ
+from codeparrot_ds.training.metrics import Metrics, flops_per_token, log, peak_memory_bytes
 from codeparrot_ds.training.ranks import Ranks
+
+_GO_BACK_STEPS = 8  # before a spike whose samples may have caused it
+_MOST_GO_BACKS = 5
 
 
 @dataclass
@@ -28,19 +37,23 @@ class Step:
     digest: int  # of the ids this rank fed
     learning_rate: float
     gradient_norm: Any
-    skipped_steps: int  # so far, by the engine, for overflow
+    skipped_steps: int  # so far, by the engine, for gradients that are not finite
+    skipped: bool  # this one
     seconds: float
+    data_seconds: float  # of them, until the batch was there
 
 
 @dataclass
 class Trainer:
-    """A run under way. `step` and `samples_seen` are its whole position.
+    """A run under way. `step` is its whole position.
 
     Attributes:
         engine: DeepSpeed's.
         data: its digest goes into checkpoints, so that a resumed run is held to the same data.
         metrics: on rank 0 only.
+        offload: where the optimizer's state lives: "none", "cpu" or "nvme".
         step: optimizer steps taken.
+        left_out: stretches of the order that are not trained on.
     """
 
     recipe: Recipe
@@ -50,86 +63,142 @@ class Trainer:
     parameters: int
     run: RunDirectory
     metrics: Metrics | None
+    watchdog: Watchdog
+    stop_requests: StopRequests
+    offload: str = "none"
     step: int = 0
+    left_out: list[tuple[int, int]] = field(default_factory=list)
     loss_valid: float | None = None
     _unlogged: list[Step] = field(default_factory=list)
+    _go_backs: int = 0
+
+    def __post_init__(self) -> None:
+        guards = self.recipe.guards
+        self._skipped = SkippedSteps(guards.max_skipped_steps, self.engine.skipped_steps)
+        self._spikes = SpikeDetector(guards.spike_threshold)
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._order: Order | BlendedOrder = self.data.order(self.recipe.seed)
 
     @property
     def samples_seen(self) -> int:
-        """Sequences taken from the order so far: the position in the data."""
+        """Sequences trained on: the position in the order, without what is left out of it."""
         return self.step * self.recipe.batch.global_batch_size
 
-    def fit(self) -> None:
-        """Train to the recipe's last step, evaluating, logging and saving on the way."""
-        recipe, last = self.recipe, self.recipe.schedule.steps
-        order = self.data.order(recipe.seed)
+    def fit(self) -> bool:
+        """Train to the recipe's last step, evaluating, logging and saving on the way. False when asked to stop."""
+        recipe, last = self.recipe, self.recipe.schedule.last_step
         if self.step == 0:
             self.evaluate()
         while self.step < last:
-            self._unlogged.append(self.train_step(order))
+            self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
+            self._unlogged.append(self.train_step())
             self.step += 1
             done = self.step == last
-            if self.step % recipe.logging.every_steps == 0 or done:
-                self.write_log()
-            if self.step % recipe.evaluation.every_steps == 0 or done:
-                self.write_log()
+            stop, save_now = self.stop_requests.finish_exchange()
+            save_now = save_now or stop or done or self.step % recipe.checkpoints.every_steps == 0
+            evaluate = done or self.step % recipe.evaluation.every_steps == 0
+            if save_now or evaluate or self.step % recipe.logging.every_steps == 0:
+                spike = self.write_log()
+                if spike is not None and self.answer_spike(*spike):
+                    continue
+            if evaluate:
                 self.evaluate()
-            if self.step % recipe.checkpoints.every_steps == 0 or done:
-                self.write_log()
+            if save_now:
                 self.save()
+            if stop and not done:
+                log.warning("step %d: saved and stopped, as asked by %s", self.step, self.stop_requests.reason)
+                return False
+        return True
 
-    def train_step(self, order: Order | BlendedOrder) -> Step:
+    def train_step(self) -> Step:
         """One optimizer step over the global batch, of which this rank takes its slice."""
         started = time.perf_counter()
+        self.watchdog.beat(f"step {self.step}")
         engine, batch = self.engine, self.recipe.batch
-        rate = learning_rate(self.recipe.schedule, self.recipe.optimizer.learning_rate, self.step)
+        rate = self.recipe.optimizer.learning_rate * self.recipe.schedule.ratio(self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         if self.recipe.model.dropout:  # a function of the position, so that a resumed run draws the same
             words = np.random.SeedSequence([self.recipe.seed, self.step, self.ranks.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]) >> 1)
         micro, accumulation = batch.micro_batch_and_accumulation(self.ranks.world_size)
-        numbers = order.take(self.samples_seen, batch.global_batch_size)
-        mine = self.data.train.batch(numbers[self.ranks.slice(micro * accumulation)])
+        mine = self.data.train.batch(self.sequences(self.step)[self.ranks.slice(micro * accumulation)])
+        digest = batch_digest(mine)
+        data_seconds = time.perf_counter() - started
         loss = torch.zeros((), device=self.ranks.device)
-        for ids in mine.reshape(accumulation, micro, -1):
+        for number, ids in enumerate(mine.reshape(accumulation, micro, -1), start=1):
             micro_loss = self.loss(torch.from_numpy(ids))
             engine.backward(micro_loss)  # divides by the accumulation steps itself
-            engine.step()  # acts on the last micro-batch only
             loss += micro_loss.detach() / accumulation
+            if number == accumulation:
+                self._check_replicas()
+            engine.step()  # acts on the last micro-batch only
+        skipped = self._skipped.look(self.step, engine.skipped_steps)
         norm = engine.get_global_grad_norm()
         seconds = time.perf_counter() - started
-        return Step(self.step, loss, batch_digest(mine), rate, norm, engine.skipped_steps, seconds)
+        return Step(self.step, loss, digest, rate, norm, engine.skipped_steps, skipped, seconds, data_seconds)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """Numbers of the training sequences of optimizer step `step`, [global_batch_size] int64."""
+        return self._order.at(self._places(step))
+
+    def _places(self, step: int) -> np.ndarray:
+        size = self.recipe.batch.global_batch_size
+        return leave_out(np.arange(step * size, (step + 1) * size), self.left_out)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64."""
         ids = ids.to(self.ranks.device, non_blocking=True)
-        logits = self.engine(input_ids=ids[:, :-1]).logits
-        return next_token_loss(logits, ids[:, 1:])
+        loss: torch.Tensor = self.engine(input_ids=ids[:, :-1], targets=ids[:, 1:])
+        return loss
 
-    def write_log(self) -> None:
-        """Sum the steps not yet logged over ranks and write a row each. All ranks must call."""
+    def write_log(self) -> tuple[int, float, float] | None:
+        """Sum the steps not yet logged over ranks and write a row each. All ranks must call.
+
+        Returns step, loss and median of the first loss spike among them, the same on all ranks.
+        """
         steps, self._unlogged = self._unlogged, []
         if not steps:
-            return
+            return None
         losses = self.ranks.sum(torch.stack([step.loss for step in steps]).double()) / self.ranks.world_size
         signed = [step.digest - (1 << 64) if step.digest >> 63 else step.digest for step in steps]
         digests = self.ranks.sum(torch.tensor(signed, device=self.ranks.device))
-        if self.metrics is None:
-            return
-        batch_size = self.recipe.batch.global_batch_size
-        tokens_per_step = batch_size * self.recipe.model.seq_len
-        for step, loss, digest in zip(steps, losses.tolist(), digests.tolist(), strict=True):
-            self.metrics.step(
+        memory = self.ranks.begin_max([peak_memory_bytes(self.ranks.device)])()[0]
+        spike = None
+        if self.recipe.guards.spike != "ignore":
+            for step, loss in zip(steps, losses.tolist(), strict=True):
+                if step.skipped:  # it has done no harm
+                    continue
+                median = self._spikes.look(loss)
+                if median is not None and spike is None:
+                    spike = (step.step, loss, median)
+        if self.metrics is not None:
+            self._write_rows(self.metrics, steps, losses.tolist(), digests.tolist(), memory)
+            skipped = [step.step for step in steps if step.skipped]
+            if skipped and self.recipe.engine.precision != "fp16":  # which skips steps as it looks for its scale
+                self._name_samples(skipped, "skipped: gradients that are not finite")
+        return spike
+
+    def _write_rows(
+        self, metrics: Metrics, steps: list[Step], losses: list[float], digests: list[int], memory: int
+    ) -> None:
+        batch_size, seq_len = self.recipe.batch.global_batch_size, self.recipe.model.seq_len
+        tokens_per_step = batch_size * seq_len
+        flops_per_step = tokens_per_step * flops_per_token(self.recipe.model, self.parameters)
+        for step, loss, digest in zip(steps, losses, digests, strict=True):
+            metrics.step(
                 {
                     "step": step.step,
                     "loss": loss,
                     "learning_rate": step.learning_rate,
                     "gradient_norm": None if step.gradient_norm is None else float(step.gradient_norm),
                     "step_seconds": step.seconds,
+                    "data_seconds": step.data_seconds,
                     "tokens_per_second": tokens_per_step / step.seconds,
+                    "mfu": metrics.mfu(flops_per_step / step.seconds, self.ranks),
+                    "peak_memory_bytes": memory,
                     "samples_seen": (step.step + 1) * batch_size,
-                    "tokens_seen": (step.step + 1) * tokens_per_step,
+                    "tokens_seen": (step.step + 1 - step.skipped_steps) * tokens_per_step,
                     "skipped_steps": step.skipped_steps,
                     "batch_digest": f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}",
                 }
@@ -138,11 +207,62 @@ class Trainer:
         log.info(
             "step %d of %d: loss %.4f, learning rate %.2e, %s tokens/s",
             self.step,
-            self.recipe.schedule.steps,
-            losses[-1].item(),
+            self.recipe.schedule.last_step,
+            losses[-1],
             steps[-1].learning_rate,
             f"{len(steps) * tokens_per_step / seconds:,.0f}",
         )
+
+    def answer_spike(self, step: int, loss: float, median: float) -> bool:
+        """Name the samples of a loss spike and do what the recipe says; whether the run went back. All ranks call.
+
+        Raises TrainingError where the run is to stop.
+        """
+        policy = self.recipe.guards.spike
+        first = max(0, step - _GO_BACK_STEPS + 1)
+        message = f"step {step}: loss {loss:.4f} is {loss - median:.2f} above the median of the steps before it"
+        log.warning("%s; its samples are listed in %s", message, self.run.incidents)
+        suspects = range(first, step + 1)
+        if self.metrics is not None:
+            self._name_samples(suspects, f"loss {loss:.4f} at step {step}")
+        if policy == "warn":
+            return False
+        mend = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
+        if policy == "stop":
+            raise TrainingError(f"{message}. Stopped without saving, as guards.spike says. {mend}")
+        before = [path for path in self.run.checkpoint_directories() if step_of(path) <= first]
+        chosen = self.ranks.gather(before[-1] if before else None)[0]
+        self._go_backs += 1
+        if chosen is None or self._go_backs > _MOST_GO_BACKS:
+            why = "there is no checkpoint from before it" if chosen is None else f"it is spike {self._go_backs}"
+            raise TrainingError(f"{message}. Cannot go back: {why}. {mend}")
+        places = np.concatenate([self._places(each) for each in suspects])
+        self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
+        checkpoint = Checkpoint.read(chosen)
+        if self.metrics is not None:
+            write_json(self.run.left_out_file, self.left_out)
+            self.metrics.go_back(checkpoint.step)
+        log.warning(
+            "going back to step %d, and leaving the samples of steps %d to %d out", checkpoint.step, first, step
+        )
+        self.load(checkpoint)
+        return True
+
+    def _name_samples(self, steps: Iterable[int], reason: str) -> None:
+        """List in the run directory where the samples of `steps` come from. On rank 0 alone."""
+        numbers = {step: self.sequences(step).tolist() for step in steps}
+        described = describe_sequences(self.data, itertools.chain.from_iterable(numbers.values()))
+        with open(self.run.incidents, "a") as file:
+            for step, of_step in numbers.items():
+                samples = [{"sequence": number, "documents": described[number]} for number in of_step]
+                file.write(json.dumps({"step": step, "reason": reason, "samples": samples}) + "\n")
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from `checkpoint`. All ranks must call."""
+        self.watchdog.beat(f"loading {checkpoint.path.name}", 10.0)
+        checkpoints.load(self.engine, checkpoint, self.checkpoint(), self.ranks)
+        self.step = self._saved_step = checkpoint.step
+        self._skipped = SkippedSteps(self.recipe.guards.max_skipped_steps, self.engine.skipped_steps)
 
     def evaluate(self) -> None:
         """Validation loss over the fixed validation sequences, the same at any world size. All ranks must call."""
@@ -152,21 +272,56 @@ class Trainer:
         self.engine.eval()
         with torch.no_grad():
             for start in range(0, len(numbers), micro * self.ranks.world_size):
+                self.watchdog.beat(f"the evaluation after step {self.step}", 3.0)
                 # Every rank must take part in every ZeRO-3 forward: one without a share repeats a sequence, unweighted.
                 block = numbers[start : start + micro * self.ranks.world_size]
                 mine = block[self.ranks.rank :: self.ranks.world_size]
                 loss = self.loss(torch.from_numpy(self.data.valid.batch(mine if len(mine) else block[:1])))
                 total += torch.stack([loss.double() * len(mine), torch.tensor(float(len(mine))).to(loss)])
+            samples = [self.sample(int(number)) for number in numbers[: self.recipe.evaluation.samples]]
         self.engine.train()
         loss_sum, sequences = self.ranks.sum(total).tolist()
         self.loss_valid = loss_sum / sequences
         if self.metrics is not None:
             self.metrics.evaluation(self.step, self.loss_valid, perplexity(self.loss_valid))
+            if samples:
+                decode = Encoder(self.run.tokenizer).decode
+                texts = [(decode(ids[:start]), decode(ids[start:])) for start, ids in samples]
+                self.metrics.samples(self.step, texts)
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step. All ranks must call."""
-        evaluated = self.step % self.recipe.evaluation.every_steps == 0 or self.step == self.recipe.schedule.steps
-        checkpoint = Checkpoint(
+    def sample(self, number: int) -> tuple[int, np.ndarray]:
+        """What the model writes after the first half of a validation sequence, one most likely token after another.
+
+        Returns the length of what was given, and all ids. All ranks must call: each takes the same steps, as ZeRO-3
+        asks for.
+        """
+        seq_len, wanted = self.recipe.model.seq_len, self.recipe.evaluation.sample_tokens
+        given = max(1, min(seq_len // 2, seq_len - wanted))
+        ids = torch.from_numpy(self.data.valid.batch(np.array([number])))[:, :given].to(self.ranks.device)
+        for _ in range(min(wanted, seq_len - given)):
+            self.watchdog.beat(f"the samples after step {self.step}")
+            logits = self.engine(input_ids=ids).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        return given, ids[0].cpu().numpy()
+
+    def _check_replicas(self) -> None:
+        every, stage = self.recipe.guards.replica_check_steps, self.engine.zero_optimization_stage()
+        if every is None or stage == 3 or self.ranks.world_size == 1 or (self.step + 1) % every:
+            return
+        if different := replicas_differ(self.engine.module, self.ranks):
+            raise TrainingError(
+                f"step {self.step}: the weights on rank {', '.join(map(str, different))} differ from those on the "
+                "other ranks, which must never be: memory or a link of that device is likely to be faulty. Take its host out and run the same command again, which goes on from the newest checkpoint."
+            )
+
+    def _checkpoint_is_old(self) -> bool:
+        minutes = self.recipe.checkpoints.every_minutes
+        return minutes is not None and self.ranks.rank == 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of this step, without its files."""
+        evaluated = self.step % self.recipe.evaluation.every_steps == 0 or self.step == self.recipe.schedule.last_step
+        return Checkpoint(
             path=self.run.checkpoint(self.step),
             step=self.step,
             samples_seen=self.samples_seen,
@@ -177,6 +332,17 @@ class Trainer:
             identity=self.recipe.identity(self.data.digest),
             files={},
             loss_valid=self.loss_valid if evaluated else None,
+            offload=self.offload,
         )
-        checkpoints.save(self.engine, self.run, checkpoint, self.recipe.checkpoints.keep_last, self.ranks)
-        log.info("step %d: checkpoint %s", self.step, checkpoint.path)
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step, unless it is there. All ranks must call."""
+        if self._saved_step == self.step and self.step > 0:
+            return
+        self.watchdog.beat(f"saving after step {self.step}", 3.0)
+        started, keep = time.monotonic(), self.recipe.checkpoints
+        checkpoints.save(
+            self.engine, self.run, self.checkpoint(), keep.keep_last, self.ranks, keep_every_steps=keep.keep_every_steps
+        )
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        log.info("step %d: checkpoint %s (%.1f s)", self.step, self.run.checkpoint(self.step), self._saved_at - started)

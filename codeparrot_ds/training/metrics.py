@@ -3,13 +3,24 @@
 import json
 import logging
 import math
+import os
+import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from codeparrot_ds.files import write_atomically
-from codeparrot_ds.recipe import Recipe
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import digest_json, write_atomically
+from codeparrot_ds.recipe import Model, Recipe
 from codeparrot_ds.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import torch
+
+    from codeparrot_ds.training.ranks import Ranks
+
+_SHOWN_CHARACTERS = 200  # of what a sample was given
 
 log = logging.getLogger("codeparrot_ds")
 
@@ -19,7 +30,7 @@ def open_log(run: RunDirectory, rank: int) -> None:
     run.logs.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
     log.propagate = False
-    file = logging.FileHandler(run.logs / f"rank_{rank:05d}.log")
+    file = logging.FileHandler(run.log(rank))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     user = logging.StreamHandler(sys.stderr)
@@ -29,18 +40,31 @@ def open_log(run: RunDirectory, rank: int) -> None:
 
 
 class Metrics:
-    """Writes rows to metrics.jsonl, TensorBoard and the log. Only rank 0 has one."""
+    """Writes rows to metrics.jsonl, TensorBoard, Weights & Biases and the log. Only rank 0 has one."""
 
     def __init__(self, run: RunDirectory, recipe: Recipe, first_step: int) -> None:
-        """Append to what is there, after dropping the rows of steps that will be taken again."""
-        _drop_rows_from(run.metrics, first_step)
-        self._file: TextIO = open(run.metrics, "a")  # noqa: SIM115 (closed in close)
+        """Append to what is there, after dropping the rows of steps that will be taken again. Raises ConfigError."""
+        self._run, self._recipe = run, recipe
+        self._peak_flops: float | None = None
+        self._open(first_step)
+        self._wandb: Any = _start_wandb(run, recipe) if recipe.logging.wandb else None
+
+    def _open(self, first_step: int) -> None:
+        _drop_rows_from(self._run.metrics, first_step)
+        self._file: TextIO = open(self._run.metrics, "a")  # noqa: SIM115 (closed in close)
         self._board: Any = None
-        if recipe.logging.tensorboard:
+        if self._recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
-            self._board.add_text("recipe", f"```yaml\n{recipe.to_yaml()}```")
+            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=first_step)
+            self._board.add_text("recipe", f"```yaml\n{self._recipe.to_yaml()}```")
+
+    def go_back(self, step: int) -> None:
+        """The run goes back to `step`: the rows of steps that will be taken again go."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._open(step)
 
     def step(self, row: dict[str, Any]) -> None:
         """One optimizer step: `step` is the number of steps taken before it."""
@@ -52,31 +76,133 @@ class Metrics:
         self._write({"kind": "valid", **row}, step)
         log.info("step %d: validation loss %.4f, perplexity %.1f", step, loss_valid, perplexity_valid)
 
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """What the model has written: (what it was given, how it went on)."""
+        for number, (given, written) in enumerate(texts):
+            log.info("step %d: sample %d: %s[...]%s", step, number, given[-_SHOWN_CHARACTERS:], written)
+            if self._board is not None:
+                # Four spaces make a block of code in Markdown, whatever the text holds.
+                block = "".join(f"    {line}\n" for line in f"{given}[...]{written}".splitlines())
+                self._board.add_text(f"sample/{number}", block, step)
+
+    def mfu(self, flops_per_second: float, ranks: "Ranks") -> float | None:
+        """Model FLOPs utilisation: the share of the devices' peak; None where that is not known."""
+        if self._peak_flops is None:
+            given = self._recipe.logging.peak_tflops
+            self._peak_flops = given * 1e12 if given else known_peak_flops(ranks.device, self._recipe.engine.precision)
+        return flops_per_second / (self._peak_flops * ranks.world_size) if self._peak_flops else None
+
     def _write(self, row: dict[str, Any], step: int) -> None:
         # JSON has no infinity: a perplexity that overflows is null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        numbers = {
+            f"{row['kind']}/{key}": value
+            for key, value in row.items()
+            if key != "step" and isinstance(value, int | float)
+        }
         if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(f"{row['kind']}/{key}", value, step)
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "step": step})
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and file the run under its hyperparameters."""
+        rows = [row for row in read_metrics(self._run.metrics) if row["kind"] == "valid"]
         self._file.close()
         if self._board is not None:
+            flat = {
+                key: value if isinstance(value, int | float | bool) else str(value)
+                for key, value in _flatten(self._recipe.model_dump(mode="json")).items()
+            }
+            last = rows[-1]["loss_valid"] if rows else None
+            self._board.add_hparams(flat, {"final/loss_valid": math.nan if last is None else last}, run_name=".")
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 2}} as {"model.n_layer": 2}."""
+    flat = {}
+    for key, each in value.items():
+        flat.update(_flatten(each, f"{prefix}{key}.") if isinstance(each, dict) else {f"{prefix}{key}": each})
+    return flat
+
+
+def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
+    """A Weights & Biases run, which a resumed run goes on with. Its settings come from the environment (WANDB_*)."""
+    try:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ConfigError("logging.wandb needs wandb. Install it: pip install 'codeparrot-ds[wandb]'") from None
+    started = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "codeparrot-ds"),
+        name=recipe.name,
+        id=digest_json(str(run.path.resolve()))[:16],
+        resume="allow",
+        dir=str(run.path),
+        config=recipe.model_dump(mode="json"),
+    )
+    started.define_metric("*", step_metric="step")  # steps taken again are written again
+    return started
+
+
+def flops_per_token(model: Model, parameters: int) -> float:
+    """FLOPs of forward and backward for a token, recomputation not counted: 6 for each parameter that multiplies, and
+    attention. Source: PaLM (Chowdhery et al., 2022), appendix B."""
+    positions = model.seq_len * model.n_embd  # are looked up, and multiply nothing; the token embedding is the head
+    return 6.0 * (parameters - positions) + 12.0 * model.n_layer * model.n_embd * model.seq_len
+
+
+# Dense TFLOP/s in bf16 by the makers' data sheets, for the first name that the device's holds.
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "MI300X": 1307.0,
+    "MI250X": 191.5,
+}
+
+
+def known_peak_flops(device: "torch.device", precision: str) -> float | None:
+    """Peak FLOP/s of one device in half precision; None for others, and for fp32, where tensor cores may take part."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
+    """Most memory that this rank has held so far: on its device, or resident in the host's where it computes there."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out. Raises DataError for others."""
+    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise DataError(f"{path}:{number}: not a line of metrics ({error}). Mend or remove it.") from None
     return rows
 
 

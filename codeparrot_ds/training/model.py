@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,38 +11,146 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 import xxhash
 from torch import nn
 
+from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.recipe import Model
 
 _INIT_STD = 0.02  # GPT-2's `initializer_range`
 
 
-def build_model(model: Model, eos_id: int, seed: int, ds_config: Mapping[str, Any] | None = None) -> nn.Module:
-    """A `transformers.GPT2LMHeadModel`, initialised, its embeddings tied.
+def build_model(
+    model: Model,
+    eos_id: int,
+    seed: int,
+    ds_config: Mapping[str, Any] | None = None,
+    *,
+    loss_chunk_tokens: int = 4096,
+    from_checkpoint: bool = False,
+) -> nn.Module:
+    """A `transformers.GPT2LMHeadModel`, initialised, its embeddings tied, that also computes its loss.
+
+    `network(input_ids, targets=...)` is the mean loss; without targets it is transformers' own forward.
 
     Args:
         model: the recipe's section.
         eos_id: goes into its configuration.
-        seed: of the weights.
+        seed: of the weights, unless the recipe has them loaded (`model.init_from`).
         ds_config: resolved DeepSpeed configuration; at stage 3 each rank then only ever holds its partition.
+        loss_chunk_tokens: see `LossHead`.
+        from_checkpoint: all weights will be loaded afterwards, so `model.init_from` may be gone.
+
+    Raises:
+        CheckpointError: `model.init_from` is no GPT-2 directory of this shape.
     """
     import deepspeed
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config
 
+    make = _class_with_loss()
     config = GPT2Config(**model.hugging_face_config(eos_id), use_cache=False, attn_implementation="sdpa")
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
-            network = GPT2LMHeadModel(config)
+            network = make(config)
     else:
         with torch.device("meta"):  # allocate once, and leave the initialisation to us
-            network = GPT2LMHeadModel(config)
+            network = make(config)
         network.to_empty(device="cpu")
     network.tie_weights()
-    initialise(network, model, seed)
-    if model.activation_checkpointing == "full":
+    network.lm_head.chunk_tokens = loss_chunk_tokens
+    if model.init_from is None or from_checkpoint:
+        initialise(network, model, seed)
+    else:
+        load_pretrained(network, model.init_from)
+    if model.activation_checkpointing != "none":
         # transformers renamed it in 5; the old name goes in 6.
         enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if model.activation_checkpointing == "selective":  # every second block keeps its activations
+        for block in network.transformer.h[1::2]:
+            block.gradient_checkpointing = False
     return network
+
+
+@lru_cache(maxsize=1)
+def _class_with_loss() -> Any:
+    """transformers' GPT-2 with our head; made on first use, for importing transformers takes seconds."""
+    from transformers import GPT2LMHeadModel
+
+    class GPT2WithLoss(GPT2LMHeadModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.lm_head = LossHead(config.n_embd, config.vocab_size, bias=False)
+
+        def forward(self, input_ids: Any = None, targets: Any = None, **others: Any) -> Any:
+            if targets is None:
+                return super().forward(input_ids, **others)
+            hidden = self.transformer(input_ids).last_hidden_state
+            return self.lm_head(hidden, targets)
+
+    return GPT2WithLoss
+
+
+class LossHead(nn.Linear):
+    """The projection to logits, which can give the mean loss without ever holding all logits.
+
+    At 8 sequences of 1,024 tokens and 32,768 token ids the logits take 1.1 GB in fp32, and so does their gradient.
+    """
+
+    chunk_tokens = 4096
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [batch, seq_len, n_embd] to logits [batch, seq_len, vocab], or with `targets` [batch, seq_len]
+        int64 to their mean loss [] in nats per token."""
+        if targets is None:
+            return super().forward(hidden)
+        loss: torch.Tensor = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight, targets.flatten(), self.chunk_tokens)
+        return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy of a projection, some tokens at a time: gradients are made in the forward pass, while a
+    chunk's logits are there, so that no logits are kept and none are made twice. Source of the idea: Liger Kernel's
+    fused linear cross-entropy (Hsu et al., 2024)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """hidden [tokens, n_embd], weight [vocab, n_embd], targets [tokens] int64, loss [] fp32."""
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        for start in range(0, len(hidden), chunk):
+            part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = F.linear(part, weight).float()
+            log_normalizer = logits.logsumexp(1, keepdim=True)
+            total += (log_normalizer - logits.gather(1, wanted)).sum()
+            if hidden_gradient is None or weight_gradient is None:
+                continue
+            # d loss / d logits, not yet divided by the number of tokens: fp16 would lose it otherwise.
+            gradient = logits.sub_(log_normalizer).exp_()
+            gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
+            rounded = gradient.to(hidden.dtype)
+            torch.mm(rounded, weight, out=hidden_gradient[start : start + chunk])
+            if rounded.dtype == torch.float32:
+                weight_gradient.addmm_(rounded.T, part)
+            else:
+                weight_gradient += rounded.T @ part
+        if hidden_gradient is not None:
+            ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.tokens, ctx.weight_type = len(hidden), weight.dtype
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """The kept gradients times that of the loss."""
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = gradients[0] / ctx.tokens
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            (weight_gradient * scale).to(ctx.weight_type),
+            None,
+            None,
+        )
 
 
 def initialise(network: nn.Module, model: Model, seed: int) -> None:
@@ -55,6 +165,44 @@ def initialise(network: nn.Module, model: Model, seed: int) -> None:
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
             if parameter.numel() > 0:  # gathered: rank 0's values reach the others on leaving
                 parameter.copy_(initial_value(name, parameter.shape, model.n_layer, seed))
+
+
+def load_pretrained(network: nn.Module, directory: Path) -> None:
+    """Set every parameter to that of a Hugging Face GPT-2 directory, partitioned or not. Raises CheckpointError."""
+    import deepspeed
+    from safetensors import SafetensorError, safe_open
+
+    where: dict[str, Path] = {}  # tensor name, as ours, to its file
+    try:
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    where[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = path
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
+    parameters = dict(network.named_parameters())
+    problems = [f"{name} is missing" for name in parameters if name not in where]
+    for name, path in where.items():
+        if name in parameters:
+            shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+            with safe_open(path, "pt") as file:
+                found = file.get_slice(_key_in(file, name)).get_shape()
+            if list(shape) != list(found):
+                problems.append(f"{name}: its shape is {list(found)}, the recipe's model makes it {list(shape)}")
+    if problems:
+        shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])]
+        mend = "Name a Hugging Face GPT-2 directory with safetensors, and set the recipe's model section to its shape."
+        raise CheckpointError(list_problems(f"{directory} (model.init_from)", shown, mend))
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
+            if parameter.numel() > 0:
+                with safe_open(where[name], "pt") as file:
+                    parameter.copy_(file.get_tensor(_key_in(file, name)))
+
+
+def _key_in(file: Any, name: str) -> str:
+    """How the file calls the parameter `name`: bare GPT2Model directories leave the first part out."""
+    return name if name in file.keys() else name.removeprefix("transformer.")  # noqa: SIM118 (not a dict)
 
 
 def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> torch.Tensor:

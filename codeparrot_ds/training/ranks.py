@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_LAUNCHER = "deepspeed.launcher.launch"
+LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks of a host
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Ranks:
         world_size: processes, one a GPU.
         local_rank: rank on this host.
         device: where this rank computes.
+        control: process group over the CPU, whose collectives wait for no device and mix with none of DeepSpeed's.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    control: Any = None
 
     def slice(self, share: int) -> slice:
         """This rank's part of a global array dealt out `share` items a rank, in rank order."""
@@ -42,6 +45,17 @@ class Ranks:
         """Sum over ranks, in place; all ranks must call. int64 sums wrap modulo 2^64."""
         dist.all_reduce(values)
         return values
+
+    def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to take the largest of each of `values` over ranks; all ranks must call. What is returned waits."""
+        tensor = torch.tensor(values)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def finish() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return finish
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in rank order; all ranks must call."""
@@ -53,7 +67,7 @@ class Ranks:
 def die_with_launcher() -> None:
     """Have the kernel end this rank when DeepSpeed's launcher dies: its SIGKILL would leave orphans that train on."""
     parent = psutil.Process(os.getppid())
-    if _LAUNCHER in parent.cmdline():
+    if LAUNCHER in parent.cmdline():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent.pid:  # it died before the call
             os.kill(os.getpid(), signal.SIGKILL)
@@ -80,7 +94,7 @@ def join() -> Ranks:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.new_group(backend="gloo"))
 
 
 def _prepare_cpu(local_world_size: int) -> None:

@@ -18,11 +18,11 @@ import transformers
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.export.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.files import exclusive_lock
 from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
+from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
 from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, Trained, save_recipe
 
 pytestmark = pytest.mark.slow

@@ -23,6 +23,7 @@ LAYERS = [
     ["corpus"],
     ["tokenizer"],
     ["shards"],
+    ["zero"],
     ["training", "export", "evaluation"],  # side by side: they do not import one another
     ["cluster"],
     ["report"],

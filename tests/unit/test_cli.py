@@ -29,7 +29,10 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 def test_help_lists_the_verbs() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for verb in ("corpus", "tokenizer", "shards", "launch", "status", "convert", "complete", "evaluate", "report"):
+    for verb in (
+        *("corpus", "tokenizer", "shards", "launch", "status", "compare"),
+        *("convert", "complete", "evaluate", "report"),
+    ):
         assert verb in done.stdout
 
 
@@ -50,6 +53,8 @@ def test_usage_errors_exit_with_2() -> None:
         (["convert", "{tmp}/run", "{tmp}/hf"], "no such run or checkpoint"),
         (["complete", "{tmp}", "x"], "codeparrot-ds convert"),
         (["status", "{tmp}"], "no run status here"),
+        (["compare", "{tmp}/run", "{tmp}"], "{tmp}/run: no such run"),
+        (["compare", "{tmp}", "{tmp}", "--steps", "9"], "write them like 100:200"),
         (["status", "{stdlib}/__init__.py"], "this run status cannot be read (Not a directory)"),
         (["shards", "verify", "{stdlib}/__init__.py"], "no shards manifest here"),
         (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards', not of 'corpus'"),

@@ -15,7 +15,6 @@ from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.recipe import Recipe, Schedule, load_recipe
 from codeparrot_ds.training.engine import (
     check_compiler,
-    learning_rate,
     load_ds_config,
     required_ops,
     resolve,
@@ -227,7 +226,7 @@ def test_operators_are_compiled_for_offload_only(monkeypatch: pytest.MonkeyPatch
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
     schedule = Schedule(steps=100, warmup_steps=10, min_ratio=0.1)
-    rates = [learning_rate(schedule, 2.0, step) for step in range(100)]
+    rates = [2.0 * schedule.ratio(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
     assert max(rates) == rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(0.2 + 1.8 * 0.5)

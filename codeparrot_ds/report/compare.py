@@ -1,0 +1,423 @@
+"""Step by step: did two runs see the same data, did they have the same losses, and where do they part?
+
+It reads the two run directories and nothing else, so it works while the runs go on and after they were killed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.files import read_json
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.training.metrics import read_metrics
+
+# What two runs cannot share, or what says no more than their place. The content of ds_config.json is compared instead.
+_ASIDE = {"name", "runs", "engine.deepspeed"}
+_SPREAD, _BEFORE, _AFTER = 6, 2, 3  # rows of the table: over all steps, and around the first parting
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs.
+
+    Attributes:
+        run: its directory.
+        state: what its status.json says ("running" also after a kill), or None.
+        world_size: its ranks, where status.json names them.
+        steps: training steps recorded, within the range asked for.
+        only_here: those of them that the other run has not.
+        taken_again: rows left out because the run went back and took these steps again, in all of metrics.jsonl.
+    """
+
+    run: str
+    state: str | None
+    world_size: int | None
+    steps: int
+    only_here: int
+    taken_again: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest difference between the runs, and the first step that has it."""
+
+    difference: float
+    step: int
+
+
+@dataclass(frozen=True)
+class DataAgreement:
+    """The digests of the ids fed: steps compared, how many differ, and the first that does."""
+
+    steps: int
+    different: int
+    first_different: int | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a figure is the same in both runs.
+
+    Attributes:
+        steps: compared.
+        different: those at which any bit differs.
+        first_different: the first of them.
+        first_beyond: first step whose difference is beyond the tolerance, or where one run alone has a number.
+        absolute: largest absolute difference, over the steps where both runs have a number; None where they have none.
+        relative: largest difference relative to the larger of the two figures, over the same steps.
+        not_finite: steps at which a run has no number: NaN and infinity are null in metrics.jsonl. Two nulls are equal.
+    """
+
+    steps: int
+    different: int
+    first_different: int | None
+    first_beyond: int | None
+    absolute: Peak | None
+    relative: Peak | None
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step of the table. Losses are nats per token, None where not finite; `difference` is B's less A's."""
+
+    step: int
+    same_data: bool
+    loss_a: float | None
+    loss_b: float | None
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs over the steps that both have.
+
+    Attributes:
+        tolerance: relative, for losses; 0 demands that they are equal to the bit.
+        first_step, last_step: of the steps compared.
+        recipe: dotted key -> its values in A and B, for keys that differ ("ds_config." before the engine's);
+            a key that one of them lacks is None there.
+        table: steps around the first parting, evenly spread ones, and those that `loss` names.
+    """
+
+    a: Side
+    b: Side
+    tolerance: float
+    first_step: int
+    last_step: int
+    recipe: dict[str, tuple[Any, Any]]
+    data: DataAgreement
+    loss: Agreement
+    loss_valid: Agreement
+    learning_rate: Agreement
+    table: list[Row]
+
+    @property
+    def same(self) -> bool:
+        """Same data at every common step, and every loss within the tolerance."""
+        return not self.data.different and self.loss.first_beyond is None and self.loss_valid.first_beyond is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"same": self.same, **asdict(self)}
+
+
+def compare(
+    run_a: RunDirectory, run_b: RunDirectory, tolerance: float = 1e-3, first: int = 0, end: int | None = None
+) -> Comparison:
+    """Compare two runs, unfinished ones too.
+
+    Args:
+        run_a, run_b: their directories.
+        tolerance: relative, for losses; 0 demands that they are equal to the bit.
+        first, end: training steps from `first` up to, but without, `end`, and validation losses from `first` to `end`,
+            which is the evaluation after the last of these steps.
+
+    Raises:
+        DataError: no such run, no metrics in it, or no step that both have.
+        ConfigError: the global batches differ, so that steps do not correspond; the tolerance is no number from 0 on.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"tolerance {tolerance}: give 0 or a positive number, e.g. 1e-3.")
+    a, b = _Recorded.read(run_a), _Recorded.read(run_b)
+    if a.global_batch_size != b.global_batch_size:
+        raise ConfigError(
+            f"{run_a.path} takes {a.global_batch_size} sequences a step, {run_b.path} {b.global_batch_size} "
+            "(batch.global_batch_size): their steps do not correspond. Compare runs of one global batch."
+        )
+    last = math.inf if end is None else end
+    steps_a, steps_b = ({step for step in side.train if first <= step < last} for side in (a, b))
+    common = sorted(steps_a & steps_b)
+    if not common:
+        asked = "" if end is None and first == 0 else f" within --steps {first}:{'' if end is None else end}"
+        raise DataError(
+            f"no common steps{asked}: {run_a.path} has {_span(a.train)}, {run_b.path} has {_span(b.train)}. "
+            "Train one of them further, or compare other runs."
+        )
+    parted = [step for step in common if a.train[step].batch_digest != b.train[step].batch_digest]
+    evaluated = sorted(step for step in a.valid.keys() & b.valid.keys() if first <= step <= last)
+    data = DataAgreement(len(common), len(parted), parted[0] if parted else None)
+    loss = _agreement([(k, a.train[k].loss, b.train[k].loss) for k in common], tolerance)
+    rates = [(k, a.train[k].learning_rate, b.train[k].learning_rate) for k in common]
+    return Comparison(
+        a=a.side(steps_a, steps_b),
+        b=b.side(steps_b, steps_a),
+        tolerance=tolerance,
+        first_step=common[0],
+        last_step=common[-1],
+        recipe={
+            key: (a.recipe.get(key), b.recipe.get(key))
+            for key in [*a.recipe, *(key for key in b.recipe if key not in a.recipe)]
+            if key not in _ASIDE and a.recipe.get(key) != b.recipe.get(key)
+        },
+        data=data,
+        loss=loss,
+        loss_valid=_agreement([(k, a.valid[k], b.valid[k]) for k in evaluated], tolerance),
+        learning_rate=_agreement(rates, tolerance),
+        table=[_row(k, a.train[k], b.train[k]) for k in _worth_showing(common, data, loss)],
+    )
+
+
+def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
+    """(name, value) of each finding, for a table."""
+    c = comparison
+    rows = [("A", _describe_side(c.a)), ("B", _describe_side(c.b))]
+    only = [f"{side.only_here:,} only in {name}" for name, side in (("A", c.a), ("B", c.b)) if side.only_here]
+    rows.append(("common steps", "; ".join([f"{c.data.steps:,}, from {c.first_step} to {c.last_step}", *only])))
+    rows.append(
+        (
+            "recipe",
+            f"{_count(len(c.recipe), 'key')} not the same" if c.recipe else "the same, but for name and directories",
+        )
+    )
+    rows += [
+        (f"  {key}", " | ".join("-" if value is None else str(value) for value in c.recipe[key])) for key in c.recipe
+    ]
+    if c.data.first_different is None:
+        rows.append(("data", f"same digests at all {c.data.steps:,} common steps"))
+    else:
+        rows.append(("data", _parting(c.data)))
+    rows += _describe("training loss", c.loss, c.tolerance)
+    rows += _describe("validation loss", c.loss_valid, c.tolerance)
+    rows += _describe("learning rate", c.learning_rate, c.tolerance)
+    return [*rows, ("verdict", _verdict(c))]
+
+
+def as_table(comparison: Comparison) -> list[str]:
+    """The steps worth showing, a line each below a heading."""
+    lines = [f"{'step':>8}  {'data':<7}  {'loss A':>14}  {'loss B':>14}  {'difference':>10}"]
+    for row in comparison.table:
+        a, b = (f"{loss:.8f}" if loss is not None else "not finite" for loss in (row.loss_a, row.loss_b))
+        difference = "-" if row.difference is None else f"{row.difference:+.1e}" if row.difference else "0"
+        lines.append(f"{row.step:>8}  {'same' if row.same_data else 'differs':<7}  {a:>14}  {b:>14}  {difference:>10}")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Step:
+    batch_digest: str
+    loss: float | None
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a run directory holds: flat recipe, status, training steps and validation losses by step."""
+
+    run: RunDirectory
+    recipe: dict[str, Any]
+    status: dict[str, Any]
+    train: dict[int, _Step]
+    valid: dict[int, float | None]
+    taken_again: int
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> "_Recorded":
+        """Raises DataError when this is no run, or when it has recorded no step."""
+        if not run.path.is_dir():
+            raise DataError(
+                f"{run.path}: no such run. Name the directory that holds its recipe.yaml and metrics.jsonl."
+            )
+        recipe = _read_recipe(run)
+        train: dict[int, _Step] = {}
+        valid: dict[int, float | None] = {}
+        taken_again = 0
+        for number, row in enumerate(_read_rows(run.metrics), start=1):
+            try:
+                if row["kind"] == "train":
+                    step = int(row["step"])
+                    if step in train:  # the run went back: what it did from there on no longer counts
+                        rows = len(train)
+                        train = {k: v for k, v in train.items() if k < step}
+                        valid = {k: v for k, v in valid.items() if k <= step}
+                        taken_again += rows - len(train)
+                    train[step] = _Step(row["batch_digest"], _number(row["loss"]), _number(row["learning_rate"]))
+                elif row["kind"] == "valid":
+                    valid[int(row["step"])] = _number(row["loss_valid"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{run.metrics}: row {number} is not one that training writes ({type(error).__name__}: {error})."
+                ) from None
+        if not train:
+            raise DataError(
+                f"{run.metrics}: no training step recorded. A run writes its steps every logging.every_steps "
+                f"({recipe.get('logging.every_steps')}) steps: wait for the first, or name another run."
+            )
+        status = run.read_status() if run.status_file.exists() else {}
+        return cls(run, recipe, status, train, valid, taken_again)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.recipe["batch.global_batch_size"]
+
+    def side(self, steps: set[int], others: set[int]) -> Side:
+        """This run beside the other, of which `others` are the steps."""
+        return Side(
+            run=str(self.run.path),
+            state=self.status.get("state"),
+            world_size=self.status.get("world_size"),
+            steps=len(steps),
+            only_here=len(steps - others),
+            taken_again=self.taken_again,
+        )
+
+
+def _read_recipe(run: RunDirectory) -> dict[str, Any]:
+    """Resolved recipe and DeepSpeed JSON under dotted keys, not validated: another version may have written them."""
+    try:
+        body = yaml.safe_load(run.recipe.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{run.path}: no run here: a run directory holds recipe.yaml and metrics.jsonl.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{run.recipe}: not valid YAML ({' '.join(str(error).split())}).") from None
+    recipe = _flatten(body)
+    if "batch.global_batch_size" not in recipe:
+        raise DataError(f"{run.recipe}: not the recipe of a run: it names no batch.global_batch_size.")
+    if run.ds_config.exists():
+        recipe |= _flatten({"ds_config": read_json(run.ds_config, "DeepSpeed JSON")})
+    return recipe
+
+
+def _read_rows(metrics: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(metrics)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{metrics}: damaged, it holds bytes that are no text ({error}).") from None
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flatten(inner, f"{key}.{name}" if key else str(name))
+    return flat
+
+
+def _number(value: Any) -> float | None:
+    """A finite float or None."""
+    return float(value) if value is not None and math.isfinite(float(value)) else None
+
+
+def _agreement(pairs: Sequence[tuple[int, float | None, float | None]], tolerance: float) -> Agreement:
+    """Compare (step, A's figure, B's figure) of each step, in the order of steps."""
+    different, beyond, not_finite = [], [], 0
+    absolute, relative = [], []
+    for step, a, b in pairs:
+        if a != b:
+            different.append(step)
+        if a is None or b is None:
+            not_finite += 1
+            if a != b:
+                beyond.append(step)
+            continue
+        distance = abs(a - b)
+        share = distance / max(abs(a), abs(b)) if distance else 0.0
+        absolute.append(Peak(distance, step))
+        relative.append(Peak(share, step))
+        if share > tolerance:
+            beyond.append(step)
+    return Agreement(
+        steps=len(pairs),
+        different=len(different),
+        first_different=different[0] if different else None,
+        first_beyond=beyond[0] if beyond else None,
+        absolute=max(absolute, key=lambda peak: peak.difference, default=None),
+        relative=max(relative, key=lambda peak: peak.difference, default=None),
+        not_finite=not_finite,
+    )
+
+
+def _row(step: int, a: _Step, b: _Step) -> Row:
+    difference = None if a.loss is None or b.loss is None else b.loss - a.loss
+    return Row(step, a.batch_digest == b.batch_digest, a.loss, b.loss, difference)
+
+
+def _worth_showing(common: Sequence[int], data: DataAgreement, loss: Agreement) -> list[int]:
+    """Evenly spread steps, those around the first parting, the first beyond the tolerance and the furthest apart."""
+    shown = {common[i * (len(common) - 1) // (_SPREAD - 1)] for i in range(_SPREAD)}
+    partings = [step for step in (data.first_different, loss.first_different) if step is not None]
+    if partings:
+        at = common.index(min(partings))
+        shown.update(common[max(at - _BEFORE, 0) : at + _AFTER + 1])
+    if loss.first_beyond is not None:
+        shown.add(loss.first_beyond)
+    if loss.absolute is not None and loss.absolute.difference:
+        shown.add(loss.absolute.step)
+    return sorted(shown)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _span(steps: Mapping[int, Any]) -> str:
+    return f"steps {min(steps)} to {max(steps)}"
+
+
+def _describe_side(side: Side) -> str:
+    facts = [side.run, side.state or "no status", _count(side.steps, "step")]
+    if side.world_size is not None:
+        facts.insert(2, _count(side.world_size, "rank"))
+    if side.taken_again:
+        facts.append(f"{_count(side.taken_again, 'row')} of steps taken again left out")
+    return ", ".join(facts)
+
+
+def _parting(agreement: Agreement | DataAgreement) -> str:
+    return f"part at step {agreement.first_different}; {agreement.different:,} of {agreement.steps:,} steps differ"
+
+
+def _describe(name: str, agreement: Agreement, tolerance: float) -> list[tuple[str, str]]:
+    if not agreement.steps:
+        return [(name, "no step at which both runs have it")]
+    odd = f"; {_count(agreement.not_finite, 'step')} not finite" if agreement.not_finite else ""
+    if agreement.first_different is None:
+        return [(name, f"bit-equal at all {agreement.steps:,} common steps{odd}")]
+    rows = [(name, f"{_parting(agreement)}{odd}")]
+    absolute, relative = agreement.absolute, agreement.relative
+    if absolute is not None and relative is not None and absolute.difference:
+        furthest = f"{absolute.difference:.1e} at step {absolute.step}, relative {relative.difference:.1e}"
+        rows.append(("  furthest apart", f"{furthest} at step {relative.step}"))
+    where = "at no step" if agreement.first_beyond is None else f"first at step {agreement.first_beyond}"
+    return [*rows, (f"  beyond {tolerance:g}", where)]
+
+
+def _verdict(comparison: Comparison) -> str:
+    data = "other data" if comparison.data.different else "same data"
+    beyond = [
+        name
+        for name, agreement in (("training", comparison.loss), ("validation", comparison.loss_valid))
+        if agreement.first_beyond is not None
+    ]
+    if beyond:
+        return f"{data}, {' and '.join(beyond)} losses beyond {comparison.tolerance:g}"
+    equal = not comparison.loss.different and not comparison.loss_valid.different
+    return f"{data}, {'equal losses' if equal else f'losses within {comparison.tolerance:g}'}"

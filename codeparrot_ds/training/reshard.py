@@ -1,0 +1,137 @@
+"""Load a checkpoint into an engine of another ZeRO stage or number of ranks.
+
+Each rank reads from the old partitions just what its new ones hold, by parameter name. DeepSpeed's way round, a
+universal checkpoint on disk, is not taken: under ZeRO-3 it gives every parameter group the first one's weight decay.
+Source of the engine's layouts: DeepSpeed 0.19.8, `runtime/zero/stage3.py`, `stage_1_and_2.py`, `bf16_optimizer.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.training.ranks import Ranks
+from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
+
+
+@dataclass
+class _Stretch:
+    """Elements `start` .. of parameter `name`, at `offset` of a flat tensor."""
+
+    name: str
+    start: int
+    count: int
+    offset: int
+
+
+def load(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Set weights, moments, step and counters of a fresh `engine` to those of `checkpoint`. All ranks must call.
+
+    The optimizer's hyperparameters stay those of the engine's own parameter groups. Raises CheckpointError.
+    """
+    saved = ZeroCheckpoint(checkpoint)
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    missing = set(names.values()) ^ set(saved.shapes)
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: other parameters than the model's, such as {sorted(missing)[0]}.")
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        _load_stage_3(engine.optimizer, saved, names, ranks)
+    elif stage:
+        _load_stage_1_and_2(engine.optimizer, saved, names)
+    else:
+        _load_stage_0(engine.optimizer, saved, names)
+    if stage != 3:  # whole on every rank
+        with torch.no_grad():
+            for name, parameter in engine.module.named_parameters():
+                parameter.copy_(saved.read(name).view(parameter.shape))
+    engine.global_steps = saved.model_state["global_steps"]
+    engine.global_samples = saved.model_state["global_samples"]
+    engine.skipped_steps = saved.model_state["skipped_steps"]
+    scaler = saved.loss_scaler()
+    if scaler is not None and hasattr(engine.optimizer, "loss_scaler") and scaler.dynamic:
+        engine.optimizer.loss_scaler = scaler
+
+
+def _read(saved: ZeroCheckpoint, flat: torch.Tensor, stretches: list[_Stretch], what: str) -> torch.Tensor:
+    """The saved values of a flat tensor: zeros where it only pads."""
+    values = torch.zeros(flat.shape, dtype=torch.float32)
+    for each in stretches:
+        values[each.offset : each.offset + each.count] = saved.read(
+            each.name, what, each.start, each.start + each.count
+        )
+    return values
+
+
+def _set(optimizer: Any, flat: torch.Tensor, stretches: list[_Stretch], saved: ZeroCheckpoint) -> None:
+    """Set one flat tensor of master weights, and its state in the optimizer that DeepSpeed wraps."""
+    flat.data.copy_(_read(saved, flat, stretches, FP32))
+    if not saved.step:
+        return
+    state = {what: _read(saved, flat, stretches, what).to(flat.device) for what in MOMENTS}
+    # torch counts in a tensor of its own, DeepSpeed's CPUAdam in a plain number.
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    optimizer.state[flat] = {
+        "step": torch.tensor(float(saved.step), device=flat.device) if is_torch else saved.step,
+        **state,
+    }
+
+
+def _load_stage_3(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str], ranks: Ranks) -> None:
+    optimizer.checkpoint_event_prologue()  # partitions what is whole
+    swapped = getattr(optimizer, "swap_optimizer", False)
+    for number, group in enumerate(optimizer.fp16_groups):
+        stretches, offset = [], 0
+        for parameter in group:
+            share = parameter.ds_tensor.ds_numel
+            start = min(ranks.rank * share, parameter.ds_numel)
+            count = min(share, parameter.ds_numel - start)
+            stretches.append(_Stretch(names[id(parameter)], start, count, offset))
+            offset += share
+        flat = optimizer.fp32_partitioned_groups_flat[number]
+        on_disk = swapped and optimizer._swappable_optimizer_subgroup(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        _set(optimizer.optimizer, flat, stretches, saved)
+        low = optimizer.fp16_partitioned_groups_flat[number]
+        if low is None:
+            raise CheckpointError(
+                "a checkpoint of other ranks or another ZeRO stage cannot be loaded while parameters are offloaded to "
+                "NVMe. Offload them to the CPU for this run."
+            )
+        low.data.copy_(flat.data)
+        partitions = optimizer.fp16_partitioned_groups[number]
+        for partition, values in zip(partitions, optimizer.unflatten(low, partitions), strict=True):
+            partition.data = values.data
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+    optimizer.checkpoint_event_epilogue()  # makes whole again what stays so
+
+
+def _load_stage_1_and_2(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str]) -> None:
+    bf16 = hasattr(optimizer, "fp32_groups_flat_partition")  # DeepSpeed's BF16_Optimizer: stage 1 under bf16
+    flats = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
+    groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
+    for flat, group in zip(flats, groups, strict=True):
+        _set(optimizer.optimizer, flat, list(_stretches(group, names)), saved)
+
+
+def _stretches(group: list[Any], names: dict[int, str]) -> Iterator[_Stretch]:
+    for parameter in group:
+        mapping = parameter._hp_mapping  # None where all of the parameter is on other ranks
+        if mapping is not None:
+            inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield _Stretch(names[id(parameter)], inside.start, inside.numel, place.start)
+
+
+def _load_stage_0(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str]) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not saved.step:
+                continue
+            name, device = names[id(parameter)], parameter.device
+            moments = {what: saved.read(name, what).view(parameter.shape).to(device) for what in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(saved.step), device=device), **moments}

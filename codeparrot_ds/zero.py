@@ -1,0 +1,207 @@
+"""Read weights and optimizer state out of a DeepSpeed checkpoint, any stretch of any tensor, without running its code.
+
+Files are memory-mapped, so only what is asked for takes memory. Source of the layouts: DeepSpeed 0.19.8,
+`runtime/engine.py` (`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`:
+
+    stage 3     each rank holds every parameter's slice of ceil(numel / ranks), parameters end to end
+    stage 1, 2  each parameter group is flattened whole, padded, and cut into one piece a rank
+    stage 0     rank 0 holds the module's own tensors
+"""
+
+import math
+import os
+import pickle
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
+
+FP32, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+
+
+class ZeroCheckpoint:
+    """The fp32 master weights of a published checkpoint, and AdamW's moments.
+
+    Attributes:
+        shapes: parameter name -> shape, in the checkpoint's order; tied copies are left out.
+        tied: name of a tied copy -> name of the parameter that it shares.
+        model_state: what DeepSpeed keeps beside the partitions: counters and, below stage 3, the module.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Map the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
+        self._stage = checkpoint.zero_stage
+        self._path = checkpoint.path
+        ranks = checkpoint.world_size
+        first = "zero_pp_rank_0_mp_rank_00" if self._stage == 3 else "mp_rank_00"
+        self.model_state = self._load(f"{first}_model_states.pt")
+        self.tied: dict[str, str] = dict(self.model_state.get("shared_params") or {})
+        self._states: list[dict[str, Any]] = []  # of each rank
+        if self._stage == 0:
+            self._module: dict[str, torch.Tensor] = {}
+            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their memory
+            for name, tensor in self.model_state["module"].items():
+                owner = first_name.setdefault(tensor.data_ptr(), name)
+                if owner == name:
+                    self._module[name] = tensor
+                else:
+                    self.tied[name] = owner
+            self.shapes = {name: tensor.shape for name, tensor in self._module.items()}
+            return
+        groups: list[dict[str, torch.Size]] = [dict(group) for group in self.model_state["param_shapes"]]
+        self.shapes = {name: shape for group in groups for name, shape in group.items()}
+        prefix = "bf16_" if checkpoint.precision == "bf16" else ""
+        for rank in range(ranks):
+            state = self._load(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            self._states.append(state["optimizer_state_dict"])
+        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, in a rank)
+        for number, group in enumerate(groups):
+            if self._stage != 3 or number == 0:
+                offset = 0
+            for name, shape in group.items():
+                self._places[name] = (0 if self._stage == 3 else number, offset)
+                offset += self._share(shape.numel()) if self._stage == 3 else shape.numel()
+
+    def _share(self, numel: int) -> int:
+        return math.ceil(numel / len(self._states))
+
+    def _load(self, name: str) -> dict[str, Any]:
+        path = self._path / name
+        try:
+            with _allow_deepspeed_classes():
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path}: refused: it holds more than tensors and plain values, and loading it could run code "
+                f"({str(error).splitlines()[0]})."
+            ) from None
+        except (RuntimeError, OSError) as error:
+            raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}).") from None
+        return state
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
+        for name, shape in self.shapes.items():
+            yield name, self.read(name).view(shape)
+
+    def read(self, name: str, what: str = FP32, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `start` .. `stop` - 1 of a parameter ("fp32") or of one of its `MOMENTS`, flat, fp32 on the CPU.
+
+        A moment that does not exist yet, before the first optimizer step, is zeros. Raises CheckpointError.
+        """
+        numel = self.shapes[name].numel()
+        stop = numel if stop is None else stop
+        assert 0 <= start <= stop <= numel
+        if what != FP32 and not self.step:
+            return torch.zeros(stop - start)
+        if self._stage == 0:
+            tensor = self._module[name] if what == FP32 else self._stage_0_state(name)[what]
+            return tensor.detach().float().flatten()[start:stop]
+        flats = self._flats[what]
+        group, offset = self._places[name]
+        if self._stage != 3:
+            return flats[group].read(offset + start, offset + stop)
+        share = self._share(numel)
+        taken = []
+        for rank in range(start // share, math.ceil(stop / share)):
+            begin, end = max(start, rank * share), min(stop, (rank + 1) * share)
+            taken.append(flats[rank].read(offset + begin - rank * share, offset + end - rank * share))
+        return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
+
+    @cached_property
+    def _flats(self) -> dict[str, list["_Flat"]]:
+        """Of the weights and of each moment: stage 3, a flat a rank; stages 1 and 2, a flat a parameter group."""
+
+        def pieces(state: dict[str, Any], what: str) -> list[torch.Tensor]:
+            if what == FP32:
+                return list(state["fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"])
+            base = self._base(state)
+            return [base["state"][number][what] for number in range(len(base["state"]))]
+
+        flats = {}
+        for what in (FP32, *(MOMENTS if self.step else ())):
+            of_ranks = [pieces(state, what) for state in self._states]
+            by_flat = of_ranks if self._stage == 3 else list(zip(*of_ranks, strict=True))
+            flats[what] = [_Flat(self._path, tensors) for tensors in by_flat]
+        return flats
+
+    def _base(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict of the optimizer that DeepSpeed has wrapped."""
+        base: dict[str, Any] = state["optimizer_state_dict" if self._stage == 3 else "base_optimizer_state"]
+        return base
+
+    @cached_property
+    def step(self) -> int:
+        """AdamW's own count of steps; skipped ones are not in it. Raises CheckpointError when its groups differ."""
+        bases = [self._base(state) for state in self._states] if self._stage else [self.model_state["optimizer"]]
+        steps = {int(state["step"]) for base in bases for state in base["state"].values() if "step" in state}
+        if len(steps) > 1:
+            raise CheckpointError(f"{self._path}: its parameter groups have taken different numbers of steps: {steps}.")
+        return steps.pop() if steps else 0
+
+    def _stage_0_state(self, name: str) -> dict[str, torch.Tensor]:
+        optimizer = self.model_state["optimizer"]
+        # The groups of training.model.parameter_groups: what has two dimensions first, each in the model's order.
+        names = sorted(self.shapes, key=lambda each: len(self.shapes[each]) < 2)
+        numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+        state: dict[str, torch.Tensor] = optimizer["state"][numbers[names.index(name)]]
+        return state
+
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler under fp16, with its current scale; None where there is none."""
+        return self._states[0].get("loss_scaler") if self._states else None
+
+
+class _Flat:
+    """Flat tensors end to end."""
+
+    def __init__(self, path: Path, pieces: Sequence[torch.Tensor]) -> None:
+        self._path = path
+        self._pieces = [piece.detach().flatten() for piece in pieces]  # some are saved as parameters
+        self._starts = [0, *accumulate(map(len, self._pieces))]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` .. `stop` - 1. Raises CheckpointError when there are fewer."""
+        if stop > self._starts[-1]:
+            raise CheckpointError(f"{self._path}: its partitions hold fewer weights than its parameters need.")
+        taken = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            part = self._pieces[number][start - self._starts[number] : stop - self._starts[number]]
+            taken.append(part)
+            start += len(part)
+            number += 1
+        return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
+
+
+@contextmanager
+def _allow_deepspeed_classes() -> Iterator[None]:
+    """Let `weights_only` loading build the few plain classes that DeepSpeed puts beside the tensors."""
+    # Nothing is computed with DeepSpeed here; left to choose, it looks for a GPU and prints what it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with torch.serialization.safe_globals(classes_in_checkpoints()):
+        yield
+
+
+def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint that `source` means: a run directory (its newest, or `step`) or a checkpoint directory.
+
+    Raises CheckpointError when there is none.
+    """
+    source = source.resolve()
+    if (source / "checkpoints").is_dir():
+        run = RunDirectory(source)
+        return run.newest_checkpoint() if step is None else Checkpoint.read(run.checkpoint(step))
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such run or checkpoint directory.")
+    return Checkpoint.read(source)
