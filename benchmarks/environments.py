@@ -1,7 +1,8 @@
-"""A virtual environment for each peer, so that none of them decides which versions another gets."""
+"""Environments of peers: one each, so that none decides which versions another gets, or ours with more packages."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -42,6 +43,21 @@ def environment(directory: Path, packages: tuple[str, ...], at_start: str = "") 
         [str(python), "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, env=plain_env()
     )
     return Environment(python, {package["name"]: package["version"] for package in json.loads(listed.stdout)})
+
+
+def layer(directory: Path, *packages: str) -> Path:
+    """A directory with `packages`, without what they need, to be named in PYTHONPATH over this environment.
+
+    What they need is here already, in the versions that we use: with those, and no others, they are to be compared.
+    """
+    receipt = directory / "installed.json"
+    if not receipt.exists() or json.loads(receipt.read_text()) != list(packages):
+        print(f"making {directory}: {', '.join(packages)}", file=sys.stderr, flush=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
+        subprocess.run([*command, *packages], check=True)
+        receipt.write_text(json.dumps(packages))
+    return directory
 
 
 def plain_env(**more: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pickle
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class ZeroCheckpoint:
         if self._stage == 0:
             tensor = self._module[name] if what == FP32 else self._stage_0_state(name)[what]
             return tensor.detach().float().flatten()[start:stop]
-        flats = self._flats[what]
+        flats = self._flats(what)
         group, offset = self._places[name]
         if self._stage != 3:
             return flats[group].read(offset + start, offset + stop)
@@ -118,22 +118,19 @@ class ZeroCheckpoint:
             taken.append(flats[rank].read(offset + begin - rank * share, offset + end - rank * share))
         return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
 
-    @cached_property
-    def _flats(self) -> dict[str, list["_Flat"]]:
-        """Of the weights and of each moment: stage 3, a flat a rank; stages 1 and 2, a flat a parameter group."""
+    @cache  # noqa: B019 (as many entries as there are kinds, and one checkpoint at a time)
+    def _flats(self, what: str) -> list["_Flat"]:
+        """Of the weights or of a moment: at stage 3 a flat a rank, at stages 1 and 2 a flat a parameter group."""
 
-        def pieces(state: dict[str, Any], what: str) -> list[torch.Tensor]:
+        def pieces(state: dict[str, Any]) -> list[torch.Tensor]:
             if what == FP32:
                 return list(state["fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"])
             base = self._base(state)
             return [base["state"][number][what] for number in range(len(base["state"]))]
 
-        flats = {}
-        for what in (FP32, *(MOMENTS if self.step else ())):
-            of_ranks = [pieces(state, what) for state in self._states]
-            by_flat = of_ranks if self._stage == 3 else list(zip(*of_ranks, strict=True))
-            flats[what] = [_Flat(self._path, tensors) for tensors in by_flat]
-        return flats
+        of_ranks = [pieces(state) for state in self._states]
+        by_flat = of_ranks if self._stage == 3 else list(zip(*of_ranks, strict=True))
+        return [_Flat(self._path, tensors) for tensors in by_flat]
 
     def _base(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state_dict of the optimizer that DeepSpeed has wrapped."""
