@@ -90,7 +90,6 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         while self.step < last:
-            self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
             self._unlogged.append(self.train_step())
             self.step += 1
             done = self.step == last
@@ -132,6 +131,7 @@ class Trainer:
             loss += micro_loss.detach() / accumulation
             if number == accumulation:
                 self._check_replicas()
+                self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
             engine.step()  # acts on the last micro-batch only
         skipped = self._skipped.look(self.step, engine.skipped_steps)
         norm = engine.get_global_grad_norm()

@@ -181,14 +181,16 @@ def load_pretrained(network: nn.Module, directory: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
     parameters = dict(network.named_parameters())
-    problems = [f"{name} is missing" for name in parameters if name not in where]
-    for name, path in where.items():
-        if name in parameters:
-            shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-            with safe_open(path, "pt") as file:
-                found = file.get_slice(_key_in(file, name)).get_shape()
-            if list(shape) != list(found):
-                problems.append(f"{name}: its shape is {list(found)}, the recipe's model makes it {list(shape)}")
+    problems = []
+    for name, parameter in parameters.items():
+        if name not in where:
+            problems.append(f"{name} is missing")
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        with safe_open(where[name], "pt") as file:
+            found = file.get_slice(_key_in(file, name)).get_shape()
+        if list(shape) != list(found):
+            problems.append(f"{name}: its shape is {list(found)}, the recipe's model makes it {list(shape)}")
     if problems:
         shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])]
         mend = "Name a Hugging Face GPT-2 directory with safetensors, and set the recipe's model section to its shape."

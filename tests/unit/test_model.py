@@ -1,18 +1,24 @@
 """Initial weights and parameter groups of the plain model; under ZeRO they are tested in tests/integration."""
 
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.recipe import Model
-from codeparrot_ds.training.model import build_model, initial_value, next_token_loss, parameter_groups
+from codeparrot_ds.training.model import LossHead, build_model, initial_value, next_token_loss, parameter_groups
 
-TINY = Model(vocab_size=300, seq_len=16, n_layer=2, n_head=2, n_embd=32)
+TINY = Model.model_validate({"vocab_size": 300, "seq_len": 16, "n_layer": 2, "n_head": 2, "n_embd": 32})
 
 
 def test_initial_weights_are_gpt2s_and_a_function_of_seed_and_name() -> None:
-    network = build_model(TINY, eos_id=0, seed=5)
+    network: Any = build_model(TINY, eos_id=0, seed=5)
     state = dict(network.named_parameters())
     assert network.lm_head.weight is network.transformer.wte.weight
     assert abs(state["transformer.wte.weight"].std().item() - 0.02) < 0.001
@@ -50,3 +56,87 @@ def test_a_completion_ends_where_a_new_block_starts() -> None:
     for start in ("def other():", "class A:", "# comment", "@decorator", "print(1)", "if x:"):
         assert first_block(f"{body}\n{start}\n more") == body
     assert first_block("x = 1\nprinter = 2\ndefault = 3") == "x = 1\nprinter = 2\ndefault = 3"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [7, 64])
+def test_the_loss_in_chunks_is_the_loss(dtype: torch.dtype, chunk_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = LossHead(16, 50, bias=False).to(dtype)
+    head.chunk_tokens = chunk_tokens
+    hidden = torch.randn(2, 20, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, 50, (2, 20), generator=generator)
+    results = []
+    for compute in (lambda: head(hidden, targets), lambda: next_token_loss(head(hidden), targets)):
+        loss = compute()
+        (loss / 3).backward()
+        assert hidden.grad is not None
+        assert head.weight.grad is not None
+        results.append((loss.detach(), hidden.grad, head.weight.grad))
+        hidden.grad = head.weight.grad = None
+    for ours, reference in zip(*results, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert ours.dtype == reference.dtype
+        assert float((ours - reference).abs().max()) <= tolerance * float(reference.abs().max())
+
+
+def test_logits_are_never_whole_in_memory() -> None:
+    tokens, vocab, chunk = 4096, 2000, 128
+    head = LossHead(8, vocab, bias=False)
+    head.chunk_tokens = chunk
+    hidden = torch.randn(1, tokens, 8, requires_grad=True)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        head(hidden, torch.zeros(1, tokens, dtype=torch.long)).backward()
+    assert chunk * vocab <= largest < tokens * vocab / 8
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_activation_checkpointing_changes_no_bit(checkpointing: str) -> None:
+    def gradients(mode: str) -> list[torch.Tensor]:
+        network = build_model(Model.model_validate({**TINY.model_dump(), "activation_checkpointing": mode}), 0, 1)
+        network.train()
+        ids = torch.arange(2 * 9).reshape(2, 9)
+        network(ids[:, :-1], targets=ids[:, 1:]).backward()
+        return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(checkpointing), gradients("none"), strict=True))
+
+
+def test_selective_checkpointing_spares_every_second_block() -> None:
+    network: Any = build_model(
+        Model.model_validate({**TINY.model_dump(), "activation_checkpointing": "selective"}), 0, 1
+    )
+    checkpointed = [block.gradient_checkpointing for block in network.transformer.h]
+    assert checkpointed == [i % 2 == 0 for i in range(len(checkpointed))]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_model_starts_from_a_hugging_face_directory(tmp_path: Path, bare: bool) -> None:
+    source: Any = build_model(TINY, eos_id=0, seed=3)
+    plain: Any = transformers.GPT2LMHeadModel(source.config)
+    plain.load_state_dict(source.state_dict())
+    (plain.transformer if bare else plain).save_pretrained(tmp_path / "gpt2", max_shard_size="50KB")
+    started: Any = build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "gpt2"}), 0, 1)
+    for (name, ours), (_, theirs) in zip(started.named_parameters(), source.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert started.lm_head.weight is started.transformer.wte.weight
+
+
+def test_a_directory_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    wider = Model.model_validate({**TINY.model_dump(), "n_embd": 2 * TINY.n_embd})
+    plain: Any = transformers.GPT2LMHeadModel(build_model(wider, eos_id=0, seed=3).config)
+    plain.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(CheckpointError, match=r"transformer\.wte\.weight: its shape is"):
+        build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "gpt2"}), 0, 1)
+    with pytest.raises(CheckpointError, match="is missing"):
+        build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "nowhere"}), 0, 1)
