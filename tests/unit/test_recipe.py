@@ -33,15 +33,23 @@ def test_the_recipes_and_configurations_that_ship() -> None:
 @pytest.mark.parametrize(("recipe", "ds_config"), list(itertools.product(RECIPES, DS_CONFIGS)), ids=lambda p: p.stem)
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_every_recipe_resolves_with_every_configuration(recipe: Path, ds_config: Path, world_size: int) -> None:
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, ["engine.nvme=/local/nvme"])
     resolved = resolve(load_ds_config(ds_config), loaded, world_size)
     assert "auto" not in json.dumps(resolved)
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
     per_step = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
     assert per_step == resolved["train_batch_size"] == loaded.batch.global_batch_size
-    assert resolved["zero_optimization"]["stage"] == int(ds_config.stem[-1])
+    stage, _, offload = ds_config.stem.removeprefix("zero").partition("_")
+    assert resolved["zero_optimization"]["stage"] == int(stage)
     assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (loaded.engine.precision == "bf16", False)
-    assert required_ops(resolved) == []
+    ops = {"": [], "offload": ["cpu_adam"], "nvme": ["cpu_adam", "async_io"]}
+    assert required_ops(resolved) == ops[offload]
+
+
+def test_nvme_offload_without_a_place_for_it_is_refused() -> None:
+    loaded = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml")
+    with pytest.raises(ConfigError, match=r"nvme_path: set engine\.nvme in the recipe"):
+        resolve(load_ds_config(ROOT / "ds_configs" / "zero3_nvme.json"), loaded, 1)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +242,43 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert 0.2 <= rates[-1] < 0.21
     with pytest.raises(ValueError, match="must be below steps"):
         Schedule(steps=10, warmup_steps=10)
+
+
+def test_the_other_schedules() -> None:
+    linear = Schedule.model_validate({"name": "linear", "steps": 100, "warmup_steps": 20, "min_ratio": 0.2})
+    assert linear.ratio(60) == pytest.approx(0.2 + 0.8 * 0.5)
+    constant = Schedule.model_validate({"name": "constant", "steps": 100, "warmup_steps": 20})
+    assert [constant.ratio(step) for step in (9, 20, 99)] == pytest.approx([0.5, 1.0, 1.0])
+    wsd = Schedule.model_validate({"name": "wsd", "steps": 100, "warmup_steps": 20, "decay_steps": 40})
+    assert [wsd.ratio(step) for step in (19, 20, 59, 60, 80, 99)] == pytest.approx([1, 1, 1, 1, 0.5, 1 / 40])
+    for wrong, message in (
+        ({"name": "wsd"}, "decay_steps"),
+        ({"name": "cosine", "decay_steps": 5}, "belongs to name: wsd"),
+        ({"name": "wsd", "warmup_steps": 50, "decay_steps": 60}, "exceed steps 100"),
+        ({"tokens": 5}, "give steps or tokens, not both"),
+        ({"warmup_steps": 5, "warmup_tokens": 5}, "warmup_steps or warmup_tokens, not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Schedule.model_validate({"steps": 100, **wrong})
+    with pytest.raises(ValueError, match="give steps, or tokens"):
+        Schedule.model_validate({})
+
+
+def test_a_schedule_in_tokens_is_one_in_steps_rounded_up(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    per_step = tiny_recipe["batch"]["global_batch_size"] * tiny_recipe["model"]["seq_len"]
+    tiny_recipe["schedule"] = {
+        "name": "wsd",
+        "tokens": 100 * per_step,
+        "warmup_tokens": 9 * per_step + 1,
+        "decay_tokens": 20 * per_step,
+    }
+    path = save_recipe(tiny_recipe, tmp_path / "r.yaml")
+    schedule = load_recipe(path).schedule
+    assert (schedule.steps, schedule.warmup_steps, schedule.decay_steps) == (100, 10, 20)
+    (tmp_path / "resolved.yaml").write_text(load_recipe(path).to_yaml())
+    assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(path)
+    with pytest.raises(ConfigError, match="exceed steps 100"):
+        load_recipe(path, [f"schedule.decay_tokens={95 * per_step}"])
 
 
 def test_yaml_floats_without_a_dot_are_numbers(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
