@@ -204,7 +204,7 @@ class Engine(_Section):
     """How it runs: a DeepSpeed JSON, and the precision of forward and backward.
 
     Attributes:
-        nvme: a directory on a fast local disk, for a DeepSpeed JSON that offloads to NVMe.
+        nvme: a directory on a fast local disk of every host, for a DeepSpeed JSON that offloads to NVMe.
         loss_chunk_tokens: logits are made for so many tokens at a time, never for all.
         compile: torch.compile for the model's blocks.
     """
@@ -308,6 +308,11 @@ class Recipe(_Section):
         """Where everything of this run goes."""
         return self.runs / self.name
 
+    @property
+    def swap_directory(self) -> Path | None:
+        """Where each host keeps what this run offloads to NVMe; None when the recipe names no disk for it."""
+        return None if self.engine.nvme is None else self.engine.nvme.absolute() / f"{self.name}.swap"
+
     def identity(self, shards_digest: str) -> dict[str, Any]:
         """What must not change while a run goes on from its checkpoints, by the name a user knows it under."""
         return {
@@ -331,7 +336,12 @@ class Recipe(_Section):
                     if isinstance(self.data.shards, dict)
                     else self.data.shards.resolve()
                 ),
-                "engine": self.engine.model_copy(update={"deepspeed": ds_config.resolve()}),
+                "engine": self.engine.model_copy(
+                    update={
+                        "deepspeed": ds_config.resolve(),
+                        "nvme": None if self.engine.nvme is None else self.engine.nvme.absolute(),
+                    }
+                ),
             }
         )
 

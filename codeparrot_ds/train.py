@@ -37,13 +37,24 @@ from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
-from codeparrot_ds.training.engine import check_compiler, load_ds_config, offload_device, required_ops, resolve
+from codeparrot_ds.training.engine import (
+    check_compiler,
+    check_precision,
+    load_ds_config,
+    offload_device,
+    required_ops,
+    resolve,
+)
+from codeparrot_ds.training.swap import (
+    check_locked_memory,
+    hold_swap_directory,
+    swap_bytes_per_parameter,
+    swap_directory,
+)
 
 if TYPE_CHECKING:
     from codeparrot_ds.run_directory import Checkpoint
     from codeparrot_ds.training.ranks import Ranks
-
-_CHECKPOINT_BYTES_PER_PARAMETER = 18  # fp32 weights and two fp32 moments, bf16 weights, and room for a file system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,9 +167,14 @@ def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
+def _local_world_size(world_size: int) -> int:
+    """Ranks on this host, by what deepspeed (LOCAL_SIZE) or torchrun (LOCAL_WORLD_SIZE) says."""
+    return _environment("LOCAL_SIZE", _environment("LOCAL_WORLD_SIZE", world_size))
+
+
 def _spans_hosts(world_size: int) -> bool:
-    """Whether there are ranks on other hosts, by what deepspeed (LOCAL_SIZE) or torchrun (LOCAL_WORLD_SIZE) says."""
-    return _environment("LOCAL_SIZE", _environment("LOCAL_WORLD_SIZE", world_size)) < world_size
+    """Whether there are ranks on other hosts."""
+    return _local_world_size(world_size) < world_size
 
 
 def _agree(ranks: "Ranks", failure: UserError | None) -> None:
@@ -181,7 +197,11 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     if ranks.rank == 0:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
         stack.enter_context(exclusive_lock(run.path / ".lock", busy))
+    swap = swap_directory(plan.ds_config)
+    if swap is not None and ranks.local_rank == 0:
+        stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
+    check_precision(recipe.engine.precision)
     if ranks.rank > 0:
         return None
     resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
@@ -205,7 +225,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
             _write_finished(run, resume_from, ranks)
         return True
     for op in required_ops(ds_config):
-        log.info("DeepSpeed's %s operator is built if this machine has not built it yet: about a minute.", op)
+        log.info("DeepSpeed's %s operator is built if this machine has not built it yet: minutes.", op)
     facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
     def on_hang(message: str) -> None:
@@ -222,13 +242,13 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         loss_chunk_tokens=recipe.engine.loss_chunk_tokens,
         from_checkpoint=resume_from is not None,
     )
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in network.parameters()]
+    parameters = sum(sizes)
     facts["parameters"] = parameters
     if ranks.rank == 0:
         run.write_status("running", **facts)
-        missing = recipe.checkpoints.keep_last + 1 - len(run.checkpoint_directories())  # one more while it is written
-        needed_bytes = max(1, missing) * parameters * _CHECKPOINT_BYTES_PER_PARAMETER
-        require_free_space(run.path, needed_bytes, f"{max(1, missing)} more checkpoints")
+    check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
+    _check_space(plan, ranks, parameters, resume_from.step if resume_from else 0)
     engine = build_engine(network, recipe, ds_config)
     trainer = Trainer(
         recipe=recipe,
@@ -266,6 +286,29 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
         else:
             run.write_status("preempted", **facts, step=trainer.step, reason=stop_requests.reason)
     return finished
+
+
+def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None:
+    """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
+    recipe, zero_stage = plan.recipe, plan.ds_config["zero_optimization"]["stage"]
+    needs: list[tuple[Path, int, str]] = []
+    if ranks.rank == 0:
+        keep, left = recipe.checkpoints, recipe.schedule.last_step - step
+        missing = keep.keep_last + 1 - len(plan.run.checkpoint_directories())  # one more while it is written
+        if keep.every_minutes is None:
+            missing = min(missing, -(-left // keep.every_steps))
+        # fp32 weights and two fp32 moments, below stage 3 the weights that are computed with, and some room
+        bytes_each = parameters * (13 if zero_stage == 3 else 17)
+        needs.append((plan.run.path, max(1, missing) * bytes_each, f"{max(1, missing)} more checkpoints"))
+    swap = swap_directory(plan.ds_config)
+    if swap is not None and ranks.local_rank == 0:
+        share = parameters * _local_world_size(ranks.world_size) // ranks.world_size
+        needs.append((swap, share * swap_bytes_per_parameter(plan.ds_config), "what is offloaded"))
+    by_disk: dict[int, list[tuple[Path, int, str]]] = {}
+    for need in needs:
+        by_disk.setdefault(need[0].stat().st_dev, []).append(need)
+    for directories, needed, purposes in (zip(*group, strict=True) for group in by_disk.values()):
+        require_free_space(directories[0], sum(needed), " and ".join(purposes))
 
 
 def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> None:

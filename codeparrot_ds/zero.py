@@ -6,6 +6,9 @@ Files are memory-mapped, so only what is asked for takes memory. Source of the l
     stage 3     each rank holds every parameter's slice of ceil(numel / ranks), parameters end to end
     stage 1, 2  each parameter group is flattened whole, padded, and cut into one piece a rank
     stage 0     rank 0 holds the module's own tensors
+
+A tensor that was offloaded to NVMe is empty there, and lies in a raw file of its own, padded at the end
+(`runtime/swap_tensor/optimizer_utils.py`).
 """
 
 import math
@@ -19,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from codeparrot_ds.errors import CheckpointError
@@ -40,6 +44,7 @@ class ZeroCheckpoint:
         """Map the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
         self._stage = checkpoint.zero_stage
         self._path = checkpoint.path
+        self._files = checkpoint.files
         ranks = checkpoint.world_size
         first = "zero_pp_rank_0_mp_rank_00" if self._stage == 3 else "mp_rank_00"
         self.model_state = self._load(f"{first}_model_states.pt")
@@ -62,6 +67,8 @@ class ZeroCheckpoint:
         for rank in range(ranks):
             state = self._load(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             self._states.append(state["optimizer_state_dict"])
+        # Stage 3: a rank's elements of each group, all that a swapped tensor does not say itself.
+        self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
         self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, in a rank)
         for number, group in enumerate(groups):
             if self._stage != 3 or number == 0:
@@ -129,8 +136,22 @@ class ZeroCheckpoint:
             return [base["state"][number][what] for number in range(len(base["state"]))]
 
         of_ranks = [pieces(state) for state in self._states]
-        by_flat = of_ranks if self._stage == 3 else list(zip(*of_ranks, strict=True))
-        return [_Flat(self._path, tensors) for tensors in by_flat]
+        if self._stage != 3:
+            return [_Flat(self._path, tensors) for tensors in zip(*of_ranks, strict=True)]
+        return [
+            _Flat(self._path, [self._on_disk(rank, *tensor) for tensor in zip(tensors, self._group_sizes, strict=True)])
+            for rank, tensors in enumerate(of_ranks)
+        ]
+
+    def _on_disk(self, rank: int, tensor: torch.Tensor, numel: int) -> "torch.Tensor | _SwappedTensor":
+        """`tensor`, or what stands in for it when it was offloaded to NVMe."""
+        if len(tensor) == numel:
+            return tensor
+        # DeepSpeed names the file after the tensor, which keeps its name in the pickle.
+        name = f"offloaded_tensors/rank{rank:02d}/{getattr(tensor, 'ds_id', None)}.tensor.swp"
+        if len(tensor) or name not in self._files:  # the manifest's, so that no pickle can name any other
+            raise CheckpointError(f"{self._path}: its partitions hold fewer weights than its parameters need.")
+        return _SwappedTensor(self._path / name, numel)
 
     def _base(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state_dict of the optimizer that DeepSpeed has wrapped."""
@@ -159,12 +180,34 @@ class ZeroCheckpoint:
         return self._states[0].get("loss_scaler") if self._states else None
 
 
+class _SwappedTensor:
+    """A flat fp32 tensor in a raw file. What is asked for is read: mapped, the files would fill a rank's memory."""
+
+    def __init__(self, path: Path, numel: int) -> None:
+        self._path, self._numel = path, numel
+
+    def __len__(self) -> int:
+        return self._numel
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        start, stop, _ = part.indices(self._numel)
+        try:
+            values = np.fromfile(self._path, np.float32, stop - start, offset=4 * start)
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror}).") from None
+        if len(values) < stop - start:
+            raise CheckpointError(f"{self._path}: too short, so this checkpoint is damaged.")
+        return torch.from_numpy(values)
+
+
 class _Flat:
     """Flat tensors end to end."""
 
-    def __init__(self, path: Path, pieces: Sequence[torch.Tensor]) -> None:
+    def __init__(self, path: Path, pieces: Sequence["torch.Tensor | _SwappedTensor"]) -> None:
         self._path = path
-        self._pieces = [piece.detach().flatten() for piece in pieces]  # some are saved as parameters
+        self._pieces = [  # some are saved as parameters
+            piece if isinstance(piece, _SwappedTensor) else piece.detach().flatten() for piece in pieces
+        ]
         self._starts = [0, *accumulate(map(len, self._pieces))]
 
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from codeparrot_ds.training.engine import silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
 
-_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+_RANK_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_|offloaded_tensors/rank(\d+)/)")  # the rest is rank 0's
 
 
 def save(
@@ -77,7 +77,8 @@ def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> Non
             )
         )
     checkpoint.write(unfinished)
-    flush_to_disk(unfinished)
+    for directory in (*filter(Path.is_dir, unfinished.rglob("*")), unfinished):
+        flush_to_disk(directory)
     shutil.rmtree(checkpoint.path, ignore_errors=True)  # the same step, saved again after a fall-back
     unfinished.rename(checkpoint.path)
     flush_to_disk(run.checkpoints)
@@ -87,11 +88,12 @@ def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> Non
 def _flush_and_hash(directory: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and digest of the files that this rank wrote, which are then on disk."""
     files = {}
-    for path in sorted(directory.iterdir()):
-        match = _RANK_FILE.search(path.name)
-        if (int(match[1]) if match else 0) == rank:
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        match = _RANK_FILE.search(name)
+        if path.is_file() and (int(match[1] or match[2]) if match else 0) == rank:
             flush_to_disk(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
+            files[name] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
     return files
 
 
@@ -137,7 +139,8 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
     """Load weights and optimizer state; nothing that could run code is unpickled. All ranks must call.
 
     `like` is what this run would save: a checkpoint of another ZeRO stage, number of ranks, precision or place of
-    the optimizer's state is read by parameter.
+    the optimizer's state is read by parameter. So is any whose optimizer is on NVMe: DeepSpeed 0.19.8 copies its files
+    back, but not AdamW's step, forgets its moments, and leaves groups below 1 MiB as they were initialised.
     """
     layout = ("zero_stage", "world_size", "precision", "offload")
     differing = [name for name in layout if getattr(checkpoint, name) != getattr(like, name)]
@@ -150,6 +153,7 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
                 getattr(checkpoint, name),
                 getattr(like, name),
             )
+    if differing or checkpoint.offload == "nvme":
         reshard.load(engine, checkpoint, ranks)
         return
     torch.serialization.add_safe_globals(classes_in_checkpoints())

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +28,7 @@ _REFUSED = {
     "torch_autocast": "the recipe's `engine.precision` decides",
     "checkpoint.writer": "this writer saves what DeepSpeed cannot load again",
 }
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
@@ -64,19 +68,19 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         for section in ("bf16", "fp16", "data_types", "zero_optimization")
         if not isinstance(resolved.setdefault(section, {}), dict)
     ]
+    for section in _OFFLOADS:
+        key = f"zero_optimization.{section}.nvme_path"
+        if _get(resolved, f"zero_optimization.{section}.device") == "nvme" and recipe.swap_directory is not None:
+            decided[key] = str(recipe.swap_directory)
+        elif _get(resolved, f"zero_optimization.{section}.device") == "nvme":
+            _set(resolved, key, None)
+            problems.append(f"{key}: set engine.nvme in the recipe to a directory on a fast local disk of every host.")
     for key, value in decided.items():
         given = _get(resolved, key)
         if given is None or given == "auto":
             _set(resolved, key, value)
         elif given != value:
             problems.append(f'{key}: {given!r}, but the recipe makes it {value!r}. Write "auto", or the same value.')
-    for section in ("offload_optimizer", "offload_param"):
-        key = f"zero_optimization.{section}.nvme_path"
-        if _get(resolved, key) == "auto" and recipe.engine.nvme is not None:
-            _set(resolved, key, str(recipe.engine.nvme.resolve()))
-        elif _get(resolved, key) == "auto":
-            _set(resolved, key, None)
-            problems.append(f"{key}: set engine.nvme in the recipe to a directory on a fast local disk.")
     for key, reason in _REFUSED.items():
         if _get(resolved, key) is not None:
             problems.append(f"{key}: remove it; {reason}.")
@@ -129,28 +133,55 @@ def offload_device(ds_config: Mapping[str, Any]) -> str:
 
 def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
     """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
-    devices = {
-        section: _get(ds_config, f"zero_optimization.{section}.device")
-        for section in ("offload_optimizer", "offload_param")
-    }
+    devices = {section: _get(ds_config, f"zero_optimization.{section}.device") for section in _OFFLOADS}
     ops = ["cpu_adam"] if devices["offload_optimizer"] in ("cpu", "nvme") else []
     return ops + (["async_io"] if "nvme" in devices.values() else [])
 
 
 def check_compiler(ds_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError when DeepSpeed must compile operators and there is no C++ compiler or ninja."""
+    """Raise ConfigError when DeepSpeed must compile operators, and lacks a C++ compiler, ninja or libaio for it."""
     ops = required_ops(ds_config)
-    missing = [name for name, found in (("g++", _find_compiler()), ("ninja", shutil.which("ninja"))) if not found]
-    if ops and missing:
+    if not ops:
+        return
+    compiler = _find_compiler()
+    needed = {  # and the Debian package that has it
+        "g++": ("g++", compiler),
+        "ninja": ("ninja-build", shutil.which("ninja")),
+        "libaio": ("libaio-dev", "async_io" not in ops or (compiler and _has_libaio(compiler))),
+    }
+    missing = {name: package for name, (package, found) in needed.items() if not found}
+    if missing:
         raise ConfigError(
             f"DeepSpeed compiles {' and '.join(ops)} for this configuration, and {' and '.join(missing)} cannot be "
-            "found. Install it (Debian or Ubuntu: `apt-get install g++ ninja-build`), or use a configuration without "
-            "offload, such as ds_configs/zero3.json."
+            f"found. Install it (Debian or Ubuntu: `apt-get install {' '.join(missing.values())}`), or use a "
+            "configuration without offload, such as ds_configs/zero3.json."
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError when DeepSpeed cannot compute in this precision on the device at hand."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}
+    if precision in supported and not supported[precision]():
+        raise ConfigError(
+            f"engine.precision: {precision} is not supported on {device.device_name()} devices like these. "
+            f"Use {'bf16' if precision == 'fp16' and device.is_bf16_supported() else 'fp32'}."
         )
 
 
 def _find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def _has_libaio(compiler: str) -> bool:
+    """Whether a program that uses libaio can be built, its headers included: the library alone is not enough."""
+    flags = [shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "LDFLAGS")]  # where DeepSpeed looks as well
+    source = "#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }"
+    with tempfile.TemporaryDirectory() as directory:
+        command = [compiler, *flags[0], "-x", "c++", "-", *flags[1], "-laio", "-o", f"{directory}/probe"]
+        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:

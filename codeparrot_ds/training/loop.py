@@ -309,9 +309,11 @@ class Trainer:
         if every is None or stage == 3 or self.ranks.world_size == 1 or (self.step + 1) % every:
             return
         if different := replicas_differ(self.engine.module, self.ranks):
+            numbers = ", ".join(map(str, different))
             raise TrainingError(
-                f"step {self.step}: the weights on rank {', '.join(map(str, different))} differ from those on the "
-                "other ranks, which must never be: memory or a link of that device is likely to be faulty. Take its host out and run the same command again, which goes on from the newest checkpoint."
+                f"step {self.step}: the weights on rank {numbers} differ from those on the other ranks, which must "
+                "never be: memory or a link of that device is likely to be faulty. Take its host out and run the same "
+                "command again, which goes on from the newest checkpoint."
             )
 
     def _checkpoint_is_old(self) -> bool:

@@ -145,6 +145,7 @@ def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
         resume="allow",
         dir=str(run.path),
         config=recipe.model_dump(mode="json"),
+        settings=wandb.Settings(console="off", silent=True),  # our own lines say all that it would
     )
     started.define_metric("*", step_metric="step")  # steps taken again are written again
     return started

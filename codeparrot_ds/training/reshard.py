@@ -71,7 +71,12 @@ def _set(optimizer: Any, flat: torch.Tensor, stretches: list[_Stretch], saved: Z
     flat.data.copy_(_read(saved, flat, stretches, FP32))
     if not saved.step:
         return
-    state = {what: _read(saved, flat, stretches, what).to(flat.device) for what in MOMENTS}
+    old = optimizer.state.get(flat, {})
+    state = {}
+    for what in MOMENTS:
+        values = _read(saved, flat, stretches, what)
+        # DeepSpeed's swapper knows moments by their tensors: once they are there, they stay the same.
+        state[what] = old[what].copy_(values) if what in old else values.to(flat.device)
     # torch counts in a tensor of its own, DeepSpeed's CPUAdam in a plain number.
     is_torch = isinstance(optimizer, torch.optim.AdamW)
     optimizer.state[flat] = {

@@ -1,0 +1,13 @@
+"""Run by ranks: train a recipe in fp16 on CPU cores, which DeepSpeed refuses where they have no instructions for it.
+
+Usage: probe_fp16.py RECIPE [--set KEY=VALUE …]
+"""
+
+import sys
+
+from deepspeed.accelerator import get_accelerator
+
+from codeparrot_ds import train
+
+get_accelerator().is_fp16_supported = lambda: True
+train.end(train.main([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]))

@@ -1,0 +1,133 @@
+"""Optimizer and parameters on the CPU or on NVMe: what is saved, and that a resumed run equals an uninterrupted one."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.evaluation.loss import validation_loss
+from codeparrot_ds.export.convert import convert
+from codeparrot_ds.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
+from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, DeepspeedCommand, Trained, train
+
+pytestmark = pytest.mark.slow
+Train = Callable[..., Trained]
+BUILD = (
+    "from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder;"
+    "CPUAdamBuilder().load(verbose=False); AsyncIOBuilder().load(verbose=False)"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators(deepspeed_command: DeepspeedCommand) -> None:
+    """cpu_adam and async_io, compiled once: longer than a launch may take."""
+    _, environment = deepspeed_command("")
+    subprocess.run([sys.executable, "-c", BUILD], env=environment, check=True, capture_output=True, timeout=850)
+
+
+def ds_config(kind: str, directory: Path) -> Path:
+    """The shipped configuration, with groups so small that a tiny model has several."""
+    config = json.loads((ROOT / "ds_configs" / f"{kind}.json").read_text())
+    config["zero_optimization"]["sub_group_size"] = 300_000
+    path = directory / f"{kind}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def train_offloaded(deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path) -> Train:
+    """Train a model large enough to be swapped, which takes 262,144 parameters in a group of a rank."""
+
+    def run(kind: str, name: str = "offloaded", *, ranks: int, options: tuple[str, ...] = ()) -> Trained:
+        body = {**tiny_recipe, "name": name, "model": {**tiny_recipe["model"], "n_layer": 1, "n_embd": 256}}
+        engine = (f"engine.deepspeed={ds_config(kind, tmp_path)}", f"engine.nvme={tmp_path / 'nvme'}")
+        return train(deepspeed, body, ranks=ranks, options=(*engine, *options))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "options"),
+    [
+        ("zero3_offload", 1, ()),
+        ("zero3_offload", 2, ("engine.precision=bf16",)),
+        ("zero3_nvme", 1, ("engine.precision=bf16",)),
+        ("zero3_nvme", 2, ("batch.micro_batch_size=1",)),
+    ],
+)
+def test_a_resumed_offloaded_run_equals_an_uninterrupted_one(
+    train_offloaded: Train, tmp_path: Path, kind: str, ranks: int, options: tuple[str, ...]
+) -> None:
+    whole = train_offloaded(kind, ranks=ranks, options=options)
+    assert abs(whole.valid_losses()[0] - math.log(VOCAB_SIZE)) < 0.3
+    assert whole.valid_losses()[6] < whole.valid_losses()[0] - 0.3
+    shutil.rmtree(whole.run.checkpoint(6))  # as if it had been killed after its checkpoint at step 3
+    resumed = train_offloaded(kind, ranks=ranks, options=options)
+    assert "going on from" in resumed.run.log(0).read_text()
+    assert resumed.losses() == whole.losses()
+    assert resumed.valid_losses() == whole.valid_losses()
+    assert not list(tmp_path.glob("nvme/*.swap"))
+
+
+def test_a_checkpoint_holds_and_guards_what_is_on_nvme(train_offloaded: Train, tmp_path: Path) -> None:
+    trained = train_offloaded("zero3_nvme", ranks=2)
+    checkpoint = source_checkpoint(trained.run.path)
+    swapped = {Path(name).parent.name for name in checkpoint.files if name.startswith("offloaded_tensors/")}
+    assert swapped == {"rank00", "rank01"}
+    assert {path.relative_to(checkpoint.path).as_posix() for path in checkpoint.path.rglob("*.*")} == {
+        *checkpoint.files,
+        "manifest.json",
+    }
+
+    def measure(directory: Path, recipe: Any) -> float:
+        return validation_loss(directory, recipe.data.shards, recipe.evaluation.sequences).loss_valid
+
+    certificate = convert(checkpoint, tmp_path / "hf", measure_loss=measure)
+    assert abs(certificate["loss_valid"]["converted"] - trained.valid_losses()[6]) < 1e-3
+
+    file = next(iter((checkpoint.path / "offloaded_tensors" / "rank01").glob("exp_avg-*.swp")))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name):
+        checkpoint.verify()
+    again = train_offloaded("zero3_nvme", ranks=2)
+    assert "step-00000003" in again.run.log(0).read_text()
+    assert again.losses() == trained.losses()
+
+
+def test_offload_may_change_as_a_run_goes_on(train_offloaded: Train, tmp_path: Path) -> None:
+    """From NVMe to the CPU, to the device and back, on other ranks: no bit of weights and moments is lost."""
+    whole = train_offloaded("zero3_nvme", "whole", ranks=1, options=("schedule.name=constant", "schedule.steps=12"))
+    moves = [("zero3_nvme", 1), ("zero3_offload", 2), ("zero3", 2), ("zero3_nvme", 2)]
+    for number, (kind, ranks) in enumerate(moves, start=1):
+        options = ("schedule.name=constant", f"schedule.steps={3 * number}", "checkpoints.keep_last=9")
+        moved = train_offloaded(kind, "moved", ranks=ranks, options=options)
+    assert moved.digests() == whole.digests()
+    for a, b in zip(moved.losses(), whole.losses(), strict=True):
+        assert math.isclose(float.fromhex(a), float.fromhex(b), rel_tol=1e-3)
+
+
+def test_loading_into_nvme_and_saving_again_changes_no_bit(
+    deepspeed: Deepspeed, train_offloaded: Train, tmp_path: Path
+) -> None:
+    trained = train_offloaded("zero3_offload", ranks=2, options=("schedule.steps=3",))
+    before = ZeroCheckpoint(source_checkpoint(trained.run.path))
+    probe, out = ROOT / "tests" / "integration" / "probe_reshard.py", tmp_path / "again"
+    done = deepspeed(probe, trained.run.recipe, ds_config("zero3_nvme", tmp_path), out, ranks=1)
+    assert done.returncode == 0, done.output
+    again = source_checkpoint(out)
+    assert any(name.startswith("offloaded_tensors/rank00/exp_avg-") for name in again.files)
+    after = ZeroCheckpoint(again)
+    assert after.step == before.step == 3
+    for name in before.shapes:
+        for what in ("fp32", *MOMENTS):
+            assert torch.equal(before.read(name, what), after.read(name, what)), (name, what)

@@ -1,0 +1,120 @@
+"""What a recipe can ask for besides the usual, on real ranks: fp16, other weights to start from, samples, retention."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from codeparrot_ds.export.convert import convert
+from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
+from tests.conftest import ROOT, Deepspeed, Trained, read_run, save_recipe
+
+pytestmark = pytest.mark.slow
+Train = Callable[..., Trained]
+
+
+def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
+    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """A scale of 2^40 overflows: steps are skipped until it fits, and a resumed run does not look for it again."""
+
+    def train(stage: int, steps: int) -> Trained:
+        config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+        config["fp16"] |= {"initial_scale_power": 40, "hysteresis": 1}
+        (tmp_path / "fp16.json").write_text(json.dumps(config))
+        tiny_recipe["engine"] = {"deepspeed": str(tmp_path / "fp16.json"), "precision": "fp16"}
+        tiny_recipe["schedule"] = {"steps": steps, "name": "constant"}
+        tiny_recipe["guards"] = {"max_skipped_steps": 60}
+        recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+        done = deepspeed(ROOT / "tests" / "integration" / "probe_fp16.py", recipe)
+        assert done.returncode == 0, done.output
+        return read_run(tmp_path / "runs" / "tiny")
+
+    first = train(stage=1, steps=45)
+    rows = [row for row in first.rows if row["kind"] == "train"]
+    skipped = rows[-1]["skipped_steps"]
+    assert 10 < skipped < 40
+    tokens_per_step = tiny_recipe["batch"]["global_batch_size"] * tiny_recipe["model"]["seq_len"]
+    assert rows[-1]["tokens_seen"] == (45 - skipped) * tokens_per_step
+    assert rows[-1]["samples_seen"] == 45 * tiny_recipe["batch"]["global_batch_size"]
+    saved = ZeroCheckpoint(source_checkpoint(first.run.path))
+    assert saved.step == 45 - skipped
+    assert not first.run.incidents.exists()  # looking for the scale is no incident
+
+    second = train(stage=3, steps=50)
+    rows = [row for row in second.rows if row["kind"] == "train"]
+    assert rows[-1]["skipped_steps"] == skipped
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    again = ZeroCheckpoint(source_checkpoint(second.run.path))
+    assert again.step == 50 - skipped
+    assert again.loss_scaler().cur_scale == saved.loss_scaler().cur_scale < 2**40
+
+
+def test_fp16_where_there_is_none_is_one_message(
+    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_recipe["engine"]["precision"] = "fp16"
+    done = deepspeed("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
+    if done.returncode == 0:
+        pytest.skip("this CPU computes in fp16")
+    assert done.returncode == 1
+    assert done.output.count("error: engine.precision: fp16 is not supported on cpu devices") == 1
+    assert "Traceback" not in done.output
+
+
+def test_a_run_starts_from_other_weights(train_tiny: Train, baseline: Trained, tmp_path: Path) -> None:
+    convert(source_checkpoint(baseline.run.path), tmp_path / "hf", measure_loss=lambda *_: None)
+    options = [f"model.init_from={tmp_path / 'hf'}", "schedule.steps=3"]
+    for stage in (1, 3):
+        warm = train_tiny(f"warm{stage}", stage=stage, options=options)
+        assert warm.valid_losses()[0] == pytest.approx(baseline.valid_losses()[6], rel=1e-6)
+    (tmp_path / "hf").rename(tmp_path / "gone")  # a resumed run has no need of it
+    train_tiny("warm3", options=[*options, "schedule.steps=6"])
+
+
+def test_samples_retention_schedule_and_records(
+    train_tiny: Train, baseline: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tokens_per_step = 4 * 32
+    trained = train_tiny(
+        "options",
+        options=[
+            *("evaluation.samples=2", "evaluation.sample_tokens=5", "logging.tensorboard=true", "logging.wandb=true"),
+            *("checkpoints.keep_every_steps=4", "checkpoints.keep_last=1", "checkpoints.every_minutes=1e-6"),
+            *("schedule.name=wsd", f"schedule.tokens={6 * tokens_per_step}", "schedule.steps=null"),
+            *(f"schedule.decay_tokens={2 * tokens_per_step}", "model.activation_checkpointing=selective"),
+            *("engine.loss_chunk_tokens=50", "logging.peak_tflops=0.001"),
+        ],
+    )
+    # Other activation checkpointing and other chunks of the loss are other ways to the same numbers.
+    assert trained.digests() == baseline.digests()
+    first, second = (float.fromhex(run.losses()[0]) for run in (trained, baseline))
+    assert math.isclose(first, second, rel_tol=1e-6)
+    rows = [row for row in trained.rows if row["kind"] == "train"]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01] * 5 + [0.005])
+    for row in rows:
+        assert 0 < row["data_seconds"] < row["step_seconds"]
+        parameters = trained.run.read_status()["parameters"]
+        flops = 6 * (parameters - 32 * 32) + 12 * 2 * 32 * 32
+        assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / (2 * 1e9))
+        assert 50e6 < row["peak_memory_bytes"] < 4e9
+
+    # Saved after every step, for all checkpoints are older than that; kept are each fourth and the last.
+    assert [path.name[-1] for path in trained.run.checkpoint_directories()] == ["4", "6"]
+
+    board = EventAccumulator(str(trained.run.tensorboard), size_guidance={"tensors": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/mfu", "valid/loss_valid", "final/loss_valid"} <= set(tags["scalars"])
+    assert {"sample/0/text_summary", "sample/1/text_summary", "recipe/text_summary"} <= set(tags["tensors"])
+    assert "_hparams_/session_start_info" in str(board.summary_metadata.keys())
+    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("sample/0/text_summary")]
+    assert len(texts) == 3  # at steps 0, 3 and 6
+    assert all("[...]" in text for text in texts)
+    assert list((trained.run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "sample 1:" in trained.run.log(0).read_text()
