@@ -309,7 +309,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
             rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
             number = sum(rows[: groups.start])
             columns = [text_field, *(name for name in names if name in PROVENANCE_NAMES and name != text_field)]
-            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=columns):
+            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=columns, use_threads=False):
                 for row in _rows(batch):
                     number += 1
                     where = f"{piece.address} row {number:,}"

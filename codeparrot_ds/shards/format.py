@@ -12,7 +12,6 @@ Source of the `.idx` layout: Megatron-LM, megatron/core/datasets/indexed_dataset
 We store one sequence a document.
 """
 
-import io
 import struct
 from array import array
 from collections.abc import Sequence
@@ -206,7 +205,10 @@ def read_provenance(data: bytes, path: str) -> list[Document]:
     import pyarrow.parquet as pq
 
     try:
-        columns = pq.read_table(io.BytesIO(data), columns=list(_PROVENANCE)).to_pydict()
+        # On this thread alone: a thread of pyarrow's that still holds something of Python's as the interpreter ends
+        # aborts the process.
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        columns = table.read(list(_PROVENANCE), use_threads=False).to_pydict()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged provenance ({error}). Copy it again.") from None
     return [Document("", *row) for row in zip(*(columns[name] for name in _PROVENANCE), strict=True)]

@@ -9,7 +9,9 @@ import numpy as np
 from codeparrot_ds.corpus.documents import Document
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.recipe import Recipe
+from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
+from codeparrot_ds.shards.order import leave_out
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import Encoder
 
@@ -56,7 +58,8 @@ def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: i
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     share = micro * accumulation
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    numbers = data.order(recipe.seed).take(step * size, size)
+    left_out = RunDirectory(recipe.run_directory).left_out()  # after loss spikes
+    numbers = data.order(recipe.seed).at(leave_out(np.arange(step * size, (step + 1) * size), left_out))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
 
 

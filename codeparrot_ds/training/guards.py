@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -151,6 +151,15 @@ class SkippedSteps:
                 "or look at the data of these steps: `codeparrot-ds shards inspect`."
             )
         return skipped
+
+
+def drop_gradients_unless_finite(engine: Any) -> None:
+    """Have the engine skip this step where its gradients are not finite: DeepSpeed does so itself from stage 1 on."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        for parameter in engine.module.parameters():
+            parameter.grad = None  # which AdamW passes over
+        engine.skipped_steps += 1
 
 
 class SpikeDetector:

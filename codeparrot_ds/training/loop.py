@@ -20,7 +20,14 @@ from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
-from codeparrot_ds.training.guards import SkippedSteps, SpikeDetector, StopRequests, Watchdog, replicas_differ
+from codeparrot_ds.training.guards import (
+    SkippedSteps,
+    SpikeDetector,
+    StopRequests,
+    Watchdog,
+    drop_gradients_unless_finite,
+    replicas_differ,
+)
 from codeparrot_ds.training.metrics import Metrics, flops_per_token, log, peak_memory_bytes
 from codeparrot_ds.training.ranks import Ranks
 
@@ -131,6 +138,8 @@ class Trainer:
             loss += micro_loss.detach() / accumulation
             if number == accumulation:
                 self._check_replicas()
+                if engine.zero_optimization_stage() == 0:
+                    drop_gradients_unless_finite(engine)
                 self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
             engine.step()  # acts on the last micro-batch only
         skipped = self._skipped.look(self.step, engine.skipped_steps)
