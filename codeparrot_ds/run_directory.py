@@ -125,12 +125,15 @@ class RunDirectory:
         """Directory of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
-    def checkpoint_directories(self) -> list[Path]:
-        """Every published checkpoint, oldest first, damaged or not. Those still being written have other names."""
+    def checkpoint_directories(self, *, whole: bool = True) -> list[Path]:
+        """Every published checkpoint, oldest first, damaged or not. Those still being written have other names.
+
+        One that has lost its manifest is among them only when they need not be `whole`.
+        """
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if _STEP_DIRECTORY.fullmatch(path.name)]
-        return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of)
+        return sorted((path for path in found if not whole or (path / MANIFEST).is_file()), key=step_of)
 
     def newest_checkpoint(self) -> "Checkpoint":
         """The newest published checkpoint. Raises CheckpointError when there is none, or it is damaged.

@@ -129,7 +129,8 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> bool:
             finished = _train_on_rank(plan, ranks, resume_from)
         except BaseException as error:
             if ranks.rank == 0:
-                plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
+                with contextlib.suppress(OSError):  # on a full disk, what has failed is said all the same
+                    plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
             elif isinstance(error, UserError) and not isinstance(error, TrainingError):  # that one all ranks raise
                 print(f"error: rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             raise
@@ -192,6 +193,7 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     """Take the run directory for this run and find where it goes on from, which rank 0 returns."""
     from codeparrot_ds.training.checkpoint import find_resume_point
     from codeparrot_ds.training.metrics import open_log
+    from codeparrot_ds.zero import check_pickles
 
     run, recipe = plan.run, plan.recipe
     if ranks.rank == 0:
@@ -205,6 +207,8 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     if ranks.rank > 0:
         return None
     resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
+    if resume_from is not None:
+        check_pickles(resume_from)
     write_json(run.ds_config, plan.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
     copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
@@ -291,16 +295,21 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
 def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None:
     """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
     recipe, zero_stage = plan.recipe, plan.ds_config["zero_optimization"]["stage"]
+    swap = swap_directory(plan.ds_config)
     needs: list[tuple[Path, int, str]] = []
     if ranks.rank == 0:
         keep, left = recipe.checkpoints, recipe.schedule.last_step - step
-        missing = keep.keep_last + 1 - len(plan.run.checkpoint_directories())  # one more while it is written
-        if keep.every_minutes is None:
-            missing = min(missing, -(-left // keep.every_steps))
+        # One more than are kept, while it is written.
+        missing = max(1, keep.keep_last + 1 - len(plan.run.checkpoint_directories()))
+        to_come = -(-left // keep.every_steps)
+        if keep.every_minutes is None and to_come <= missing:
+            # The last moves there from NVMe, which takes no room on the same disk.
+            on_nvme = swap if offload_device(plan.ds_config) == "nvme" else None
+            moved = on_nvme is not None and on_nvme.stat().st_dev == plan.run.path.stat().st_dev
+            missing = to_come - 1 if moved else to_come
         # fp32 weights and two fp32 moments, below stage 3 the weights that are computed with, and some room
         bytes_each = parameters * (13 if zero_stage == 3 else 17)
-        needs.append((plan.run.path, max(1, missing) * bytes_each, f"{max(1, missing)} more checkpoints"))
-    swap = swap_directory(plan.ds_config)
+        needs.append((plan.run.path, missing * bytes_each, f"{missing} more checkpoints"))
     if swap is not None and ranks.local_rank == 0:
         share = parameters * _local_world_size(ranks.world_size) // ranks.world_size
         needs.append((swap, share * swap_bytes_per_parameter(plan.ds_config), "what is offloaded"))

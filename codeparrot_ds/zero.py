@@ -14,10 +14,11 @@ A tensor that was offloaded to NVMe is empty there, and lies in a raw file of it
 import math
 import os
 import pickle
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class ZeroCheckpoint:
         self._stage = checkpoint.zero_stage
         self._path = checkpoint.path
         self._files = checkpoint.files
+        self._flats_of: dict[str, list[_Flat]] = {}
         ranks = checkpoint.world_size
         first = "zero_pp_rank_0_mp_rank_00" if self._stage == 3 else "mp_rank_00"
         self.model_state = self._load(f"{first}_model_states.pt")
@@ -81,20 +83,7 @@ class ZeroCheckpoint:
         return math.ceil(numel / len(self._states))
 
     def _load(self, name: str) -> dict[str, Any]:
-        path = self._path / name
-        try:
-            with _allow_deepspeed_classes():
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path}: refused: it holds more than tensors and plain values, and loading it could run code "
-                f"({str(error).splitlines()[0]})."
-            ) from None
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}).") from None
-        return state
+        return _load(self._path / name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
@@ -125,9 +114,13 @@ class ZeroCheckpoint:
             taken.append(flats[rank].read(offset + begin - rank * share, offset + end - rank * share))
         return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
 
-    @cache  # noqa: B019 (as many entries as there are kinds, and one checkpoint at a time)
     def _flats(self, what: str) -> list["_Flat"]:
         """Of the weights or of a moment: at stage 3 a flat a rank, at stages 1 and 2 a flat a parameter group."""
+        if what not in self._flats_of:
+            self._flats_of[what] = self._map_flats(what)
+        return self._flats_of[what]
+
+    def _map_flats(self, what: str) -> list["_Flat"]:
 
         def pieces(state: dict[str, Any]) -> list[torch.Tensor]:
             if what == FP32:
@@ -222,6 +215,35 @@ class _Flat:
             start += len(part)
             number += 1
         return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
+
+
+def check_pickles(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a file of `checkpoint` holds more than tensors and plain values."""
+    for name in checkpoint.files:
+        if name.endswith(".pt"):
+            _load(checkpoint.path / name)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with _allow_deepspeed_classes():
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors and plain values, and loading it could run code "
+            f"({_reason(error)})."
+        ) from None
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}).") from None
+    return state
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What torch has found, without its advice to load it all the same."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(\. Please|\n|$)", str(error))
+    return found[1] if found else str(error).splitlines()[0]
 
 
 @contextmanager

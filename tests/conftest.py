@@ -94,20 +94,20 @@ class Launched:
 
 
 Deepspeed = Callable[..., Launched]
+DeepspeedCommand = Callable[..., tuple[list[str], dict[str, str]]]
 
 
 @pytest.fixture(scope="session")
-def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Deepspeed:
-    """Run `deepspeed --num_gpus N ...` on CPU ranks. All launches share one directory of compiled operators."""
+def deepspeed_command(tmp_path_factory: pytest.TempPathFactory) -> DeepspeedCommand:
+    """Command and environment of `deepspeed --num_gpus N ...` on CPU ranks, to be started.
+
+    All launches share one directory of compiled operators.
+    """
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch-extensions"))
 
-    def run(
-        *arguments: str | Path,
-        ranks: int = 2,
-        options: Sequence[str] = (),
-        env: dict[str, str] | None = None,
-        cwd: Path = ROOT,
-    ) -> Launched:
+    def build(
+        *arguments: str | Path, ranks: int = 2, options: Sequence[str] = (), env: dict[str, str] | None = None
+    ) -> tuple[list[str], dict[str, str]]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -124,6 +124,17 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Deepspeed:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **(env or {}),
         }
+        return command, environment
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def deepspeed(deepspeed_command: DeepspeedCommand) -> Deepspeed:
+    """Run `deepspeed --num_gpus N ...` on CPU ranks to its end."""
+
+    def run(*arguments: str | Path, cwd: Path = ROOT, **how: Any) -> Launched:
+        command, environment = deepspeed_command(*arguments, **how)
         done = subprocess.run(
             command,
             env=environment,

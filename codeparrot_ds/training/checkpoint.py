@@ -9,6 +9,7 @@ DeepSpeed's own `latest` is never written: rank 0 would publish it before the ot
 import dataclasses
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,31 @@ def save(
     ranks: Ranks,
     *,
     keep_every_steps: int | None = None,
+    last: bool = False,
 ) -> None:
     """Save and publish `checkpoint`, whose `files` are filled in here. All ranks must call.
+
+    After the `last` of a process its engine is of no more use: what is on NVMe has moved into the checkpoint.
 
     Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
     waiting in DeepSpeed's own barrier. Older checkpoints are then untouched.
     """
     unfinished = checkpoint.path.with_name(f"{checkpoint.path.name}.tmp")
     if ranks.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
+            shutil.rmtree(leftover, ignore_errors=True)
     ranks.gather(None)  # nobody writes before rank 0 has cleared the place
     try:
         state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
-        engine.save_checkpoint(str(run.checkpoints), tag=unfinished.name, client_state=state, save_latest=False)
+        _save_engine(engine, unfinished, state, ranks.rank, last)
         files = _flush_and_hash(unfinished, ranks.rank)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        message = f"{unfinished}: rank {ranks.rank} could not save ({error}). Older checkpoints are untouched."
+        free = shutil.disk_usage(run.checkpoints).free
+        message = (
+            f"{unfinished}: rank {ranks.rank} could not save ({error}), with {free / 1e6:,.1f} MB free on this disk. "
+            "Older checkpoints are untouched."
+        )
         log.error("%s", message)
         raise CheckpointError(message) from error
     files_of_all_ranks = ranks.gather(files)  # reached by all only when all went well
@@ -61,8 +70,43 @@ def save(
             script.unlink()
         for old in run.checkpoint_directories()[:-keep_last]:
             if keep_every_steps is None or step_of(old) % keep_every_steps:
-                shutil.rmtree(old)
+                _remove(old)
     ranks.gather(None)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a published checkpoint: a crash leaves it whole, or under a name that the next save clears away."""
+    doomed = directory.with_name(f"{directory.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def abandon_after(run: RunDirectory, newest: Path) -> None:
+    """Remove the checkpoints that are later than `newest`, from which the run goes another way. For rank 0 alone."""
+    run.point_latest_at(newest)
+    for directory in reversed(run.checkpoint_directories()):
+        if step_of(directory) > step_of(newest):
+            _remove(directory)
+    flush_to_disk(run.checkpoints)
+
+
+def _save_engine(engine: Any, directory: Path, state: dict[str, Any], rank: int, last: bool) -> None:
+    def save_engine() -> None:
+        engine.save_checkpoint(str(directory.parent), tag=directory.name, client_state=state, save_latest=False)
+
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    if swapper is None or not last:
+        save_engine()
+        return
+    # DeepSpeed copies the files on NVMe, which are nearly all of the checkpoint. Let it see none, and move them.
+    swapped = Path(swapper.swap_folder)
+    with tempfile.TemporaryDirectory(dir=swapped.parent) as empty:
+        swapper.swap_folder = empty
+        save_engine()
+    for file in swapped.glob("*.tensor.swp"):
+        if "_gradient_" not in file.name:
+            shutil.move(file, directory / "offloaded_tensors" / f"rank{rank:02d}" / file.name)
 
 
 def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> None:
@@ -105,7 +149,7 @@ def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint
     model or other data.
     """
     damaged: list[Path] = []
-    for directory in reversed(run.checkpoint_directories()):
+    for directory in reversed(run.checkpoint_directories(whole=False)):
         try:
             checkpoint = Checkpoint.read(directory)
             checkpoint.verify()
@@ -115,7 +159,9 @@ def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint
             continue
         _check_identity(checkpoint, identity)
         for path in damaged:
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged for a second time
+            path.rename(aside)
         return checkpoint
     if damaged:
         raise CheckpointError(

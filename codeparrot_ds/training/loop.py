@@ -99,6 +99,7 @@ class Trainer:
         while self.step < last:
             self._unlogged.append(self.train_step())
             self.step += 1
+            self._look_for_skips()
             done = self.step == last
             stop, save_now = self.stop_requests.finish_exchange()
             save_now = save_now or stop or done or self.step % recipe.checkpoints.every_steps == 0
@@ -110,7 +111,7 @@ class Trainer:
             if evaluate:
                 self.evaluate()
             if save_now:
-                self.save()
+                self.save(last=done or stop)
             if stop and not done:
                 log.warning("step %d: saved and stopped, as asked by %s", self.step, self.stop_requests.reason)
                 return False
@@ -142,10 +143,19 @@ class Trainer:
                     drop_gradients_unless_finite(engine)
                 self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
             engine.step()  # acts on the last micro-batch only
-        skipped = self._skipped.look(self.step, engine.skipped_steps)
         norm = engine.get_global_grad_norm()
         seconds = time.perf_counter() - started
-        return Step(self.step, loss, digest, rate, norm, engine.skipped_steps, skipped, seconds, data_seconds)
+        return Step(self.step, loss, digest, rate, norm, engine.skipped_steps, False, seconds, data_seconds)
+
+    def _look_for_skips(self) -> None:
+        """Note whether the last step was skipped. Raises TrainingError, with all samples listed, when too many were."""
+        last = self._unlogged[-1]
+        try:
+            last.skipped = self._skipped.look(last.step, last.skipped_steps)
+        except TrainingError:
+            last.skipped = True
+            self.write_log()
+            raise
 
     def sequences(self, step: int) -> np.ndarray:
         """Numbers of the training sequences of optimizer step `step`, [global_batch_size] int64."""
@@ -238,7 +248,10 @@ class Trainer:
             return False
         mend = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
         if policy == "stop":
-            raise TrainingError(f"{message}. Stopped without saving, as guards.spike says. {mend}")
+            raise TrainingError(
+                f"{message}. Stopped without saving, as guards.spike says, and so it will be again. {mend} "
+                "To go on, set guards.spike=go_back, which leaves them out, or guards.spike=warn."
+            )
         before = [path for path in self.run.checkpoint_directories() if step_of(path) <= first]
         chosen = self.ranks.gather(before[-1] if before else None)[0]
         self._go_backs += 1
@@ -249,6 +262,7 @@ class Trainer:
         self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
         checkpoint = Checkpoint.read(chosen)
         if self.metrics is not None:
+            checkpoints.abandon_after(self.run, checkpoint.path)  # first: nobody is to go on from those, with the list
             write_json(self.run.left_out_file, self.left_out)
             self.metrics.go_back(checkpoint.step)
         log.warning(
@@ -272,6 +286,9 @@ class Trainer:
         checkpoints.load(self.engine, checkpoint, self.checkpoint(), self.ranks)
         self.step = self._saved_step = checkpoint.step
         self._skipped = SkippedSteps(self.recipe.guards.max_skipped_steps, self.engine.skipped_steps)
+        self._spikes = SpikeDetector(self.recipe.guards.spike_threshold)
+        for loss in self.ranks.gather(None if self.metrics is None else self.metrics.losses())[0]:
+            self._spikes.look(loss)  # as if the run had not been interrupted
 
     def evaluate(self) -> None:
         """Validation loss over the fixed validation sequences, the same at any world size. All ranks must call."""
@@ -319,10 +336,13 @@ class Trainer:
             return
         if different := replicas_differ(self.engine.module, self.ranks):
             numbers = ", ".join(map(str, different))
+            from_whom = "those on the other ranks"
+            if len(different) == self.ranks.world_size:
+                from_whom = "one another, and there is no majority to tell which are right"
             raise TrainingError(
-                f"step {self.step}: the weights on rank {numbers} differ from those on the other ranks, which must "
-                "never be: memory or a link of that device is likely to be faulty. Take its host out and run the same "
-                "command again, which goes on from the newest checkpoint."
+                f"step {self.step}: the weights on rank {numbers} differ from {from_whom}. That must never be: memory "
+                "or a link of such a device is likely to be faulty. Take its host out and run the same command again, "
+                "which goes on from the newest checkpoint."
             )
 
     def _checkpoint_is_old(self) -> bool:
@@ -346,14 +366,21 @@ class Trainer:
             offload=self.offload,
         )
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step, unless it is there. All ranks must call."""
+    def save(self, last: bool = False) -> None:
+        """Publish a checkpoint of this step, unless it is there. All ranks must call, and train no more after the
+        `last`."""
         if self._saved_step == self.step and self.step > 0:
             return
         self.watchdog.beat(f"saving after step {self.step}", 3.0)
         started, keep = time.monotonic(), self.recipe.checkpoints
         checkpoints.save(
-            self.engine, self.run, self.checkpoint(), keep.keep_last, self.ranks, keep_every_steps=keep.keep_every_steps
+            self.engine,
+            self.run,
+            self.checkpoint(),
+            keep.keep_last,
+            self.ranks,
+            keep_every_steps=keep.keep_every_steps,
+            last=last,
         )
         self._saved_at, self._saved_step = time.monotonic(), self.step
         log.info("step %d: checkpoint %s (%.1f s)", self.step, self.run.checkpoint(self.step), self._saved_at - started)

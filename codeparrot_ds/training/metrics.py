@@ -66,6 +66,16 @@ class Metrics:
             self._board.close()
         self._open(step)
 
+    def losses(self) -> list[float]:
+        """Loss of each step so far that has one and was not skipped."""
+        found, skipped_before = [], 0
+        for row in read_metrics(self._run.metrics):
+            if row["kind"] == "train":
+                if row["loss"] is not None and row["skipped_steps"] == skipped_before:
+                    found.append(row["loss"])
+                skipped_before = row["skipped_steps"]
+        return found
+
     def step(self, row: dict[str, Any]) -> None:
         """One optimizer step: `step` is the number of steps taken before it."""
         self._write({"kind": "train", **row}, row["step"])

@@ -101,16 +101,7 @@ def _load_stage_3(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str], 
         if on_disk:
             optimizer._optimizer_states_and_gradient_swap_in(number)
         _set(optimizer.optimizer, flat, stretches, saved)
-        low = optimizer.fp16_partitioned_groups_flat[number]
-        if low is None:
-            raise CheckpointError(
-                "a checkpoint of other ranks or another ZeRO stage cannot be loaded while parameters are offloaded to "
-                "NVMe. Offload them to the CPU for this run."
-            )
-        low.data.copy_(flat.data)
-        partitions = optimizer.fp16_partitioned_groups[number]
-        for partition, values in zip(partitions, optimizer.unflatten(low, partitions), strict=True):
-            partition.data = values.data
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)  # the weights that are computed with
         if on_disk:
             optimizer._optimizer_states_and_gradient_swap_out(number)
     optimizer.checkpoint_event_epilogue()  # makes whole again what stays so

@@ -16,7 +16,6 @@ from codeparrot_ds.files import exclusive_lock, make_directory
 
 _CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
 _OF_DEEPSPEED = "zero_stage_3"  # the directory that it makes
-_DEFAULT_BUFFERS, _DEFAULT_SUB_GROUP_SIZE = 4, 1_000_000_000  # DeepSpeed's
 
 
 def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
@@ -51,19 +50,24 @@ def hold_swap_directory(path: Path) -> Iterator[None]:
 
 
 def check_locked_memory(ds_config: Mapping[str, Any], share: int, largest: int) -> None:
-    """Raise ConfigError when this rank may not lock the memory that DeepSpeed's buffers take.
+    """Raise ConfigError when this rank may not lock the memory that DeepSpeed's buffers take: it would abort.
 
     Args:
         ds_config: resolved.
         share: parameters of this rank.
         largest: parameters of this rank in the model's largest tensor.
     """
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device") != "nvme":
+    zero, needed_bytes = ds_config["zero_optimization"], 0
+    optimizer, weights = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
+    if optimizer.get("device") == "nvme":
+        # Each buffer holds one fp32 tensor of the largest group, which is closed by the parameter that fills it.
+        group = min(share, int(zero.get("sub_group_size", 1e9)) + largest)
+        needed_bytes += 4 * group * int(optimizer.get("buffer_count", 4))
+    if weights.get("device") == "nvme":
+        item_bytes = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4
+        needed_bytes += item_bytes * int(weights.get("buffer_size", 1e8)) * int(weights.get("buffer_count", 5))
+    if not needed_bytes:
         return
-    sub_group_size = int(ds_config["zero_optimization"].get("sub_group_size", _DEFAULT_SUB_GROUP_SIZE))
-    # A group is closed by the parameter that fills it.
-    needed_bytes = 4 * int(offload.get("buffer_count", _DEFAULT_BUFFERS)) * min(share, sub_group_size + largest)
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
     if hard in (resource.RLIM_INFINITY, -1) or hard >= needed_bytes or _may_lock_any_amount():

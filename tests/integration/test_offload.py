@@ -34,9 +34,13 @@ def operators(deepspeed_command: DeepspeedCommand) -> None:
 
 
 def ds_config(kind: str, directory: Path) -> Path:
-    """The shipped configuration, with groups so small that a tiny model has several."""
-    config = json.loads((ROOT / "ds_configs" / f"{kind}.json").read_text())
+    """The shipped configuration, with groups so small that a tiny model has several; "all_nvme": parameters as well."""
+    shipped = kind.replace("all_nvme", "zero3_nvme")
+    config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
     config["zero_optimization"]["sub_group_size"] = 300_000
+    if kind == "all_nvme":
+        places = {"device": "nvme", "nvme_path": "auto", "max_in_cpu": 0, "buffer_count": 8, "buffer_size": 300_000}
+        config["zero_optimization"] |= {"offload_param": places, "stage3_param_persistence_threshold": 10_000}
     path = directory / f"{kind}.json"
     path.write_text(json.dumps(config))
     return path
@@ -59,8 +63,8 @@ def train_offloaded(deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path:
     [
         ("zero3_offload", 1, ()),
         ("zero3_offload", 2, ("engine.precision=bf16",)),
-        ("zero3_nvme", 1, ("engine.precision=bf16",)),
-        ("zero3_nvme", 2, ("batch.micro_batch_size=1",)),
+        ("all_nvme", 1, ()),
+        ("zero3_nvme", 2, ("engine.precision=bf16", "batch.micro_batch_size=1")),
     ],
 )
 def test_a_resumed_offloaded_run_equals_an_uninterrupted_one(
