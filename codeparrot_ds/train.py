@@ -221,6 +221,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
+    from codeparrot_ds.training.ranks import keep_freed_memory
 
     recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
@@ -235,6 +236,8 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     def on_hang(message: str) -> None:
         run.write_status("failed", **facts, error=f"rank {ranks.rank} {message}")
 
+    if ranks.device.type == "cpu" and offload_device(ds_config) == "none":
+        keep_freed_memory()
     stop_requests = StopRequests(run.stop_file, ranks)
     stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog needs it to the end)
     watchdog = Watchdog(recipe.guards.hang_seconds, stacks, on_hang)

@@ -18,9 +18,9 @@ VENV = ROOT / ".venv"
 FINISHED = VENV / "installed.sha256"  # digest of what was installed; missing while an installation is unfinished
 RESULTS = [ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart-data"]
 
-# program (or Python module) that must be there -> Debian package that has it
+# program, Python module or C header that must be there -> Debian package that has it
 BASE_PACKAGES = {"module:ensurepip": f"python3.{sys.version_info.minor}-venv", "c++": "g++"}
-TEST_PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2"}
+TEST_PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2", "header:libaio.h": "libaio-dev"}
 
 
 def main() -> None:
@@ -65,7 +65,9 @@ def install_system_packages(needed: dict[str, str]) -> None:
 
 
 def is_there(program: str) -> bool:
-    """Whether a program is on PATH, or a module can be imported by the Python that runs this."""
+    """Whether a program is on PATH, a module can be imported by the Python that runs this, or a header is there."""
+    if program.startswith("header:"):
+        return Path("/usr/include", program.removeprefix("header:")).exists()
     if program.startswith("module:"):
         return succeeds([sys.executable, "-c", f"import {program.removeprefix('module:')}"])
     return (

@@ -106,8 +106,14 @@ def _prepare_cpu(local_world_size: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # glibc gives every tensor above 32 MB back to the kernel when it is freed, and takes fresh pages for the next:
-    # a third of a step went into page faults. Keep the memory instead.
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors that are freed, for ranks that compute on CPU cores.
+
+    It gives every one above 32 MB back to the kernel and takes fresh pages for the next: a third of a step went into
+    page faults. Not for a model that barely fits: what is kept in pieces of other sizes adds up.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -1,0 +1,79 @@
+"""Hugging Face's Trainer with a DeepSpeed JSON. Usage: deepspeed step_trainer.py JOB.json
+
+Its own data loader, collator, logging and clipping; no evaluation, no checkpoint, no TensorBoard. Labels are the
+inputs, which GPT-2 shifts itself: one target fewer a sequence than ours.
+"""
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+from steps import Stopwatch, read_job, tell_accelerate_the_backend
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+class Sequences(Dataset):
+    """Rows of ids in memory, [sequences, seq_len + 1]."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[i, :-1], "labels": self._ids[i, :-1]}
+
+
+class Watch(TrainerCallback):
+    """Notes the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.stopwatch = Stopwatch()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.stopwatch.ends.append(time.time())
+
+
+def main() -> None:
+    """Train over the job's batches."""
+    job = read_job()
+    tell_accelerate_the_backend()
+    engine = job.engine
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        deepspeed=engine,
+        accelerator_config={"use_configured_state": not torch.cuda.is_available()},
+        max_steps=job.steps,
+        per_device_train_batch_size=engine["train_micro_batch_size_per_gpu"],
+        gradient_accumulation_steps=engine["gradient_accumulation_steps"],
+        train_sampling_strategy="sequential",
+        optim="adamw_torch_fused",
+        learning_rate=job.learning_rate,
+        adam_beta1=job.betas[0],
+        adam_beta2=job.betas[1],
+        adam_epsilon=job.eps,
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.gradient_clipping,
+        lr_scheduler_type="constant",
+        bf16=job.precision == "bf16",
+        gradient_checkpointing=job.activation_checkpointing,
+        logging_steps=job.log_every,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        seed=job.seed,
+    )
+    watch = Watch()
+    ids = job.ids().flatten(0, 1)
+    trainer = Trainer(job.network(), arguments, train_dataset=Sequences(ids), callbacks=[watch])
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    watch.stopwatch.report(job, losses[-1])
+
+
+if __name__ == "__main__":
+    main()
