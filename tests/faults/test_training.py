@@ -1,0 +1,736 @@
+"""Real `deepspeed` jobs on two ranks, with the faults of FAULTS.md; what goes on afterwards is as if nothing had been.
+
+A run is started again by the same command after each fault, so several faults in a row befall one run. In the end its
+losses, the digests of its batches, its weights and both moments are compared with those of a run without faults.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from codeparrot_ds.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, CheckpointError
+from codeparrot_ds.files import digest_bytes, digest_file, read_json, write_json
+from codeparrot_ds.recipe import Recipe, load_recipe
+from codeparrot_ds.run_directory import MANIFEST, RunDirectory
+from codeparrot_ds.shards.inspect import describe_sequences
+from codeparrot_ds.shards.order import leave_out
+from codeparrot_ds.shards.sequences import Dataset, batch_digest
+from codeparrot_ds.training.ranks import LAUNCHER
+from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
+from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run, recipe_on, save_recipe
+
+pytestmark = pytest.mark.slow
+
+PROBE = Path(__file__).with_name("probe_train.py")
+MODULE = ("--module", "codeparrot_ds.train")
+JOB = "CODEPARROT_TEST_JOB"  # in the environment of a job's processes
+TOKEN = "hf_" + "uVwXyZaBcDeFgHiJkLmNoPqRsTuVwXyZaB"  # of no account
+END_SECONDS = 180  # of a job, on a busy machine
+GONE_SECONDS = 5  # within which all processes of a job that has ended are gone
+STEPS = 6
+
+
+class Job:
+    """A `deepspeed` command under way: the runner, the launcher below it, and the ranks."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, marks: Path) -> None:
+        self.process, self._log, self._marks = process, log, marks
+
+    def family(self) -> list[psutil.Process]:
+        """Its living processes, orphans too: they have inherited its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(JOB) == str(self._log):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def _one(self, word: str) -> psutil.Process:
+        found = [process for process in self.family() if word in process.cmdline()]
+        assert len(found) == 1, self.output()
+        return found[0]
+
+    def rank(self, number: int) -> psutil.Process:
+        """One of the ranks."""
+        return self._one(f"--local_rank={number}")
+
+    def launcher(self) -> psutil.Process:
+        """What `deepspeed` starts on each host, and what starts the ranks."""
+        return self._one(LAUNCHER)
+
+    def mark(self, name: str) -> str:
+        """What the probe has left under this name."""
+        return (self._marks / name).read_text()
+
+    def wait_for(self, name: str) -> None:
+        """Until the probe has left this: `paused`, `told`."""
+        assert until(lambda: (self._marks / name).exists() or self.process.poll() is not None, END_SECONDS)
+        assert self.process.poll() is None, self.output()
+
+    def unpause(self) -> None:
+        """Let it go on."""
+        (self._marks / "go").touch()
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text()
+
+    def end(self) -> Launched:
+        """Wait for its end, after which no process of it lives."""
+        assert until(lambda: self.process.poll() is not None, END_SECONDS), f"{self.family()} hang\n{self.output()}"
+        code = self.process.wait()
+        assert until(lambda: not self.family(), GONE_SECONDS), f"{self.family()} live on\n{self.output()}"
+        assert TOKEN not in self.output()
+        return Launched(code, self.output())
+
+
+def until(condition: Callable[[], Any], seconds: float) -> bool:
+    """Wait for it; whether it came."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class Run:
+    """A run and the jobs that train it."""
+
+    def __init__(self, command: DeepspeedCommand, recipe: Path, settings: Sequence[str]) -> None:
+        self._command, self._recipe = command, recipe
+        self._settings = [part for setting in settings for part in ("--set", setting)]
+        self._jobs: list[Job] = []
+        self.recipe = load_recipe(recipe, settings)
+        self.directory = RunDirectory(self.recipe.run_directory)
+
+    def start(self, *faults: str, options: Sequence[str] = ()) -> Job:
+        """Start a job, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
+        log = self._recipe.with_name(f"{self._recipe.stem}-{len(self._jobs)}.log")
+        marks = log.with_suffix(".marks")
+        marks.mkdir()
+        program: list[str | Path] = [PROBE] if faults else [*MODULE]
+        arguments = [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
+        command, environment = self._command(
+            *program,
+            self._recipe,
+            *self._settings,
+            *options,
+            *(arguments if faults else ()),
+            env={"HF_TOKEN": TOKEN, JOB: str(log)},
+        )
+        with open(log, "wb") as file:
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+        self._jobs.append(Job(process, log, marks))
+        return self._jobs[-1]
+
+    def launch(self, *faults: str, options: Sequence[str] = ()) -> Launched:
+        """Start a job and wait for its end."""
+        return self.start(*faults, options=options).end()
+
+    def checkpoints(self) -> tuple[str | None, list[str]]:
+        """What `latest` names, and the complete checkpoints; the newest, and the one named, are undamaged."""
+        published = self.directory.checkpoint_directories()
+        latest = self.directory.checkpoints / "latest"
+        pointer = latest.read_text() if latest.exists() else None
+        if published:
+            self.directory.newest_checkpoint().verify()
+        if pointer is not None:
+            assert self.directory.checkpoints / pointer in published
+        return pointer, [path.name for path in published]
+
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint, undamaged; 0 where there is none."""
+        _, published = self.checkpoints()
+        return int(published[-1].removeprefix("step-")) if published else 0
+
+    def status(self) -> dict[str, Any]:
+        """The status file."""
+        return self.directory.read_status()
+
+    def log(self, rank: int) -> str:
+        """A rank's log file."""
+        return self.directory.log(rank).read_text()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the training steps."""
+        return [row for row in read_run(self.directory.path).rows if row["kind"] == "train"]
+
+    def incidents(self) -> dict[int, tuple[str, list[dict[str, Any]]]]:
+        """Reason and samples of what is listed, by step."""
+        lines = map(json.loads, self.directory.incidents.read_text().splitlines())
+        return {line["step"]: (line["reason"], line["samples"]) for line in lines}
+
+    def end(self) -> None:
+        """Leave no process behind, whatever has failed."""
+        for job in self._jobs:
+            for process in job.family():
+                process.kill()
+            job.process.wait(10)
+
+
+NewRun = Callable[..., Run]
+
+
+@pytest.fixture
+def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> Iterator[NewRun]:
+    """Make a run of the tiny recipe: `new_run(name, stage, "key=value", ...)`."""
+    made = []
+
+    def make(name: str, stage: int, *settings: str, runs: Path = tmp_path) -> Run:
+        body = {**recipe_on(data, runs), "name": name}
+        body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
+        if stage == 0:  # none of the JSONs shipped
+            write_json(tmp_path / "zero0.json", {"zero_optimization": {"stage": 0}})
+            body["engine"]["deepspeed"] = str(tmp_path / "zero0.json")
+        # Beside the logs and marks of its jobs, which are not on a disk that may be small.
+        made.append(Run(deepspeed_command, save_recipe(body, tmp_path / f"{name}.yaml"), settings))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.end()
+    for run in made:
+        assert without_token(run.directory.path)
+
+
+def side_by_side(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
+    """Map, a few at once: a launch does little but import, much of it on one core. Raises all that went wrong."""
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(function, argument) for argument in arguments]
+    if errors := [error for future in futures if (error := future.exception())]:
+        raise errors[0] if len(errors) == 1 else BaseExceptionGroup(f"{len(errors)} of {len(futures)}", errors)
+    return [future.result() for future in futures]
+
+
+def without_token(path: Path) -> bool:
+    """Whether no file below `path` holds the token."""
+    return not any(TOKEN.encode() in file.read_bytes() for file in path.rglob("*") if file.is_file())
+
+
+def state_of(run: RunDirectory) -> dict[str, str]:
+    """Digests of the newest checkpoint's weights and of both moments, by parameter."""
+    held = ZeroCheckpoint(run.newest_checkpoint())
+    return {
+        f"{what} of {name}": digest_bytes(held.read(name, what).contiguous().numpy().data)
+        for name in held.shapes
+        for what in (FP32, *MOMENTS)
+    }
+
+
+@dataclass
+class Undisturbed:
+    """A run without faults."""
+
+    trained: Trained
+    state: dict[str, str]
+
+
+def batches(recipe: Recipe, left_out: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """Digests of the batches that a run is to be fed, each sample once."""
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    places = leave_out(np.arange(recipe.schedule.last_step * recipe.batch.global_batch_size), left_out)
+    numbers = data.order(recipe.seed).at(places).reshape(recipe.schedule.last_step, -1)
+    assert len(np.unique(numbers)) == numbers.size
+    return [f"{batch_digest(data.train.batch(of_step)):016x}" for of_step in numbers]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    baseline: Trained, deepspeed_command: DeepspeedCommand, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Undisturbed]:
+    """By ZeRO stage. Those of stages 1 and 2 have a checkpoint of each step."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+
+    def train(stage: int) -> Trained:
+        body = {**recipe_on(data, directory), "name": f"stage{stage}"}
+        body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
+        settings = ["checkpoints.every_steps=1", f"checkpoints.keep_last={STEPS}"]
+        run = Run(deepspeed_command, save_recipe(body, directory / f"stage{stage}.yaml"), settings)
+        try:
+            done = run.launch()
+            assert done.returncode == 0, done.output
+        finally:
+            run.end()
+        return read_run(run.directory.path)
+
+    trained = {3: baseline, **dict(zip((1, 2), side_by_side(train, (1, 2)), strict=True))}
+    for each in trained.values():
+        assert each.digests() == batches(load_recipe(each.run.recipe))
+    return {stage: Undisturbed(each, state_of(each.run)) for stage, each in trained.items()}
+
+
+def expect_as_undisturbed(run: Run, undisturbed: Undisturbed) -> None:
+    """I0: every step has been taken once, with the same samples, to the same losses, weights and moments."""
+    found, expected = read_run(run.directory.path), undisturbed.trained
+    assert [row["step"] for row in run.rows()] == list(range(STEPS))
+    assert found.digests() == expected.digests()
+    assert found.losses() == expected.losses()
+    assert found.valid_losses() == expected.valid_losses()
+    status = run.status()
+    assert (status["state"], status["step"]) == ("finished", STEPS)
+    assert run.newest() == STEPS
+    state = state_of(run.directory)
+    assert [name for name in state if state[name] != undisturbed.state[name]] == []
+
+
+def expect_finished(run: Run, undisturbed: Undisturbed) -> Launched:
+    """The same command again, without faults, ends the run as if there had been none."""
+    done = run.launch()
+    assert done.returncode == 0, done.output
+    expect_as_undisturbed(run, undisturbed)
+    return done
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# While a checkpoint is saved
+
+# By stage: the fault, the newest complete checkpoint after it, and the one that `latest` names.
+KILLED_WHILE_SAVING = {
+    1: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("manifest:0:4", 3, 3), ("pointed:0:5", 5, 4)],
+    2: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("name:0:4", 3, 3), ("retention:0:5", 5, 5)],
+    3: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("pointer:0:4", 4, 3)],
+}
+
+
+def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from(
+    new_run: NewRun, undisturbed: dict[int, Undisturbed]
+) -> None:
+    """FAULTS.md 2, 3, 4."""
+
+    def go_through(stage: int) -> None:
+        run = new_run(f"saving-{stage}", stage, "checkpoints.every_steps=1")
+        for fault, newest, pointed_at in KILLED_WHILE_SAVING[stage]:
+            job = run.start(fault)
+            done = job.end()
+            where = f"stage {stage}, {fault}\n{done.output}"
+            assert done.returncode not in (0, EXIT_PREEMPTED) and job.mark("killed"), where
+            assert run.status()["state"] != "finished", where
+            pointer, published = run.checkpoints()
+            assert (pointer, published[-1]) == (name_of(pointed_at), name_of(newest)), where
+            if fault.startswith("slow"):  # the other rank was done with its files
+                assert json.loads(job.mark("seen")) == [name_of(2), [name_of(1), name_of(2), f"{name_of(3)}.tmp"]]
+        expect_finished(run, undisturbed[stage])
+        left = sorted(path.name for path in run.directory.checkpoints.iterdir())
+        assert left == ["latest", name_of(STEPS - 1), name_of(STEPS)], f"stage {stage}"
+
+    side_by_side(go_through, KILLED_WHILE_SAVING)
+
+
+# Ended from outside
+
+
+def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
+    new_run: NewRun, undisturbed: dict[int, Undisturbed]
+) -> None:
+    """FAULTS.md 1, 10, 11."""
+    run = new_run("killed", 1, "checkpoints.every_steps=2")
+    job = run.start("kill:1:3")
+    assert until(lambda: job.process.poll() is not None, END_SECONDS)
+    ended = time.time()
+    done = job.end()
+    assert done.returncode not in (0, EXIT_PREEMPTED)
+    assert ended - float(job.mark("killed")) < 10
+    assert run.status()["state"] == "failed"
+    assert run.newest() == 2
+
+    job = run.start("pause:0:3")
+    job.wait_for("paused")
+    assert len(job.family()) == 4  # the runner, the launcher and two ranks: what `end` looks for
+    job.launcher().kill()
+    job.end()  # the runner says 0, for DeepSpeed knows of no failure
+    assert run.status()["state"] == "running"
+    assert run.newest() == 2
+
+    job = run.start("pause:0:2")
+    job.wait_for("paused")
+    job.process.terminate()
+    assert job.process.wait(10) == -signal.SIGTERM
+    assert len(job.family()) == 3  # DeepSpeed tells neither the launcher nor the ranks
+    job.unpause()
+    assert until(lambda: not job.family(), 30)
+    assert run.newest() == 3
+    status = run.status()
+    assert (status["state"], status["step"]) == ("preempted", 3)
+    assert status["reason"] == "the end of the command that started the launcher"
+
+    expect_finished(run, undisturbed[1])
+
+
+def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
+    """FAULTS.md 12, 13, 19."""
+    run = new_run("asked", 2, "checkpoints.every_steps=6")
+
+    def expect_preempted(done: Launched, step: int, reason: str, code: int = EXIT_PREEMPTED) -> None:
+        assert done.returncode == code, done.output
+        status = run.status()
+        assert (status["state"], status["step"], run.newest()) == ("preempted", step, step)
+        assert reason in status["reason"]
+
+    job = run.start("pause:1:0")
+    job.wait_for("paused")
+    before = run.status()
+    second = run.launch()  # while the first trains
+    assert second.returncode == EXIT_USER_ERROR
+    assert second.output.count("another process is training in this directory") == 1
+    assert "Traceback" not in second.output
+    assert run.status() == before
+    job.rank(1).send_signal(signal.SIGUSR1)
+    job.wait_for("told")
+    job.unpause()
+    expect_preempted(job.end(), 1, "another rank")
+
+    job = run.start("pause:0:1")
+    job.wait_for("paused")
+    run.directory.stop_file.touch()
+    job.unpause()
+    expect_preempted(job.end(), 2, str(run.directory.stop_file))
+
+    job = run.start("pause:0:2")
+    job.wait_for("paused")
+    job.launcher().terminate()
+    job.wait_for("told")
+    job.unpause()
+    expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own, after the ranks'
+
+    run = new_run("asked", 2, "checkpoints.every_steps=4")
+    done = run.launch("term:0:4")
+    expect_preempted(done, 5, "SIGTERM")
+    assert run.checkpoints()[1][-2:] == [name_of(4), name_of(5)]
+
+    expect_finished(run, undisturbed[2])
+    assert not run.directory.stop_file.exists()
+
+
+def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
+    """FAULTS.md 9."""
+    run = new_run("hung", 3, "checkpoints.every_steps=2", "guards.hang_seconds=8")
+    job = run.start("pause:1:3")
+    job.wait_for("paused")
+    job.rank(1).suspend()
+    job.unpause()
+    done = job.end()
+    assert done.returncode not in (0, EXIT_PREEMPTED)
+    status = run.status()
+    assert status["state"] == "failed"
+    assert status["error"] == "rank 0 hung in step 3: no progress within guards.hang_seconds"
+    log = run.log(0)
+    assert "hung in step 3" in log
+    stacks = log.split("hung in step 3")[1]
+    assert "in train_step" in stacks and "in _watch" in stacks  # the main thread's and the watchdog's own
+    assert run.newest() == 2
+    expect_finished(run, undisturbed[3])
+
+
+# Damage
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB: enough for two checkpoints."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_is_said(
+    small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed]
+) -> None:
+    """FAULTS.md 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that did not come about."""
+    settings = ("checkpoints.every_steps=2", "checkpoints.keep_last=1")
+    run = new_run("full", 3, *settings, runs=small_disk)
+    done = run.launch("full:1:4")
+    assert done.returncode == EXIT_USER_ERROR, done.output
+    assert "Older checkpoints are untouched" in done.output
+    assert re.search(r"rank 1 could not save .* with 0\.0 MB free on this disk", done.output)
+    assert "Traceback" not in done.output
+    assert run.checkpoints() == (name_of(2), [name_of(2)])
+    assert run.status()["state"] != "finished"
+    (run.directory.path / "ballast").unlink()
+    expect_finished(run, undisturbed[3])
+    assert run.checkpoints()[1] == [name_of(STEPS)]
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def copy_of(undisturbed: Undisturbed, run: Run) -> None:
+    """Have `run` start with all that the undisturbed run has left."""
+    shutil.copytree(undisturbed.trained.run.path, run.directory.path)
+
+
+def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
+    new_run: NewRun, undisturbed: dict[int, Undisturbed]
+) -> None:
+    """FAULTS.md 6, 7, 8."""
+    run = new_run("damaged", 2, "checkpoints.every_steps=1", "checkpoints.keep_last=6")
+    copy_of(undisturbed[2], run)
+    checkpoints = run.directory.checkpoints
+    of_rank_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    aside = shutil.copytree(checkpoints / name_of(2), checkpoints.with_name("aside"))
+    (checkpoints / "latest").write_text("step-00")  # torn
+    flip_byte(checkpoints / name_of(6) / of_rank_1)
+    (checkpoints / name_of(5) / of_rank_1).unlink()
+    os.truncate(checkpoints / name_of(4) / "mp_rank_00_model_states.pt", 1000)
+    (checkpoints / name_of(3) / MANIFEST).unlink()
+    for step in (1, 2):
+        (checkpoints / name_of(step) / MANIFEST).write_text("{")
+    expected = {
+        6: f"{of_rank_1}: its bytes are not those that were written",
+        5: f"{of_rank_1} is missing",
+        4: "mp_rank_00_model_states.pt: 1,000 bytes, the manifest says",
+        3: "no readable manifest",
+    }
+    names = sorted(path.name for path in checkpoints.iterdir())
+    rows = run.rows()
+    done = run.launch()
+    assert done.returncode == EXIT_USER_ERROR, done.output
+    assert "no undamaged checkpoint is left (6 damaged" in done.output
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    assert run.rows() == rows  # nothing was trained
+
+    shutil.rmtree(checkpoints / name_of(2))
+    aside.rename(checkpoints / name_of(2))
+    (checkpoints / "latest").unlink()
+    (checkpoints / f"{name_of(6)}.damaged").mkdir()  # as it was damaged once before
+    (checkpoints / f"{name_of(6)}.damaged" / "file").touch()
+    said = expect_finished(run, undisturbed[2]).output.splitlines()
+    for step, problem in expected.items():
+        assert any(name_of(step) in line and problem in line for line in said), (step, said)
+    assert any("going on from" in line and name_of(2) in line for line in said)
+    assert [row["step_seconds"] for row in run.rows()[:2]] == [row["step_seconds"] for row in rows[:2]]
+    assert all(a["step_seconds"] != b["step_seconds"] for a, b in zip(run.rows()[2:], rows[2:], strict=True))
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(1, "mp_rank_00_model_states.pt"), (3, "zero_pp_rank_1_mp_rank_00_optim_states.pt")]
+)
+def test_a_checkpoint_that_would_run_code_is_refused(
+    new_run: NewRun, undisturbed: dict[int, Undisturbed], tmp_path: Path, stage: int, name: str
+) -> None:
+    """FAULTS.md 17. The file is as large and has the digest that the manifest says, so that its pickle is looked at."""
+    run = new_run("hostile", stage)
+    copy_of(undisturbed[stage], run)
+    canary = tmp_path / "canary"
+    shutil.rmtree(run.directory.newest_checkpoint().path)  # as if the run were not finished
+    newest = run.directory.newest_checkpoint()
+    file = newest.path / name
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "hostile": Hostile(canary)}, file)
+    torch.load(file, weights_only=False)
+    assert canary.exists()  # it works
+    canary.unlink()
+
+    manifest = read_json(newest.path / MANIFEST, "manifest")
+    manifest["files"][name] = {"bytes": file.stat().st_size, "xxh3_128": digest_file(file)}
+    write_json(newest.path / MANIFEST, manifest)
+    run.directory.newest_checkpoint().verify()
+    done = run.launch()
+    assert done.returncode != 0
+    assert not canary.exists()
+    assert "Traceback" not in done.output
+    assert done.output.count("error: ") == 1
+    assert f"{file}: refused" in done.output and "weights_only" not in done.output
+    with pytest.raises(CheckpointError, match=f"{name}: refused"):
+        ZeroCheckpoint(newest)
+    assert not canary.exists()
+
+
+# Wrong numbers
+
+
+LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(new_run: NewRun) -> None:
+    """FAULTS.md 15. One in step 1; then in each from step 3 on, of which two in a row are allowed."""
+
+    def train(layout: tuple[int, str]) -> None:
+        stage, precision = layout
+        run = new_run(
+            f"nan-{stage}-{precision}",
+            stage,
+            f"engine.precision={precision}",
+            "checkpoints.every_steps=3",
+            "guards.max_skipped_steps=2",
+            "schedule.steps=9",
+        )
+        done = run.launch("nan:1:1", "nans:1:3")
+        where = f"stage {stage}, {precision}\n{done.output}"
+        assert done.returncode == EXIT_USER_ERROR, where
+        assert done.output.count("error: ") == 1, where
+        assert "step 5: 3 steps in a row were skipped" in done.output, where
+        assert "Traceback" not in done.output, where
+        status = run.status()
+        assert status["state"] == "failed" and "3 steps in a row" in status["error"], where
+        assert "step 1: skipped, its gradients are not finite (1 in a row, 1 in all)" in done.output, where
+
+        rows, batch = run.rows(), run.recipe.batch.global_batch_size
+        assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5], where
+        assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 3, 4], where
+        for row in rows:
+            step, taken = row["step"], row["step"] + 1 - row["skipped_steps"]
+            assert row["loss"] is not None, where
+            assert row["learning_rate"] == run.recipe.optimizer.learning_rate * run.recipe.schedule.ratio(step), where
+            assert (row["samples_seen"], row["tokens_seen"]) == ((step + 1) * batch, taken * batch * 32), where
+
+        assert run.checkpoints() == (name_of(3), [name_of(3)]), where
+        held = ZeroCheckpoint(run.directory.newest_checkpoint())
+        assert held.step == 2, where  # of AdamW: the skipped one is not in it
+        assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
+        expect_named(run, {1, 3, 4, 5}, "skipped: gradients that are not finite")
+
+    side_by_side(train, LAYOUTS)
+
+
+def expect_named(run: Run, steps: set[int], reason: str) -> None:
+    """The incidents are those of `steps`, and name where each of their samples comes from."""
+    recipe = run.recipe
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    incidents = run.incidents()
+    assert set(incidents) == steps
+    size = recipe.batch.global_batch_size
+    for step, (why, samples) in incidents.items():
+        assert reason in why
+        numbers = data.order(recipe.seed).take(step * size, size).tolist()
+        assert [sample["sequence"] for sample in samples] == numbers
+        described = describe_sequences(data, numbers)
+        assert [sample["documents"] for sample in samples] == [described[number] for number in numbers]
+        assert all(
+            repository and path.endswith(".py") for sample in samples for repository, path in sample["documents"]
+        )
+
+
+def test_a_replica_that_differs_by_one_bit_halts_the_run(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
+    """FAULTS.md 16. Of two ranks nobody can tell which is wrong; that of three one is named, test_guards shows."""
+    run = new_run("flipped", 1, "checkpoints.every_steps=2", "guards.replica_check_steps=1")
+    done = run.launch("flip:1:3")
+    assert done.returncode == EXIT_USER_ERROR, done.output
+    assert done.output.count("error: ") == 1 and "Traceback" not in done.output
+    assert "step 3: the weights on rank 0, 1 differ from one another" in done.output
+    assert run.status()["state"] == "failed"
+    assert run.checkpoints() == (name_of(2), [name_of(2)])
+    expect_finished(run, undisturbed[1])
+
+
+# Loss spikes: the samples of step 20 have ten times their loss. It is looked at with the checkpoint after step 21.
+
+SPIKE = "bad:0:20"
+SPIKE_STEPS = 28
+SUSPECTS = set(range(13, 21))
+
+
+@pytest.fixture
+def new_spiky_run(new_run: NewRun) -> NewRun:
+    """Make a run that is long enough to know a spike: `new_spiky_run(policy)`."""
+
+    def make(policy: str, name: str = "") -> Run:
+        return new_run(
+            name or policy,
+            1,
+            f"guards.spike={policy}",
+            f"schedule.steps={SPIKE_STEPS}",
+            "checkpoints.every_steps=3",
+            "checkpoints.keep_last=5",
+            "evaluation.every_steps=14",
+        )
+
+    return make
+
+
+def test_a_loss_spike_is_named_and_stops_the_run_where_it_is_to(new_spiky_run: NewRun) -> None:
+    def warn() -> None:
+        run = new_spiky_run("warn")
+        done = run.launch(SPIKE)
+        assert done.returncode == 0, done.output
+        assert "step 20: loss" in done.output
+        expect_named(run, SUSPECTS, "at step 20")
+        assert read_run(run.directory.path).digests() == batches(run.recipe)
+        assert run.status()["state"] == "finished"
+
+    def stop() -> None:
+        run = new_spiky_run("stop")
+        done = run.launch(SPIKE)
+        assert done.returncode == EXIT_USER_ERROR, done.output
+        assert done.output.count("error: ") == 1 and "Traceback" not in done.output
+        assert "Stopped without saving" in run.status()["error"]
+        assert run.status()["state"] == "failed"
+        expect_named(run, SUSPECTS, "at step 20")
+        assert run.newest() == 18
+
+    side_by_side(lambda each: each(), [warn, stop])
+
+
+def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kills_it(new_spiky_run: NewRun) -> None:
+    def through() -> Run:
+        run = new_spiky_run("go_back", "whole")
+        done = run.launch(SPIKE)
+        assert done.returncode == 0, done.output
+        assert "going back to step 12, and leaving the samples of steps 13 to 20 out" in done.output
+        expect_named(run, SUSPECTS, "at step 20")
+        return run
+
+    def killed() -> Run:
+        run = new_spiky_run("go_back", "killed")
+        for fault in ("leap:0:0", "again:1:14"):
+            done = run.launch(SPIKE, fault)
+            assert done.returncode not in (0, EXIT_PREEMPTED), f"{fault}\n{done.output}"
+        done = run.launch(SPIKE)
+        assert done.returncode == 0, done.output
+        return run
+
+    runs: list[Run] = side_by_side(lambda each: each(), [through, killed])
+    size = runs[0].recipe.batch.global_batch_size
+    left_out = (min(SUSPECTS) * size, (max(SUSPECTS) + 1) * size)
+    for run in runs:
+        assert run.directory.left_out() == [left_out]
+        found = read_run(run.directory.path)
+        assert found.digests() == batches(run.recipe, [left_out])
+        assert found.digests()[:13] == batches(run.recipe)[:13]
+        status = run.status()
+        assert (status["state"], status["step"], status["samples_seen"]) == (
+            "finished",
+            SPIKE_STEPS,
+            SPIKE_STEPS * size,
+        )
+    whole, killed_run = (read_run(run.directory.path) for run in runs)
+    assert killed_run.losses() == whole.losses()
+    assert state_of(killed_run.run) == state_of(whole.run)
