@@ -5,6 +5,7 @@ again anywhere, even while its first run is still alive. How a list is resumed i
 the tasks that are done.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -104,7 +105,8 @@ def _run_locally(
         try:
             while True:
                 for task in remaining:
-                    waiting.add(pool.submit(function, task))
+                    with _interrupts_held():  # a worker starts here, and must not die of Ctrl-C with a traceback
+                        waiting.add(pool.submit(function, task))
                     if len(waiting) > workers:  # one task more than workers, so that none waits for work
                         break
                 if not waiting:
@@ -146,6 +148,16 @@ def threads() -> set[int]:
     """Ids of this process's threads, those of libraries included; empty where the system does not say."""
     tasks = Path("/proc/self/task")
     return {int(entry.name) for entry in tasks.iterdir()} if tasks.is_dir() else set()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back; processes that start meanwhile inherit that until they ignore it themselves."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker() -> None:
