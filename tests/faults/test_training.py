@@ -122,7 +122,8 @@ class Run:
 
     def start(self, *faults: str, options: Sequence[str] = ()) -> Job:
         """Start a job, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
-        log = self._recipe.with_name(f"{self._recipe.stem}-{len(self._jobs)}.log")
+        earlier = list(self._recipe.parent.glob(f"{self._recipe.stem}-*.log"))  # of a Run with other settings, too
+        log = self._recipe.with_name(f"{self._recipe.stem}-{len(earlier)}.log")
         marks = log.with_suffix(".marks")
         marks.mkdir()
         program: list[str | Path] = [PROBE] if faults else [*MODULE]
@@ -374,6 +375,51 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     assert status["reason"] == "the end of the command that started the launcher"
 
     expect_finished(run, undisturbed[1])
+
+
+def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
+    """FAULTS.md 12, 13, 19."""
+    run = new_run("asked", 2, "checkpoints.every_steps=6")
+
+    def expect_preempted(done: Launched, step: int, reason: str, code: int = EXIT_PREEMPTED) -> None:
+        assert done.returncode == code, done.output
+        status = run.status()
+        assert (status["state"], status["step"], run.newest()) == ("preempted", step, step)
+        assert reason in status["reason"]
+
+    job = run.start("pause:1:0")
+    job.wait_for("paused")
+    before = run.status()
+    second = run.launch()  # while the first trains
+    assert second.returncode == EXIT_USER_ERROR
+    assert second.output.count("another process is training in this directory") == 1
+    assert "Traceback" not in second.output
+    assert run.status() == before
+    job.rank(1).send_signal(signal.SIGUSR1)
+    job.wait_for("told")
+    job.unpause()
+    expect_preempted(job.end(), 1, "another rank")
+
+    job = run.start("pause:0:1")
+    job.wait_for("paused")
+    run.directory.stop_file.touch()
+    job.unpause()
+    expect_preempted(job.end(), 2, str(run.directory.stop_file))
+
+    job = run.start("pause:0:2")
+    job.wait_for("paused")
+    job.launcher().terminate()
+    job.wait_for("told")
+    job.unpause()
+    expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own, after the ranks'
+
+    run = new_run("asked", 2, "checkpoints.every_steps=4")
+    done = run.launch("term:0:4")
+    expect_preempted(done, 5, "SIGTERM")
+    assert run.checkpoints()[1][-2:] == [name_of(4), name_of(5)]
+
+    expect_finished(run, undisturbed[2])
+    assert not run.directory.stop_file.exists()
 
 
 def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
