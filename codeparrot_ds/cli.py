@@ -298,11 +298,14 @@ def launch(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="In a row without a new checkpoint.", min=0)] = 3,
+    restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
 ) -> None:
-    """Check what can be checked here, then train with deepspeed, whose command is printed."""
+    """Train with deepspeed, whose command is printed, and start again from the newest checkpoint after a crash."""
     from codeparrot_ds.cluster.launch import launch as run
+    from codeparrot_ds.cluster.supervise import Restarts
 
-    raise typer.Exit(run(recipe, hostfile, ranks, overrides or []))
+    raise typer.Exit(run(recipe, hostfile, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
 
 
 @app.command("status")
@@ -310,11 +313,12 @@ def status(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     json_output: JsonOption = False,
 ) -> None:
-    """What happened to a run."""
+    """What happened to a run: its state, and how each attempt of `codeparrot-ds launch` ended."""
+    from codeparrot_ds.report.status import run_status
     from codeparrot_ds.run_directory import RunDirectory
 
-    facts = RunDirectory(run).read_status()
-    _print_result(json_output, str(run), [(key, str(value)) for key, value in facts.items()], facts)
+    found = run_status(RunDirectory(run))
+    _print_result(json_output, str(run), [(name, printable(value)) for name, value in found.rows()], found.to_dict())
 
 
 @app.command("compare")

@@ -7,6 +7,7 @@ exception is a defect of this package and keeps its traceback.
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 1
+EXIT_CRASHED = 70  # sysexits.h EX_SOFTWARE: of ranks; what a user cannot mend, so that starting again may help
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers may queue the job again
 
 

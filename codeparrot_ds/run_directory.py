@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.errors import CheckpointError, DataError, list_problems
+from codeparrot_ds.errors import CheckpointError, ConfigError, DataError, list_problems
 from codeparrot_ds.files import (
     FORMAT_VERSION,
     MANIFEST,
     digest_file,
+    exclusive_lock,
     read_json,
     read_manifest,
     write_atomically,
@@ -65,6 +66,26 @@ class RunDirectory:
     def stop_file(self) -> Path:
         """Made by a user to have the run save and end."""
         return self.path / "stop"
+
+    @property
+    def lock(self) -> Path:
+        """Held by rank 0 while it trains."""
+        return self.path / ".lock"
+
+    def in_use(self) -> bool:
+        """Whether some process trains here now."""
+        if not self.lock.exists():
+            return False
+        try:
+            with exclusive_lock(self.lock, "busy"):
+                return False
+        except ConfigError:
+            return True
+
+    @property
+    def launches(self) -> Path:
+        """One JSON line an attempt of `codeparrot-ds launch`: when, from which step to which, and why it ended."""
+        return self.path / "launches.jsonl"
 
     @property
     def incidents(self) -> Path:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from codeparrot_ds.cluster.hostfile import check_launch_command
 from codeparrot_ds.errors import (
+    EXIT_CRASHED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     ClusterError,
@@ -33,6 +35,7 @@ from codeparrot_ds.files import (
     write_atomically,
     write_json,
 )
+from codeparrot_ds.lifeline import Lifeline, Supervisor
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.sequences import Dataset
@@ -63,25 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file, e.g. launch/recipes/quickstart.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
+    parser.add_argument("--supervisor", type=Supervisor.parse, help="set by `codeparrot-ds launch`")
     options = parser.parse_args(arguments)
+    rank = _environment("RANK", 0)
+    lifeline: Lifeline | None = None
+    message = ""
     try:
-        finished = train(options.recipe, options.set)
-    except (UserError, OSError) as error:
-        message = _user_error(error)
-        if _environment("RANK", 0) == 0:
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    return 0 if finished else EXIT_PREEMPTED
+        lifeline = Lifeline(options.supervisor, rank)
+        code = 0 if train(options.recipe, options.set, lifeline) else EXIT_PREEMPTED
+    except Exception as error:
+        explained = error if isinstance(error, UserError) else _user_error(error)
+        if explained is None:
+            traceback.print_exc()
+            code, message = EXIT_CRASHED, f"{type(error).__name__}: {error}"
+        else:
+            code, message = EXIT_USER_ERROR, str(explained)
+            if rank == 0 or lifeline is None:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+    if lifeline is not None:
+        lifeline.end(code, message)
+    return code
 
 
-def _user_error(error: UserError | OSError) -> UserError:
-    """What a user can mend about `error`; raises it again when that is nothing."""
+def _user_error(error: Exception) -> UserError | None:
+    """What a user can mend about `error`, if anything."""
     if isinstance(error, UserError):
         return error
-    explained = explain_os_error(error)
-    if explained is None:
-        raise error
-    return explained
+    return explain_os_error(error) if isinstance(error, OSError) else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Plan:
     run: RunDirectory
 
 
-def train(recipe_path: Path, overrides: Sequence[str] = ()) -> bool:
+def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
     """Train one recipe to its last step on this rank; False when it has saved and stopped before, as it was asked to.
 
     Raises UserError for what a user can mend.
@@ -105,6 +116,8 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> bool:
         plan = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
         failure = _user_error(error)
+        if failure is None:
+            raise
         if not _spans_hosts(world_size):
             raise failure from None
         # Other hosts may find nothing wrong: they are told below, or they would wait for this one.
@@ -123,10 +136,12 @@ def train(recipe_path: Path, overrides: Sequence[str] = ()) -> bool:
             resume_from = _accept(plan, ranks, stack)
         except (UserError, OSError) as error:
             failure = _user_error(error)
+            if failure is None:
+                raise
         _agree(ranks, failure)
         resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
         try:
-            finished = _train_on_rank(plan, ranks, resume_from)
+            finished = _train_on_rank(plan, ranks, resume_from, lifeline)
         except BaseException as error:
             if ranks.rank == 0:
                 with contextlib.suppress(OSError):  # on a full disk, what has failed is said all the same
@@ -198,7 +213,7 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     run, recipe = plan.run, plan.recipe
     if ranks.rank == 0:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
-        stack.enter_context(exclusive_lock(run.path / ".lock", busy))
+        stack.enter_context(exclusive_lock(run.lock, busy))
     swap = swap_directory(plan.ds_config)
     if swap is not None and ranks.local_rank == 0:
         stack.enter_context(hold_swap_directory(swap))
@@ -215,13 +230,13 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     return resume_from
 
 
-def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None") -> bool:
+def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.guards import StopRequests, Watchdog
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
-    from codeparrot_ds.training.ranks import keep_freed_memory
+    from codeparrot_ds.training.ranks import manage_freed_memory
 
     recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
@@ -234,13 +249,15 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None")
     facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
     def on_hang(message: str) -> None:
+        lifeline.end(EXIT_CRASHED, message)
         run.write_status("failed", **facts, error=f"rank {ranks.rank} {message}")
 
-    if ranks.device.type == "cpu" and offload_device(ds_config) == "none":
-        keep_freed_memory()
-    stop_requests = StopRequests(run.stop_file, ranks)
+    if ranks.device.type == "cpu":
+        manage_freed_memory(scarce=offload_device(ds_config) != "none")
+    stop_requests = StopRequests(run.stop_file, ranks, lifeline)
     stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog needs it to the end)
     watchdog = Watchdog(recipe.guards.hang_seconds, stacks, on_hang)
+    lifeline.report(lambda: watchdog.doing)
     network = build_model(
         recipe.model,
         data.manifests[0].eos_id,

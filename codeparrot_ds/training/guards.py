@@ -18,26 +18,27 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from codeparrot_ds.errors import TrainingError
+from codeparrot_ds.errors import EXIT_CRASHED, TrainingError
+from codeparrot_ds.lifeline import Lifeline
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import LAUNCHER, Ranks
 
 _POLL_SECONDS = 1.0
 _FIRST_STEP = 3.0  # times the limit: the first compiles, allocates, and waits for slow disks
-_EXIT_HUNG = 70  # EX_SOFTWARE; the launcher ends the other ranks on any code but 0
 _KEPT_LOSSES, _FEWEST_LOSSES = 64, 16
 _DIGEST_WORDS = 1 << 22  # at a time: 32 MB as int64
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """SIGTERM, SIGUSR1, a file named `stop` in the run directory, or the end of whatever started the launcher.
+    """SIGTERM, SIGUSR1, a file named `stop` in the run directory, the supervisor's word, or the end of whatever started
+    the launcher.
 
     Each asks for a checkpoint and a clean end. What one rank has heard, all ranks learn at the end of the same step.
     """
 
-    def __init__(self, stop_file: Path, ranks: Ranks) -> None:
-        self._stop_file, self._ranks = stop_file, ranks
+    def __init__(self, stop_file: Path, ranks: Ranks, lifeline: Lifeline) -> None:
+        self._stop_file, self._ranks, self._lifeline = stop_file, ranks, lifeline
         self._reason: str | None = None
         self._exchange: Callable[[], list[int]] | None = None
         for number in _SIGNALS:
@@ -51,6 +52,8 @@ class StopRequests:
         self._reason = signal.Signals(number).name
 
     def _look(self) -> None:
+        if self._reason is None:
+            self._reason = self._lifeline.stop_reason
         if self._reason is None and self._ranks.rank == 0 and self._stop_file.exists():
             self._reason = f"the file {self._stop_file}"
         if self._reason is None and self._launcher is not None:
@@ -77,7 +80,7 @@ class StopRequests:
     @property
     def reason(self) -> str:
         """Why this rank was asked to stop."""
-        return self._reason or "a request to another rank"
+        return self._reason or self._lifeline.stop_reason or "a request to another rank"
 
 
 def _launcher() -> psutil.Process | None:
@@ -94,7 +97,7 @@ class Watchdog:
 
     def __init__(self, seconds: float | None, file: TextIO, on_hang: Callable[[str], None]) -> None:
         self._seconds, self._file, self._on_hang = seconds, file, on_hang
-        self._what = "starting"
+        self.doing = "starting"
         self._deadline = 0.0
         self._stopped = threading.Event()
         if seconds is not None:
@@ -103,9 +106,10 @@ class Watchdog:
 
     def beat(self, what: str, times: float = 1.0) -> None:
         """This rank makes progress: it begins `what`, for which it has `times` the limit."""
+        self.doing = what
         if self._seconds is None:
             return
-        self._what, allowed = what, self._seconds * times
+        allowed = self._seconds * times
         self._deadline = time.monotonic() + allowed
         faulthandler.dump_traceback_later(1.25 * allowed + 2 * _POLL_SECONDS, file=self._file, exit=True)
 
@@ -119,14 +123,14 @@ class Watchdog:
         while not self._stopped.wait(min(_POLL_SECONDS, self._seconds / 4)):
             if time.monotonic() <= self._deadline:
                 continue
-            message = f"hung in {self._what}: no progress within guards.hang_seconds; the stacks of its threads follow"
+            message = f"hung in {self.doing}: no progress within guards.hang_seconds; the stacks of its threads follow"
             log.error("%s", message)
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()
             try:
                 self._on_hang(message.partition(";")[0])
             finally:
-                os._exit(_EXIT_HUNG)
+                os._exit(EXIT_CRASHED)
 
 
 class SkippedSteps:

@@ -3,6 +3,8 @@
 Usage: probe_train.py RECIPE [--set KEY=VALUE ...] --marks DIRECTORY --fault NAME:RANK:STEP ...
 
     kill     SIGKILL in the midst of optimizer step STEP, after its backward
+    once     the same, but only if nothing was killed before
+    crash    an exception there
     again    SIGKILL there, but not before the run has gone back and takes the step again
     pause    the rank waits there for the file `go`, having made the file `paused`; when it is told to stop, `told`
     nan      one gradient is not a number, in step STEP
@@ -98,6 +100,11 @@ def pause(trainer: Trainer, marks: Path) -> None:
         time.sleep(0.02)
 
 
+def crash(trainer: Trainer, marks: Path) -> None:
+    """A defect of ours."""
+    raise ZeroDivisionError("made by the test")
+
+
 def flip_bit(trainer: Trainer, marks: Path) -> None:
     """The lowest bit of one weight."""
     weight = next(iter(trainer.engine.module.parameters()))
@@ -106,7 +113,9 @@ def flip_bit(trainer: Trainer, marks: Path) -> None:
 
 IN_STEP: dict[str, Callable[[Trainer, Path], None]] = {
     "kill": lambda trainer, marks: die(marks),
+    "once": lambda trainer, marks: None if (marks / "killed").exists() else die(marks),
     "again": lambda trainer, marks: die(marks),
+    "crash": crash,
     "pause": pause,
     "flip": flip_bit,
     "nan": lambda trainer, marks: None,  # happens to a gradient, before

@@ -11,297 +11,35 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 import torch
 
 from codeparrot_ds.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, CheckpointError
-from codeparrot_ds.files import digest_bytes, digest_file, read_json, write_json
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.run_directory import MANIFEST, RunDirectory
+from codeparrot_ds.files import digest_file, read_json, write_json
+from codeparrot_ds.run_directory import MANIFEST
 from codeparrot_ds.shards.inspect import describe_sequences
-from codeparrot_ds.shards.order import leave_out
-from codeparrot_ds.shards.sequences import Dataset, batch_digest
-from codeparrot_ds.training.ranks import LAUNCHER
+from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
-from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run, recipe_on, save_recipe
+from tests.conftest import Launched, read_run
+from tests.faults.jobs import (
+    END_SECONDS,
+    STEPS,
+    NewRun,
+    Run,
+    Undisturbed,
+    batches,
+    expect_finished,
+    name_of,
+    side_by_side,
+    state_of,
+    until,
+)
 
 pytestmark = pytest.mark.slow
-
-PROBE = Path(__file__).with_name("probe_train.py")
-MODULE = ("--module", "codeparrot_ds.train")
-JOB = "CODEPARROT_TEST_JOB"  # in the environment of a job's processes
-TOKEN = "hf_" + "uVwXyZaBcDeFgHiJkLmNoPqRsTuVwXyZaB"  # of no account
-END_SECONDS = 180  # of a job, on a busy machine
-GONE_SECONDS = 5  # within which all processes of a job that has ended are gone
-STEPS = 6
-
-
-class Job:
-    """A `deepspeed` command under way: the runner, the launcher below it, and the ranks."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, marks: Path) -> None:
-        self.process, self._log, self._marks = process, log, marks
-
-    def family(self) -> list[psutil.Process]:
-        """Its living processes, orphans too: they have inherited its environment."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(JOB) == str(self._log):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
-
-    def _one(self, word: str) -> psutil.Process:
-        found = [process for process in self.family() if word in process.cmdline()]
-        assert len(found) == 1, self.output()
-        return found[0]
-
-    def rank(self, number: int) -> psutil.Process:
-        """One of the ranks."""
-        return self._one(f"--local_rank={number}")
-
-    def launcher(self) -> psutil.Process:
-        """What `deepspeed` starts on each host, and what starts the ranks."""
-        return self._one(LAUNCHER)
-
-    def mark(self, name: str) -> str:
-        """What the probe has left under this name."""
-        return (self._marks / name).read_text()
-
-    def wait_for(self, name: str) -> None:
-        """Until the probe has left this: `paused`, `told`."""
-        assert until(lambda: (self._marks / name).exists() or self.process.poll() is not None, END_SECONDS)
-        assert self.process.poll() is None, self.output()
-
-    def unpause(self) -> None:
-        """Let it go on."""
-        (self._marks / "go").touch()
-
-    def output(self) -> str:
-        """What it has said so far."""
-        return self._log.read_text()
-
-    def end(self) -> Launched:
-        """Wait for its end, after which no process of it lives."""
-        assert until(lambda: self.process.poll() is not None, END_SECONDS), f"{self.family()} hang\n{self.output()}"
-        code = self.process.wait()
-        assert until(lambda: not self.family(), GONE_SECONDS), f"{self.family()} live on\n{self.output()}"
-        assert TOKEN not in self.output()
-        return Launched(code, self.output())
-
-
-def until(condition: Callable[[], Any], seconds: float) -> bool:
-    """Wait for it; whether it came."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-class Run:
-    """A run and the jobs that train it."""
-
-    def __init__(self, command: DeepspeedCommand, recipe: Path, settings: Sequence[str]) -> None:
-        self._command, self._recipe = command, recipe
-        self._settings = [part for setting in settings for part in ("--set", setting)]
-        self._jobs: list[Job] = []
-        self.recipe = load_recipe(recipe, settings)
-        self.directory = RunDirectory(self.recipe.run_directory)
-
-    def start(self, *faults: str, options: Sequence[str] = ()) -> Job:
-        """Start a job, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
-        earlier = list(self._recipe.parent.glob(f"{self._recipe.stem}-*.log"))  # of a Run with other settings, too
-        log = self._recipe.with_name(f"{self._recipe.stem}-{len(earlier)}.log")
-        marks = log.with_suffix(".marks")
-        marks.mkdir()
-        program: list[str | Path] = [PROBE] if faults else [*MODULE]
-        arguments = [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
-        command, environment = self._command(
-            *program,
-            self._recipe,
-            *self._settings,
-            *options,
-            *(arguments if faults else ()),
-            env={"HF_TOKEN": TOKEN, JOB: str(log)},
-        )
-        with open(log, "wb") as file:
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
-        self._jobs.append(Job(process, log, marks))
-        return self._jobs[-1]
-
-    def launch(self, *faults: str, options: Sequence[str] = ()) -> Launched:
-        """Start a job and wait for its end."""
-        return self.start(*faults, options=options).end()
-
-    def checkpoints(self) -> tuple[str | None, list[str]]:
-        """What `latest` names, and the complete checkpoints; the newest, and the one named, are undamaged."""
-        published = self.directory.checkpoint_directories()
-        latest = self.directory.checkpoints / "latest"
-        pointer = latest.read_text() if latest.exists() else None
-        if published:
-            self.directory.newest_checkpoint().verify()
-        if pointer is not None:
-            assert self.directory.checkpoints / pointer in published
-        return pointer, [path.name for path in published]
-
-    def newest(self) -> int:
-        """Step of the newest complete checkpoint, undamaged; 0 where there is none."""
-        _, published = self.checkpoints()
-        return int(published[-1].removeprefix("step-")) if published else 0
-
-    def status(self) -> dict[str, Any]:
-        """The status file."""
-        return self.directory.read_status()
-
-    def log(self, rank: int) -> str:
-        """A rank's log file."""
-        return self.directory.log(rank).read_text()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of the training steps."""
-        return [row for row in read_run(self.directory.path).rows if row["kind"] == "train"]
-
-    def incidents(self) -> dict[int, tuple[str, list[dict[str, Any]]]]:
-        """Reason and samples of what is listed, by step."""
-        lines = map(json.loads, self.directory.incidents.read_text().splitlines())
-        return {line["step"]: (line["reason"], line["samples"]) for line in lines}
-
-    def end(self) -> None:
-        """Leave no process behind, whatever has failed."""
-        for job in self._jobs:
-            for process in job.family():
-                process.kill()
-            job.process.wait(10)
-
-
-NewRun = Callable[..., Run]
-
-
-@pytest.fixture
-def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> Iterator[NewRun]:
-    """Make a run of the tiny recipe: `new_run(name, stage, "key=value", ...)`."""
-    made = []
-
-    def make(name: str, stage: int, *settings: str, runs: Path = tmp_path) -> Run:
-        body = {**recipe_on(data, runs), "name": name}
-        body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
-        if stage == 0:  # none of the JSONs shipped
-            write_json(tmp_path / "zero0.json", {"zero_optimization": {"stage": 0}})
-            body["engine"]["deepspeed"] = str(tmp_path / "zero0.json")
-        # Beside the logs and marks of its jobs, which are not on a disk that may be small.
-        made.append(Run(deepspeed_command, save_recipe(body, tmp_path / f"{name}.yaml"), settings))
-        return made[-1]
-
-    yield make
-    for run in made:
-        run.end()
-    for run in made:
-        assert without_token(run.directory.path)
-
-
-def side_by_side(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
-    """Map, a few at once: a launch does little but import, much of it on one core. Raises all that went wrong."""
-    with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(function, argument) for argument in arguments]
-    if errors := [error for future in futures if (error := future.exception())]:
-        raise errors[0] if len(errors) == 1 else BaseExceptionGroup(f"{len(errors)} of {len(futures)}", errors)
-    return [future.result() for future in futures]
-
-
-def without_token(path: Path) -> bool:
-    """Whether no file below `path` holds the token."""
-    return not any(TOKEN.encode() in file.read_bytes() for file in path.rglob("*") if file.is_file())
-
-
-def state_of(run: RunDirectory) -> dict[str, str]:
-    """Digests of the newest checkpoint's weights and of both moments, by parameter."""
-    held = ZeroCheckpoint(run.newest_checkpoint())
-    return {
-        f"{what} of {name}": digest_bytes(held.read(name, what).contiguous().numpy().data)
-        for name in held.shapes
-        for what in (FP32, *MOMENTS)
-    }
-
-
-@dataclass
-class Undisturbed:
-    """A run without faults."""
-
-    trained: Trained
-    state: dict[str, str]
-
-
-def batches(recipe: Recipe, left_out: Sequence[tuple[int, int]] = ()) -> list[str]:
-    """Digests of the batches that a run is to be fed, each sample once."""
-    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    places = leave_out(np.arange(recipe.schedule.last_step * recipe.batch.global_batch_size), left_out)
-    numbers = data.order(recipe.seed).at(places).reshape(recipe.schedule.last_step, -1)
-    assert len(np.unique(numbers)) == numbers.size
-    return [f"{batch_digest(data.train.batch(of_step)):016x}" for of_step in numbers]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    baseline: Trained, deepspeed_command: DeepspeedCommand, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Undisturbed]:
-    """By ZeRO stage. Those of stages 1 and 2 have a checkpoint of each step."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-
-    def train(stage: int) -> Trained:
-        body = {**recipe_on(data, directory), "name": f"stage{stage}"}
-        body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
-        settings = ["checkpoints.every_steps=1", f"checkpoints.keep_last={STEPS}"]
-        run = Run(deepspeed_command, save_recipe(body, directory / f"stage{stage}.yaml"), settings)
-        try:
-            done = run.launch()
-            assert done.returncode == 0, done.output
-        finally:
-            run.end()
-        return read_run(run.directory.path)
-
-    trained = {3: baseline, **dict(zip((1, 2), side_by_side(train, (1, 2)), strict=True))}
-    for each in trained.values():
-        assert each.digests() == batches(load_recipe(each.run.recipe))
-    return {stage: Undisturbed(each, state_of(each.run)) for stage, each in trained.items()}
-
-
-def expect_as_undisturbed(run: Run, undisturbed: Undisturbed) -> None:
-    """I0: every step has been taken once, with the same samples, to the same losses, weights and moments."""
-    found, expected = read_run(run.directory.path), undisturbed.trained
-    assert [row["step"] for row in run.rows()] == list(range(STEPS))
-    assert found.digests() == expected.digests()
-    assert found.losses() == expected.losses()
-    assert found.valid_losses() == expected.valid_losses()
-    status = run.status()
-    assert (status["state"], status["step"]) == ("finished", STEPS)
-    assert run.newest() == STEPS
-    state = state_of(run.directory)
-    assert [name for name in state if state[name] != undisturbed.state[name]] == []
-
-
-def expect_finished(run: Run, undisturbed: Undisturbed) -> Launched:
-    """The same command again, without faults, ends the run as if there had been none."""
-    done = run.launch()
-    assert done.returncode == 0, done.output
-    expect_as_undisturbed(run, undisturbed)
-    return done
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
-
 
 # While a checkpoint is saved
 

@@ -18,6 +18,7 @@ LAYERS = [
     ["files"],
     ["storage"],
     ["jobs"],
+    ["lifeline"],
     ["recipe"],
     ["run_directory"],
     ["corpus"],

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from codeparrot_ds.errors import TrainingError
+from codeparrot_ds.lifeline import Lifeline
 from codeparrot_ds.training.guards import SkippedSteps, SpikeDetector, StopRequests, replicas_differ
 from codeparrot_ds.training.ranks import Ranks
 
@@ -58,7 +59,7 @@ def test_the_steep_first_steps_are_no_spike() -> None:
 def test_a_signal_asks_for_a_stop(tmp_path: Path, alone: Ranks, number: signal.Signals) -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        requests = StopRequests(tmp_path / "stop", alone)
+        requests = StopRequests(tmp_path / "stop", alone, Lifeline(None, 0))
         requests.begin_exchange()
         assert requests.finish_exchange() == (False, False)
         os.kill(os.getpid(), number)
@@ -74,11 +75,11 @@ def test_a_stop_file_asks_once_and_not_again_at_the_next_start(tmp_path: Path, a
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         stop_file = tmp_path / "stop"
-        requests = StopRequests(stop_file, alone)
+        requests = StopRequests(stop_file, alone, Lifeline(None, 0))
         stop_file.touch()
         requests.begin_exchange()
         assert requests.finish_exchange() == (True, False)
-        again = StopRequests(stop_file, alone)
+        again = StopRequests(stop_file, alone, Lifeline(None, 0))
         again.begin_exchange()
         assert again.finish_exchange() == (False, False)
     finally:
