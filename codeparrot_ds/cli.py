@@ -298,14 +298,21 @@ def launch(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    min_hosts: Annotated[int | None, typer.Option(help="Go on with so few when hosts are lost.", min=1)] = None,
+    spare_hosts: Annotated[int, typer.Option(help="So many, the last of the file, replace others.", min=0)] = 0,
+    regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
+    address: Annotated[str | None, typer.Option(help="Of this machine, as the hosts reach it.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Of the first host, as the others reach it.")] = None,
     max_restarts: Annotated[int, typer.Option(help="In a row without a new checkpoint.", min=0)] = 3,
     restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
 ) -> None:
     """Train with deepspeed, whose command is printed, and start again from the newest checkpoint after a crash."""
     from codeparrot_ds.cluster.launch import launch as run
+    from codeparrot_ds.cluster.place import Hosts
     from codeparrot_ds.cluster.supervise import Restarts
 
-    raise typer.Exit(run(recipe, hostfile, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
+    hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr) if hostfile else None
+    raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
 
 
 @app.command("status")

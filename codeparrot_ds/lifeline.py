@@ -4,7 +4,7 @@ Every rank connects to the supervisor and says who it is, what it does, and in t
 closes when it dies; when its host or the network between has died, the kernel's keep-alive closes it. The same holds
 the other way round: a rank that loses its supervisor ends at once, so no rank of a job outlives the job anywhere.
 
-Each message is a line of JSON. A rank says {"job", "rank", "host", "pid"}, then {"doing"} as it changes, and
+Each message is a line of JSON. A rank says {"job", "rank", "node", "host", "pid"}, then {"doing"} as it changes, and
 {"end": exit code, "error"}. The supervisor says {"stop": reason}: save a checkpoint and end; or it just closes.
 """
 
@@ -104,7 +104,8 @@ class Lifeline:
             ) from None
         self._connection.settimeout(None)
         keep_alive(self._connection)
-        self._say({"job": supervisor.job, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
+        node = int(os.environ.get("CROSS_RANK", "0"))  # deepspeed's: the place of this host in the hostfile
+        self._say({"job": supervisor.job, "rank": rank, "node": node, "host": socket.gethostname(), "pid": os.getpid()})
         threading.Thread(target=self._listen, daemon=True, name="lifeline").start()
 
     def report(self, doing: Callable[[], str]) -> None:

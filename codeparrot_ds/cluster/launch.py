@@ -6,95 +6,116 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from codeparrot_ds.cluster.hostfile import read_hostfile
+from codeparrot_ds.cluster.place import Hosts, ManyHosts, ThisMachine
 from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop, sleep_unless
-from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.errors import EXIT_CRASHED, ClusterError, ConfigError
 from codeparrot_ds.files import exclusive_lock, make_directory
 from codeparrot_ds.jobs import say
-from codeparrot_ds.recipe import Batch, load_recipe
+from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory, step_of
 
-_DEEPSPEED_PORT = 29500  # its default `--master_port`
-_CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
 _LOCK_SECONDS = 30.0  # within which ranks of a supervisor that was killed have ended
 
 
 def launch(
-    recipe: Path, hostfile: Path | None, ranks: int | None, overrides: Sequence[str], restarts: Restarts | None = None
+    recipe: Path, hosts: Hosts | None, ranks: int | None, overrides: Sequence[str], restarts: Restarts | None = None
 ) -> int:
     """Train `recipe` with deepspeed, starting again from the newest checkpoint when a rank dies; return the exit code.
 
     Raises ConfigError or ClusterError for what is wrong before anything starts, as when another process trains it.
     """
     loaded = load_recipe(recipe, overrides)
-    environment = dict(os.environ)
-    if hostfile is not None:
-        read_hostfile(hostfile)
-        if ranks is not None:
-            raise ConfigError("--ranks counts processes on this machine; with --hostfile its slots decide.")
-    elif (gpus := _count_gpus()) == 0:
-        ranks = ranks or _CPU_RANKS
-        environment["DS_ACCELERATOR"] = "cpu"
-    else:
-        ranks = ranks or _most_ranks(loaded.batch, gpus)
+    if hosts is not None and ranks is not None:
+        raise ConfigError("--ranks counts processes on this machine; with --hostfile its slots decide.")
     run = RunDirectory(loaded.run_directory)
+    place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded.batch, run)
     make_directory(run.path)
     busy = f"{run.path}: another `codeparrot-ds launch` sees to this run. Stop it, or use --set name=…"
     with exclusive_lock(run.path / ".launch.lock", busy), Stop() as stop:
-        command = deepspeed_command(recipe, hostfile, ranks, overrides)
-        accelerator = "DS_ACCELERATOR=cpu " if environment.get("DS_ACCELERATOR") == "cpu" else ""
-        say(f"$ {accelerator}{shlex.join(command)}")
-        in_a_row = 0
+        return _Job(recipe, overrides, run, place, restarts or Restarts()).run(stop)
+
+
+@dataclass
+class _Job:
+    """The attempts to train one run."""
+
+    recipe: Path
+    overrides: Sequence[str]
+    directory: RunDirectory
+    place: "ThisMachine | ManyHosts"
+    restarts: Restarts
+    in_a_row: int = 0  # attempts without a new checkpoint
+    number: int = 0
+
+    def run(self, stop: Stop) -> int:
+        """Try until it is done, or not worth it; returns the exit code."""
         while True:
-            _wait_for_old_ranks(run, stop)
-            began, began_at = time.time(), _newest_step(run)
-            attempt = Attempt("127.0.0.1", _kill_here)
-            outcome = attempt.run([*command, "--supervisor", str(attempt.supervisor)], environment, stop, lambda: "")
-            reached = _newest_step(run)
-            _note(run, outcome, began, began_at, reached)
-            in_a_row = 1 if reached > began_at else in_a_row + 1
-            again = _restart(outcome, in_a_row, restarts or Restarts(), reached, run)
-            if again is None:
+            _wait_for_old_ranks(self.directory, stop)
+            began, began_at = time.time(), _newest_step(self.directory)
+            outcome, hosts = self._attempt(stop)
+            reached = _newest_step(self.directory)
+            self._note(outcome, hosts, began, began_at, reached)
+            self.in_a_row = 1 if reached > began_at else self.in_a_row + 1
+            if outcome.state == "regrow":
+                continue
+            delay = self._delay_seconds(outcome, reached)
+            if delay is None:
                 return outcome.code
-            sleep_unless(stop, again)
+            self.place.lost(outcome.host, self.in_a_row)
+            sleep_unless(stop, delay)
             if stop.count:
                 return 128 + signal.SIGINT
 
+    def _attempt(self, stop: Stop) -> tuple[Outcome, Sequence[str]]:
+        self.number += 1
+        try:
+            start = self.place.prepare(self.number)
+        except ClusterError as error:
+            if self.number == 1:
+                raise
+            return Outcome("failed", str(error), EXIT_CRASHED), []
+        command = deepspeed_command(self.recipe, start.options, self.overrides)
+        shown = [f"{key}={value}" for key, value in start.extra.items()]
+        say(f"$ {shlex.join([*shown, *command])}")
+        attempt = Attempt(start.address, start.hosts, start.kill)
+        supervised = [*command, "--supervisor", str(attempt.supervisor)]
+        return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.give_up), start.hosts
 
-def _restart(outcome: Outcome, in_a_row: int, restarts: Restarts, reached: int, run: RunDirectory) -> float | None:
-    """Seconds to wait before the next attempt, or None when there is to be none; says which, and why."""
-    if outcome.state != "failed":
-        return None
-    where = f" ({outcome.doing})" if outcome.doing else ""
-    kept = f"Checkpoints up to step {reached} are kept." if reached else "There is no checkpoint yet."
-    if in_a_row > restarts.most:
-        say(
-            f"error: {outcome.reason}{where}. Started again {restarts.most} times without a new checkpoint, so this "
-            f"will not mend itself. {kept} Look at the end of {run.logs}/, mend it, and run the same command again."
-        )
-        return None
-    delay = restarts.delay_seconds(in_a_row)
-    say(f"{outcome.reason}{where}. {kept} Starting again in {delay:.0f} s ({in_a_row} of {restarts.most}).")
-    return delay
+    def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:
+        """How long to wait before the next attempt, or None when there is to be none; says which, and why."""
+        if outcome.state != "failed":
+            return None
+        where = f" ({outcome.doing})" if outcome.doing else ""
+        kept = f"Checkpoints up to step {reached} are kept." if reached else "There is no checkpoint yet."
+        if self.in_a_row > self.restarts.most:
+            say(
+                f"error: {outcome.reason}{where}. Started again {self.restarts.most} times without a new checkpoint, "
+                f"so this will not mend itself. {kept} Look at the end of {self.directory.logs}/, mend it, and run the "
+                "same command again."
+            )
+            return None
+        delay = self.restarts.delay_seconds(self.in_a_row)
+        count = f"{self.in_a_row} of {self.restarts.most}"
+        say(f"{outcome.reason}{where}. {kept} Starting again in {delay:.0f} s ({count}).")
+        return delay
+
+    def _note(self, outcome: Outcome, hosts: Sequence[str], began: float, began_at: int, reached: int) -> None:
+        """Keep for `codeparrot-ds status` what became of an attempt."""
+        facts = {"began": began, "seconds": time.time() - began, "from_step": began_at, "to_step": reached}
+        # On a full disk, the ranks have told of it.
+        with contextlib.suppress(OSError), open(self.directory.launches, "a") as file:
+            file.write(json.dumps({**facts, "hosts": list(hosts), **vars(outcome)}) + "\n")
 
 
 def _newest_step(run: RunDirectory) -> int:
     found = run.checkpoint_directories()
     return step_of(found[-1]) if found else 0
-
-
-def _note(run: RunDirectory, outcome: Outcome, began: float, began_at: int, reached: int) -> None:
-    """Keep for `codeparrot-ds status` what became of an attempt."""
-    line = {"began": began, "seconds": time.time() - began, "from_step": began_at, "to_step": reached, **vars(outcome)}
-    # On a full disk, the ranks have told of it.
-    with contextlib.suppress(OSError), open(run.launches, "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _wait_for_old_ranks(run: RunDirectory, stop: Stop) -> None:
@@ -111,56 +132,9 @@ def _wait_for_old_ranks(run: RunDirectory, stop: Stop) -> None:
         time.sleep(0.5)
 
 
-def _kill_here(host: str, pids: Sequence[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _most_ranks(batch: Batch, gpus: int) -> int:
-    """The largest number of GPUs to which the recipe's batch can be dealt."""
-    for ranks in range(gpus, 1, -1):
-        try:
-            batch.micro_batch_and_accumulation(ranks)
-        except ConfigError:
-            continue
-        return ranks
-    return 1
-
-
-def _port_options() -> list[str]:
-    """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
-    for port in (_DEEPSPEED_PORT, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            found = probe.getsockname()[1]
-            return [] if found == _DEEPSPEED_PORT else ["--master_port", str(found)]
-    return []
-
-
-def _count_gpus() -> int:
-    """GPUs that torch can use here; 0 when the user asks for the CPU."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def deepspeed_command(recipe: Path, hostfile: Path | None, ranks: int | None, overrides: Sequence[str]) -> list[str]:
+def deepspeed_command(recipe: Path, options: Sequence[str | Path], overrides: Sequence[str]) -> list[str]:
     """The command that a user could type."""
-    command = [_find_deepspeed(), "--quiet"]
-    if hostfile is None:
-        command += _port_options()
-    else:
-        command += ["--hostfile", str(hostfile)]
-    if ranks is not None:
-        command += ["--num_gpus", str(ranks)]
-    command += ["--module", "codeparrot_ds.train", str(recipe)]
+    command = [_find_deepspeed(), "--quiet", *map(str, options), "--module", "codeparrot_ds.train", str(recipe)]
     return command + [part for override in overrides for part in ("--set", override)]
 
 

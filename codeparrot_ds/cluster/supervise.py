@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -49,10 +49,10 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        state: "finished"; "preempted": saved and stopped, as asked; "refused": by something that a user must mend,
-            and a rank has said what; "failed": starting again may help.
+        state: "finished"; "preempted": saved and stopped, as asked; "regrow": the same, as this process asked;
+            "refused": by something that a user must mend, and a rank has said what; "failed": starting again may help.
         reason: one line.
-        host: where it began, as that host calls itself, or None.
+        host: where it began, as the hostfile names it, or None.
         doing: what the ranks were doing.
         code: exit code for the caller.
     """
@@ -89,11 +89,12 @@ class Attempt:
 
     Args:
         address: of this machine, as the ranks' hosts reach it.
+        hosts: where the ranks run, in the order in which deepspeed numbers them.
         kill: ends processes on a host by id, for ranks that no longer listen.
     """
 
-    def __init__(self, address: str, kill: Callable[[str, list[int]], None]) -> None:
-        self._kill = kill
+    def __init__(self, address: str, hosts: Sequence[str], kill: Callable[[str, list[int]], None]) -> None:
+        self._hosts, self._kill = hosts, kill
         self._listener = socket.create_server((address if address == "127.0.0.1" else "", 0))
         self._listener.setblocking(False)
         self.supervisor = Supervisor(address, self._listener.getsockname()[1], secrets.token_hex(8))
@@ -120,7 +121,10 @@ class Attempt:
             self._watch(process, stop, give_up)
         finally:
             self._end(process)
-        return self._outcome(process.returncode, stop)
+        outcome = self._outcome(process.returncode, stop)
+        # Not asked from outside: it is to go on elsewhere.
+        ours = outcome.state == "preempted" and self._told and not stop.count
+        return replace(outcome, state="regrow") if ours else outcome
 
     def _watch(self, process: "subprocess.Popen[bytes]", stop: Stop, give_up: Callable[[], str]) -> None:
         failed_at = None
@@ -156,7 +160,7 @@ class Attempt:
                     self._hear(rank, message)
             except BlockingIOError:
                 continue
-            except (OSError, ValueError):
+            except (OSError, ValueError, LookupError, TypeError):
                 data = b""
             if not data:
                 self._selector.unregister(rank.connection)
@@ -170,7 +174,9 @@ class Attempt:
         if rank.number is None:
             if message.get("job") != self.supervisor.job:
                 raise ValueError("of another job")
-            rank.number, rank.host, rank.pid = int(message["rank"]), str(message["host"]), int(message["pid"])
+            rank.number, rank.pid = int(message["rank"]), int(message["pid"])
+            node = int(message["node"])
+            rank.host = self._hosts[node] if 0 <= node < len(self._hosts) else str(message["host"])
             self._ranks.append(rank)
             if self._told:
                 self._tell(rank)

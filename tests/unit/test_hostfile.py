@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.cluster.hostfile import check_launch_command, read_hostfile
-from codeparrot_ds.cluster.launch import _most_ranks, deepspeed_command
+from codeparrot_ds.cluster.launch import deepspeed_command
+from codeparrot_ds.cluster.place import most_ranks
 from codeparrot_ds.errors import ClusterError
 from codeparrot_ds.recipe import Batch
 from tests.conftest import ROOT
@@ -50,11 +51,9 @@ def test_a_hostfile_that_the_launch_command_names_must_exist(tmp_path: Path) -> 
 
 def test_launch_takes_as_many_gpus_as_the_batch_can_be_dealt_to() -> None:
     batch = Batch(global_batch_size=192, micro_batch_size=12)  # 16 micro-batches
-    assert [_most_ranks(batch, gpus) for gpus in (1, 2, 3, 6, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 16]
+    assert [most_ranks(batch, gpus) for gpus in (1, 2, 3, 6, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 16]
 
 
-def test_the_command_that_launch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codeparrot_ds.cluster.launch._port_options", list)
-    command = deepspeed_command(Path("r.yaml"), Path("hosts"), None, ["a.b=1"])
+def test_the_command_that_launch_runs() -> None:
+    command = deepspeed_command(Path("r.yaml"), ["--hostfile", Path("hosts")], ["a.b=1"])
     assert " ".join(command[1:]) == "--quiet --hostfile hosts --module codeparrot_ds.train r.yaml --set a.b=1"
-    assert deepspeed_command(Path("r.yaml"), None, 2, [])[2:4] == ["--num_gpus", "2"]

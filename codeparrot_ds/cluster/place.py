@@ -1,0 +1,250 @@
+"""Where an attempt to train runs: this machine, or those hosts of a hostfile that answer."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codeparrot_ds.cluster.hostfile import read_hostfile
+from codeparrot_ds.cluster.ssh import find_unreachable, kill_on
+from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.files import write_atomically
+from codeparrot_ds.jobs import say
+from codeparrot_ds.recipe import Batch
+from codeparrot_ds.run_directory import RunDirectory
+
+_DEEPSPEED_PORT = 29500  # its default `--master_port`
+_CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
+# What ranks on other hosts need of this environment. Never a secret: the values stand on command lines there.
+_FORWARDED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|TMPDIR|CUDA_HOME|(DS|GLOO|OMP|TORCH|HF|NCCL|FI|UCX|WANDB|TENSORBOARD|CODEPARROT)_\w+)"
+)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where to train, and what to do when a host is lost.
+
+    Attributes:
+        hostfile: hosts and slots.
+        min_hosts: go on with so few, when no more are left; by default all that are not spare.
+        spare_hosts: so many, the last of the file, only take the place of others.
+        regrow_seconds: how often to look whether lost hosts are back; then the job saves and starts again on more.
+        address: of this machine, as the hosts reach it; found out by default.
+        master_addr: of the first host, as the others reach it; its name, resolved here, by default.
+    """
+
+    hostfile: Path
+    min_hosts: int | None = None
+    spare_hosts: int = 0
+    regrow_seconds: float = 300.0
+    address: str | None = None
+    master_addr: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an attempt needs to know of where it runs: deepspeed's options, what to add to its environment, …"""
+
+    options: Sequence[str | Path]
+    extra: Mapping[str, str]
+    address: str
+    hosts: Sequence[str]
+    give_up: Callable[[], str]
+    kill: Callable[[str, Iterable[int]], None]
+
+
+class ThisMachine:
+    """As many ranks as there are GPUs here, or as asked for."""
+
+    def __init__(self, ranks: int | None, batch: Batch) -> None:
+        gpus = _count_gpus()
+        self._extra = {} if gpus else {"DS_ACCELERATOR": "cpu"}
+        self._ranks = ranks or (most_ranks(batch, gpus) if gpus else _CPU_RANKS)
+
+    def prepare(self, number: int) -> Start:
+        """What the attempt with this number needs."""
+        options = [*_port_options(), "--num_gpus", str(self._ranks)]
+        return Start(options, self._extra, "127.0.0.1", [socket.gethostname()], lambda: "", _kill_here)
+
+    def lost(self, host: str | None, in_a_row: int) -> None:
+        """There is no other machine to go to."""
+
+
+def _kill_here(host: str, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class ManyHosts:
+    """Hosts of a hostfile: those that answer now are used, spare ones in the place of others."""
+
+    def __init__(self, hosts: Hosts, batch: Batch, run: RunDirectory) -> None:
+        self._hosts, self._batch, self._run = hosts, batch, run
+        self._slots = read_hostfile(hosts.hostfile)
+        self._wanted = len(self._slots) - hosts.spare_hosts
+        self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
+        if not 1 <= self._fewest <= self._wanted:
+            raise ConfigError(
+                f"{hosts.hostfile}: {len(self._slots)} hosts, {hosts.spare_hosts} of them spare, at least "
+                f"{self._fewest} wanted. Give --min-hosts of at least 1, and fewer --spare-hosts than there are hosts."
+            )
+        self._suspect = ""
+
+    def prepare(self, number: int) -> Start:
+        """What the attempt with this number needs. Raises ClusterError when too few hosts answer."""
+        unreachable = find_unreachable(self._slots)
+        active = self._choose(unreachable)
+        hostfile, variables = self._run.path / "hostfile", self._run.path / "environment"
+        write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
+        write_atomically(variables, "".join(f"{key}={value}\n" for key, value in forwarded(os.environ).items()))
+        options: list[str | Path] = ["--hostfile", hostfile, "--force_multi", "--no_ssh_check"]
+        # Ranks of an attempt before may hold its port for a while.
+        options += ["--master_addr", self._master_address(active), "--master_port", str(_DEEPSPEED_PORT + number % 100)]
+        if len(active) < self._wanted:
+            say(
+                f"training on {len(active)} of {self._wanted} hosts, without "
+                + ", ".join(set(self._slots) - set(active))
+            )
+        regrow = _Regrow(set(unreachable), self._hosts.regrow_seconds) if len(active) < self._wanted else None
+        return Start(
+            options,
+            {"DS_ENV_FILE": str(variables.resolve())},
+            self._hosts.address or _address_towards(active),
+            list(active),
+            (lambda: regrow.found) if regrow else (lambda: ""),
+            kill_on,
+        )
+
+    def lost(self, host: str | None, in_a_row: int) -> None:
+        """A host that was at fault twice in a row is passed over, where others suffice."""
+        self._suspect = host or "" if in_a_row > 1 else ""
+
+    def _choose(self, unreachable: Mapping[str, str]) -> dict[str, int]:
+        """Hosts and slots of the next attempt. Raises ClusterError when too few are left."""
+        good = [host for host in self._slots if host not in unreachable]
+        if self._suspect in good and len(good) > self._fewest:
+            good.remove(self._suspect)
+        active = good[: self._wanted]
+        while len(active) >= self._fewest:
+            try:
+                self._batch.micro_batch_and_accumulation(sum(self._slots[host] for host in active))
+            except ConfigError:
+                active.pop()  # the batch cannot be dealt to so many
+                continue
+            return {host: self._slots[host] for host in active}
+        lost = (
+            "; ".join(f"{host}: {reason}" for host, reason in unreachable.items())
+            or "the batch cannot be dealt to them"
+        )
+        raise ClusterError(
+            f"{self._hosts.hostfile}: {len(good)} of {len(self._slots)} hosts can train, and {self._fewest} are needed "
+            f"({lost}). Mend them, or go on with fewer: --min-hosts."
+        )
+
+    def _master_address(self, active: Mapping[str, int]) -> str:
+        if self._hosts.master_addr:
+            return self._hosts.master_addr
+        first, *others = active
+        found = _resolve(first)
+        # A machine's own name often stands for its loopback address, which means another machine to the others.
+        return _address_towards(others) if found.startswith("127.") and others else found
+
+
+class _Regrow(threading.Thread):
+    """Looks whether hosts that were lost answer again. `found` then says which."""
+
+    def __init__(self, lost: set[str], every_seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.found = ""
+        self._lost, self._seconds = lost, every_seconds
+        self.start()
+
+    def run(self) -> None:
+        """Look now and then, until one is back."""
+        while not self.found and self._lost:
+            time.sleep(self._seconds)
+            if back := self._lost - set(find_unreachable(self._lost)):
+                self.found = f"{', '.join(sorted(back))} answers again"
+
+
+def _resolve(host: str) -> str:
+    """A host's address. Raises ClusterError."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ClusterError(f"{host}: this name has no address here ({error}). Add it to DNS or /etc/hosts.") from None
+
+
+def _address_towards(hosts: Iterable[str]) -> str:
+    """This machine's address on the way to the first of `hosts` that is another machine."""
+    address = "127.0.0.1"
+    for host in hosts:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((_resolve(host), 9))
+            address = str(probe.getsockname()[0])
+        if not address.startswith("127.") and address != _resolve(host):
+            return address
+    return address
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on other hosts get of this environment, quoted for a shell there, and of `.deepspeed_env`.
+
+    DeepSpeed itself hands over next to nothing, and fails on a comment or an empty line in its file.
+    """
+    found = {
+        name: value
+        for name, value in environment.items()
+        if _FORWARDED.fullmatch(name) and not _SECRET.search(name) and "\n" not in value
+    }
+    for directory in (Path.home(), Path.cwd()):
+        file = directory / ".deepspeed_env"
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            name, equals, value = line.strip().partition("=")
+            if equals and not name.startswith("#"):
+                found[name.strip()] = value.strip()
+    return {name: shlex.quote(value) for name, value in found.items()}
+
+
+def most_ranks(batch: Batch, gpus: int) -> int:
+    """The largest number of GPUs to which the recipe's batch can be dealt."""
+    for ranks in range(gpus, 1, -1):
+        try:
+            batch.micro_batch_and_accumulation(ranks)
+        except ConfigError:
+            continue
+        return ranks
+    return 1
+
+
+def _port_options() -> list[str]:
+    """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
+    for port in (_DEEPSPEED_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            found = probe.getsockname()[1]
+            return [] if found == _DEEPSPEED_PORT else ["--master_port", str(found)]
+    return []
+
+
+def _count_gpus() -> int:
+    """GPUs that torch can use here; 0 when the user asks for the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

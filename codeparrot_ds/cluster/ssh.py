@@ -1,0 +1,79 @@
+"""Commands on other hosts, over ssh without a prompt, as pdsh runs them: its PDSH_SSH_ARGS_APPEND counts here too."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+CONNECT_SECONDS = 5
+_MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command on a host gave.
+
+    Attributes:
+        code: its exit code; 255 when ssh itself failed; None when it was not done in time.
+        output: its standard output.
+        errors: its standard error, or ssh's.
+    """
+
+    code: int | None
+    output: str
+    errors: str
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in a line."""
+        if self.code is None:
+            return "no answer in time"
+        lines = [line for line in self.errors.splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"exit code {self.code}"
+
+
+def ssh_command(host: str, *options: str) -> list[str]:
+    """`ssh HOST`, which never asks and gives up soon; what is to run there follows."""
+    appended = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    given = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *appended, *options]
+    return ["ssh", *given, "--", host]
+
+
+def run_on(host: str, command: Sequence[str], timeout: float, stdin: str | None = None) -> Answer:
+    """Run a command on one host, with `stdin` as its input."""
+    try:
+        done = subprocess.run(
+            [*ssh_command(host), shlex.join(command)],
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        return Answer(None, "", said)
+    except FileNotFoundError:
+        return Answer(255, "", "ssh is not installed here")
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float, stdin: str | None = None) -> dict[str, Answer]:
+    """Run a command on each host, at once. What they answered, by host."""
+    with ThreadPoolExecutor(min(_MOST_AT_ONCE, max(1, len(commands)))) as pool:
+        futures = {host: pool.submit(run_on, host, command, timeout, stdin) for host, command in commands.items()}
+    return {host: future.result() for host, future in futures.items()}
+
+
+def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
+    """Hosts on which not even `true` runs, and why."""
+    answers = run_on_all({host: ["true"] for host in hosts}, 2 * CONNECT_SECONDS)
+    return {host: answer.reason for host, answer in answers.items() if answer.code != 0}
+
+
+def kill_on(host: str, pids: Iterable[int]) -> None:
+    """SIGKILL processes of a host, if it answers."""
+    run_on(host, ["kill", "-KILL", *map(str, pids)], 2 * CONNECT_SECONDS)

@@ -1,0 +1,223 @@
+"""Which hosts an attempt uses, what they get of the environment, and what a supervisor hears."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.cluster import place
+from codeparrot_ds.cluster.place import Hosts, ManyHosts, forwarded
+from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
+from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, ClusterError, ConfigError
+from codeparrot_ds.lifeline import Lines, Supervisor
+from codeparrot_ds.recipe import Batch
+from codeparrot_ds.run_directory import RunDirectory
+
+FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
+
+
+@pytest.fixture
+def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What is started on four hosts of two slots, some of them `lost`."""
+    monkeypatch.setattr(place, "_resolve", lambda host: "192.0.2.1")
+    monkeypatch.setattr(place, "_address_towards", lambda hosts: "192.0.2.9")
+    (tmp_path / "hosts").write_text(FOUR)
+
+    def make(lost: Iterable[str] = (), batch: int = 24, **how: Any) -> Any:
+        monkeypatch.setattr(place, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
+        hosts = ManyHosts(Hosts(tmp_path / "hosts", **how), Batch(global_batch_size=batch), RunDirectory(tmp_path))
+        hosts.lost(how.pop("suspect", None), 1)
+        return hosts
+
+    return make
+
+
+def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any], tmp_path: Path) -> None:
+    assert many_hosts(spare_hosts=1).prepare(1).hosts == ["a", "b", "c"]
+    assert many_hosts(["b"], spare_hosts=1).prepare(1).hosts == ["a", "c", "d"]
+    assert (tmp_path / "hostfile").read_text() == "a slots=2\nc slots=2\nd slots=2\n"
+
+
+def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
+    with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
+        many_hosts(["b"]).prepare(1)
+    assert many_hosts(["b"], min_hosts=2).prepare(1).hosts == ["a", "c", "d"]
+    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(1).hosts == ["a", "c"]  # 8 cannot be dealt to six
+    with pytest.raises(ClusterError, match="1 of 4"):
+        many_hosts(["a", "b", "c"], min_hosts=2).prepare(1)
+    with pytest.raises(ConfigError, match="at least 9 wanted"):
+        many_hosts(min_hosts=9)
+
+
+def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[..., Any]) -> None:
+    hosts = many_hosts(min_hosts=3)
+    hosts.lost("b", 1)
+    assert hosts.prepare(2).hosts == ["a", "b", "c", "d"]
+    hosts.lost("b", 2)
+    assert hosts.prepare(3).hosts == ["a", "c", "d"]
+    hosts = many_hosts()  # which needs all
+    hosts.lost("b", 2)
+    assert hosts.prepare(3).hosts == ["a", "b", "c", "d"]
+
+
+def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=INFO\nA = b c\n")
+    found = forwarded(
+        {
+            "PATH": "/bin:/my bin",
+            "HF_HOME": "/data/$hf",
+            "HF_TOKEN": "hf_x",
+            "WANDB_API_KEY": "x",
+            "WANDB_PROJECT": "p",
+            "EDITOR": "vi",
+            "DS_TWO": "1\n2",
+        }
+    )
+    assert found == {
+        "PATH": "'/bin:/my bin'",
+        "HF_HOME": "'/data/$hf'",
+        "WANDB_PROJECT": "p",
+        "NCCL_DEBUG": "INFO",
+        "A": "'b c'",
+    }
+
+
+def test_restarts_wait_longer_and_longer() -> None:
+    restarts = Restarts(9, 5.0)
+    assert [restarts.delay_seconds(number) for number in range(1, 9)] == [0, 5, 10, 20, 40, 80, 160, 300]
+
+
+def test_the_address_of_a_supervisor() -> None:
+    assert Supervisor.parse("192.0.2.1:80/ab") == Supervisor("192.0.2.1", 80, "ab")
+    assert str(Supervisor.parse("h:1/ab")) == "h:1/ab"
+    for bad in ("h:1", "h/ab", ":1/ab", "h:x/ab", "h:1/"):
+        with pytest.raises(ValueError):
+            Supervisor.parse(bad)
+
+
+def test_messages_come_in_any_pieces() -> None:
+    text = b'{"a": 1}\n{"b": "\xc3\xa9"}\n'
+    for size in (1, 3, len(text)):
+        lines = Lines()
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert [message for piece in pieces for message in lines.feed(piece)] == [{"a": 1}, {"b": "é"}]
+    for bad in (b"[1]\n", b"x\n", b"y" * 100_000):
+        with pytest.raises(ValueError):
+            list(Lines().feed(bad))
+
+
+# An attempt whose ranks are threads of this test
+
+
+def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = None) -> tuple[Outcome, float]:
+    """How an attempt ends, and its seconds, whose command only waits until its ranks have ended."""
+    watched = Attempt("127.0.0.1", hosts or ["a", "b"], lambda host, pids: None)
+    thread = threading.Thread(target=scenario, args=(watched.supervisor,))
+    command = [sys.executable, "-c", "import time; time.sleep(3)"]
+    thread.start()
+    started = time.monotonic()
+    with Stop() as stop:
+        outcome = watched.run(command, dict(os.environ), stop, lambda: "")
+    thread.join()
+    return outcome, time.monotonic() - started
+
+
+def rank(supervisor: Supervisor, number: int, **more: Any) -> socket.socket:
+    """A rank that has said who it is."""
+    connection = socket.create_connection((supervisor.host, supervisor.port))
+    hello = {"job": supervisor.job, "rank": number, "node": number, "host": "me", "pid": 1 << 22, **more}
+    connection.sendall(json.dumps(hello).encode() + b"\n")
+    return connection
+
+
+def ends(connection: socket.socket, code: int, error: str = "") -> None:
+    """It ends by itself."""
+    connection.sendall(json.dumps({"end": code, "error": error}).encode() + b"\n")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("codes", "state", "code", "reason"),
+    [
+        ([0, 0], "finished", 0, "trained to its last step"),
+        ([EXIT_PREEMPTED, EXIT_PREEMPTED], "preempted", EXIT_PREEMPTED, "asked to stop"),
+        ([EXIT_USER_ERROR, EXIT_USER_ERROR], "refused", EXIT_USER_ERROR, "rank 0 on a: because"),
+        ([EXIT_CRASHED, EXIT_CRASHED], "failed", EXIT_CRASHED, "rank 0 on a because"),
+    ],
+)
+def test_what_ranks_say_is_what_happened(codes: list[int], state: str, code: int, reason: str) -> None:
+    def scenario(supervisor: Supervisor) -> None:
+        ranks = [rank(supervisor, number) for number in (0, 1)]
+        for connection, each in zip(ranks, codes, strict=True):
+            ends(connection, each, "because")
+            time.sleep(0.3)
+
+    outcome, _ = attempt(scenario)
+    assert (outcome.state, outcome.code, outcome.reason) == (state, code, reason)
+
+
+def test_a_rank_that_vanishes_is_named_and_the_others_are_told() -> None:
+    told = threading.Event()
+
+    def scenario(supervisor: Supervisor) -> None:
+        first, second = rank(supervisor, 0), rank(supervisor, 1)
+        second.sendall(b'{"doing": "step 7"}\n')
+        time.sleep(0.3)
+        second.close()
+        if first.recv(1) == b"":  # the supervisor has closed its side
+            told.set()
+        ends(first, EXIT_CRASHED, "its peer is gone")
+
+    outcome, seconds = attempt(scenario)
+    assert told.is_set() and seconds < 10
+    assert (outcome.state, outcome.host, outcome.doing) == ("failed", "b", "step 7")
+    assert outcome.reason == "rank 1 on b was killed, or its host was lost"
+
+
+def test_strangers_are_not_heard() -> None:
+    def scenario(supervisor: Supervisor) -> None:
+        good = rank(supervisor, 0)
+        for stranger in (
+            rank(supervisor, 1, job="another"),
+            rank(supervisor, 1, rank="x"),
+            rank(supervisor, 1, pid=None),
+        ):
+            assert stranger.recv(1) == b""
+        with socket.create_connection((supervisor.host, supervisor.port)) as noise:
+            noise.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert noise.recv(1) == b""
+        ends(good, 0)
+
+    assert attempt(scenario)[0].state == "finished"
+
+
+def test_a_command_that_starts_no_rank_has_failed() -> None:
+    outcome, _ = attempt(lambda supervisor: None)
+    assert (outcome.state, outcome.reason) == ("failed", "deepspeed ended with 0 before any rank had started")
+
+
+def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    supervisor = Supervisor("127.0.0.1", listener.getsockname()[1], "job")
+    program = (
+        "import sys, time\nfrom codeparrot_ds.lifeline import Lifeline, Supervisor\n"
+        "Lifeline(Supervisor.parse(sys.argv[1]), 3)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(supervisor)], stderr=subprocess.PIPE, text=True)
+    connection, _ = listener.accept()
+    hello = json.loads(connection.makefile().readline())
+    assert (hello["job"], hello["rank"], hello["pid"]) == ("job", 3, process.pid)
+    connection.close()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == EXIT_CRASHED
+    assert "the supervisor of this job is gone" in errors
