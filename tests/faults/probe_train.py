@@ -7,6 +7,7 @@ Usage: probe_train.py RECIPE [--set KEY=VALUE ...] --marks DIRECTORY --fault NAM
     crash    an exception there
     again    SIGKILL there, but not before the run has gone back and takes the step again
     pause    the rank waits there for the file `go`, having made the file `paused`; when it is told to stop, `told`
+    hold     the same for the file `go-STEP`, having made `held-STEP`
     nan      one gradient is not a number, in step STEP
     nans     so it is in each step from STEP on
     flip     one bit of this rank's weights is another, before step STEP is done
@@ -89,12 +90,12 @@ def die(marks: Path) -> NoReturn:
 # In a step
 
 
-def pause(trainer: Trainer, marks: Path) -> None:
+def pause(trainer: Trainer, marks: Path, here: str = "paused", go: str = "go") -> None:
     """Wait for a word from outside."""
-    (marks / "paused").touch()
+    (marks / here).touch()
     deadline = time.monotonic() + PAUSE_SECONDS
     nothing = trainer.stop_requests.reason
-    while not (marks / "go").exists() and time.monotonic() < deadline:
+    while not (marks / go).exists() and time.monotonic() < deadline:
         if trainer.stop_requests.reason != nothing:
             (marks / "told").touch()
         time.sleep(0.02)
@@ -117,6 +118,7 @@ IN_STEP: dict[str, Callable[[Trainer, Path], None]] = {
     "again": lambda trainer, marks: die(marks),
     "crash": crash,
     "pause": pause,
+    "hold": lambda trainer, marks: pause(trainer, marks, f"held-{trainer.step}", f"go-{trainer.step}"),
     "flip": flip_bit,
     "nan": lambda trainer, marks: None,  # happens to a gradient, before
     "nans": lambda trainer, marks: None,

@@ -1,4 +1,4 @@
-"""Two real hosts on one machine: network, host name, processes, `/etc/hosts` and sshd of each are its own."""
+"""Three real hosts on one machine: network, host name, processes, `/etc/hosts` and sshd of each are its own."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from tests.conftest import Launched
 
 TOOLS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip are not on everyone's PATH
-ADDRESSES = ("192.0.2.1", "192.0.2.2")  # RFC 5737: for documentation, so they stand for no real machine
+ADDRESSES = ("192.0.2.1", "192.0.2.2", "192.0.2.3")  # RFC 5737: for documentation, so they stand for no real machine
 SET_UP_TIMEOUT = 30  # seconds; it takes about one
 
 # Runs as the first process of a host, in namespaces of its own: nothing mounted here is seen outside, and all of it
@@ -30,7 +30,8 @@ hostname "$1"
 mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
 mount --bind "$2" /etc/hosts
-exec "$3" -D -e -f "$4"
+"$3" -D -e -f "$4" &
+while :; do wait; sleep 1; done  # it goes on when its sshd is stopped
 """
 
 SSHD_CONFIG = """
@@ -59,34 +60,68 @@ LogLevel ERROR
 
 
 @dataclass(frozen=True)
-class TwoHosts:
-    """Two hosts that reach each other by name over `eth0`, as root with a throw-away key. They share all files.
+class RealHosts:
+    """Hosts that reach each other by name over `eth0`, as root with a throw-away key. They share all files.
 
     Attributes:
-        hosts: their names, which are also those of their network namespaces (`ip -n NAME link set eth0 down`).
+        hosts: their names, which are also those of their network namespaces.
         addresses: of their `eth0`.
         ssh_config: for `ssh -F`; `run` hands it to pdsh.
-        first_processes: process id of each host's sshd, as this machine sees it.
+        first_processes: process id of each host's first process, as this machine sees it.
     """
 
-    hosts: tuple[str, str]
-    addresses: tuple[str, str]
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...]
     ssh_config: Path
-    first_processes: tuple[int, int]
+    first_processes: tuple[int, ...]
 
-    def run(
+    def processes(self, host: int) -> list[psutil.Process]:
+        """All that runs on a host but its first process, its sshd, and what is about to be reaped."""
+        found = []
+        for process in psutil.Process(self.first_processes[host]).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() not in ("sshd", "sleep") and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def ranks(self, host: int) -> list[psutil.Process]:
+        """The ranks on a host."""
+        found = []
+        for process in self.processes(host):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(argument.startswith("--local_rank=") for argument in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def set_link(self, host: int, state: str) -> None:
+        """`down`: cut the host off; `up`: connect it again."""
+        _set_up(["ip", "-n", self.hosts[host], "link", "set", "eth0", state])
+
+    @contextlib.contextmanager
+    def without_sshd(self, host: int) -> Iterator[None]:
+        """Nobody answers ssh on a host while the block lasts."""
+        sshd = [each for each in psutil.Process(self.first_processes[host]).children() if each.name() == "sshd"]
+        assert len(sshd) == 1
+        command = sshd[0].cmdline()
+        sshd[0].kill()
+        try:
+            yield
+        finally:
+            # Its title is that of sshd now: "sshd: PATH -D -e -f CONFIG [listener] …"
+            words = " ".join(command).split()
+            again = [words[1], "-D", "-e", "-f", words[words.index("-f") + 1]]
+            self.start(again, host=host)
+
+    def start(
         self,
         command: Sequence[str | Path],
         *,
-        timeout: float,
         host: int = 0,
         env: Mapping[str, str] | None = None,
         cwd: Path = Path("/"),
-    ) -> Launched:
-        """Run a command on the first host (or `host`) with `env` added to this environment.
-
-        When it takes more than `timeout` seconds, everything on both hosts but sshd is killed and the test fails.
-        """
+        output: IO[str] | int = subprocess.DEVNULL,
+    ) -> subprocess.Popen[bytes]:
+        """Start a command on the first host (or `host`) with `env` added to this environment."""
         environment = {
             **os.environ,
             "PATH": TOOLS_PATH,
@@ -96,15 +131,22 @@ class TwoHosts:
         }
         enter = ["nsenter", f"--target={self.first_processes[host]}", "--mount", "--uts", "--net", "--pid", "--"]
         full = [*enter, "env", f"--chdir={cwd}", *map(str, command)]
+        return subprocess.Popen(
+            full, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+
+    def run(self, command: Sequence[str | Path], *, timeout: float, **how: Any) -> Launched:
+        """`start` a command and wait for its end.
+
+        When it takes more than `timeout` seconds, everything on the hosts but sshd is killed and the test fails.
+        """
         # A file, for a pipe would stay open as long as any grandchild that outlives the command.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
-            process = subprocess.Popen(
-                full, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = self.start(command, output=output, **how)
             try:
                 process.wait(timeout)
             except BaseException as error:  # Ctrl-C too: the command has no terminal that would end it
-                self._end_commands(process)
+                self.end_commands(process)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 output.seek(0)
@@ -113,23 +155,24 @@ class TwoHosts:
             output.seek(0)
             return Launched(process.returncode, output.read())
 
-    def _end_commands(self, entered: subprocess.Popen[bytes]) -> None:
-        """Kill all that runs on the hosts but sshd.
+    def end_commands(self, entered: subprocess.Popen[bytes]) -> None:
+        """Kill all that runs on the hosts but their first processes and sshd, whatever state a test has left.
 
         By SIGKILL: at SIGTERM `deepspeed` would have each host `pkill -f` the name of its launcher.
         """
-        for pid in (entered.pid, *self.first_processes):
+        doomed = [process for host in range(len(self.hosts)) for process in self.processes(host)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            doomed += psutil.Process(entered.pid).children(recursive=True)
+        for process in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
+                process.kill()
         entered.kill()
         entered.wait()
 
 
 @pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    """Two hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
+def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
+    """Three hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
     if os.geteuid() != 0:
         _unavailable("only root can make network namespaces")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=TOOLS_PATH) is None]
@@ -142,27 +185,27 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 def _unavailable(reason: str) -> NoReturn:
     """Skip the test; in CI, where a skipped test would go unseen, fail it."""
     if os.environ.get("CI") == "true":
-        pytest.fail(f"two hosts cannot be made here: {reason}")
-    pytest.skip(f"two hosts cannot be made here: {reason}")
+        pytest.fail(f"hosts cannot be made here: {reason}")
+    pytest.skip(f"hosts cannot be made here: {reason}")
 
 
-def _start_hosts(directory: Path, undo: contextlib.ExitStack) -> TwoHosts:
-    """Make both hosts and wait until each answers by its name; `undo` gets what ends them."""
+def _start_hosts(directory: Path, undo: contextlib.ExitStack) -> RealHosts:
+    """Make the hosts and wait until each answers by its name; `undo` gets what ends them."""
     identity = secrets.token_hex(3)
-    names = (f"ds-{identity}-a", f"ds-{identity}-b")
+    names = tuple(f"ds-{identity}-{letter}" for letter in "abc")
     _write_ssh_files(directory, names)
     _make_network(names, undo)
     started = [_start_sshd(directory, name, undo) for name in names]
-    hosts = TwoHosts(names, ADDRESSES, directory / "ssh_config", (started[0], started[1]))
+    hosts = RealHosts(names, ADDRESSES, directory / "ssh_config", tuple(started))
     # Each must answer from where the test will call it, and under its own name: proof that ssh arrives there.
     for name in names:
         _wait_for_answer(hosts, name, directory)
     return hosts
 
 
-def _write_ssh_files(directory: Path, names: tuple[str, str]) -> None:
+def _write_ssh_files(directory: Path, names: tuple[str, ...]) -> None:
     for key in ("host_key", "user_key"):
-        _set_up(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "two-hosts-test", "-f", str(directory / key)])
+        _set_up(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "real-hosts-test", "-f", str(directory / key)])
     host_key = (directory / "host_key.pub").read_text()
     (directory / "known_hosts").write_text(f"{','.join(names)} {host_key}")
     (directory / "sshd_config").write_text(SSHD_CONFIG.format(directory=directory))
@@ -171,15 +214,21 @@ def _write_ssh_files(directory: Path, names: tuple[str, str]) -> None:
     (directory / "hosts").write_text("\n".join(lines) + "\n")
 
 
-def _make_network(names: tuple[str, str], undo: contextlib.ExitStack) -> None:
-    for name in names:
+def _make_network(names: tuple[str, ...], undo: contextlib.ExitStack) -> None:
+    """Each host's `eth0` is a cable to a switch."""
+    switch = f"{names[0]}-switch"
+    for name in (switch, *names):
         done = _call(["ip", "netns", "add", name])
         if done.returncode != 0:  # as in a container without CAP_SYS_ADMIN
             _unavailable(f"ip netns add: {done.stdout.strip()}")
         undo.callback(_call, ["ip", "netns", "delete", name])
+    _set_up(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
+    _set_up(["ip", "-n", switch, "link", "set", "bridge", "up"])
     # Both ends are made where they belong: the machine itself never has a second eth0, and they go with the namespaces.
-    _set_up(["ip", "-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1]])
-    for name, address in zip(names, ADDRESSES, strict=True):
+    for number, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
+        port = f"port{number}"
+        _set_up(["ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch])
+        _set_up(["ip", "-n", switch, "link", "set", port, "master", "bridge", "up"])
         _set_up(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"])
         _set_up(["ip", "-n", name, "link", "set", "lo", "up"])
         _set_up(["ip", "-n", name, "link", "set", "eth0", "up"])
@@ -220,7 +269,7 @@ def _end_host(process: subprocess.Popen[bytes]) -> None:
         process.wait(10)
 
 
-def _wait_for_answer(hosts: TwoHosts, name: str, directory: Path) -> None:
+def _wait_for_answer(hosts: RealHosts, name: str, directory: Path) -> None:
     deadline = time.monotonic() + SET_UP_TIMEOUT
     while True:
         answer = hosts.run(["ssh", "-F", hosts.ssh_config, name, "uname -n"], timeout=SET_UP_TIMEOUT)

@@ -12,18 +12,18 @@ from codeparrot_ds.files import read_json
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.training.metrics import read_metrics
 from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched, Trained, save_recipe
-from tests.multinode.conftest import TOOLS_PATH, TwoHosts
+from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
 pytestmark = pytest.mark.slow
 
 
 def test_two_hosts_train_exactly_as_two_ranks_on_one(
-    two_hosts: TwoHosts, baseline: Trained, tiny_recipe: dict[str, Any], tmp_path: Path
+    real_hosts: RealHosts, baseline: Trained, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    received_before = [received_bytes(two_hosts, host) for host in (0, 1)]
-    launched = launch(two_hosts, save_recipe({**tiny_recipe, "name": "two-hosts"}, tmp_path / "tiny.yaml"), tmp_path)
+    received_before = [received_bytes(real_hosts, host) for host in (0, 1)]
+    launched = launch(real_hosts, save_recipe({**tiny_recipe, "name": "two-hosts"}, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode == 0, launched.output
-    received = [received_bytes(two_hosts, host) - received_before[host] for host in (0, 1)]
+    received = [received_bytes(real_hosts, host) - received_before[host] for host in (0, 1)]
 
     run = RunDirectory(Path(tiny_recipe["runs"]) / "two-hosts")
     status = read_json(run.status_file, "status")
@@ -31,9 +31,9 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     assert (status["state"], status["step"], status["world_size"]) == ("finished", steps, 2), launched.output
     assert (run.logs / "rank_00001.log").exists()
 
-    # pdsh puts before each line the name of the host it came from, and two_hosts has seen that ssh arrives at it.
+    # pdsh puts before each line the name of the host it came from, and real_hosts has seen that ssh arrives at it.
     launchers = re.findall(r"^(\S+): .*nnodes=2, num_local_procs=1, node_rank=(\d)", launched.output, re.MULTILINE)
-    assert dict(launchers) == {two_hosts.hosts[0]: "0", two_hosts.hosts[1]: "1"}, launched.output
+    assert dict(launchers) == {real_hosts.hosts[0]: "0", real_hosts.hosts[1]: "1"}, launched.output
     # And the ranks met over the wire: at each step each of them lacks half of the weights, 4 bytes a parameter.
     assert min(received) > steps * 4 * status["parameters"] / 2
 
@@ -45,25 +45,25 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
 
 
 def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
-    two_hosts: TwoHosts, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path
+    real_hosts: RealHosts, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
     """Stock DeepSpeed: the other host waits in the rendezvous for many minutes, and nobody says why."""
     shards = shutil.copytree(data / "shards", tmp_path / "shards")
     tiny_recipe["data"]["shards"] = str(shards)
-    hidden = two_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # seen by that host alone
+    hidden = real_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # seen by that host alone
     assert hidden.returncode == 0, hidden.output
-    launched = launch(two_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
+    launched = launch(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
-    assert f"host {two_hosts.hosts[1]}: {shards}" in launched.output
-    assert f"host {two_hosts.hosts[0]}:" not in launched.output
+    assert f"host {real_hosts.hosts[1]}: {shards}" in launched.output
+    assert f"host {real_hosts.hosts[0]}:" not in launched.output
     assert "Traceback" not in launched.output
     assert not (Path(tiny_recipe["runs"]) / "tiny" / "checkpoints").exists()
 
 
-def launch(two_hosts: TwoHosts, recipe: Path, directory: Path) -> Launched:
+def launch(real_hosts: RealHosts, recipe: Path, directory: Path) -> Launched:
     """Run `deepspeed` on the first host for one rank a host, with its hostfile and environment file in `directory`."""
     hostfile = directory / "hostfile"
-    hostfile.write_text("".join(f"{host} slots=1\n" for host in two_hosts.hosts))
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:2]))
     environment = {
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -76,12 +76,12 @@ def launch(two_hosts: TwoHosts, recipe: Path, directory: Path) -> Launched:
     home.mkdir()
     (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
     deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
-    command = [deepspeed, "--hostfile", hostfile, "--launcher", "pdsh", "--master_addr", two_hosts.addresses[0]]
+    command = [deepspeed, "--hostfile", hostfile, "--launcher", "pdsh", "--master_addr", real_hosts.addresses[0]]
     command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
-    return two_hosts.run(command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT)
+    return real_hosts.run(command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT)
 
 
-def received_bytes(two_hosts: TwoHosts, host: int) -> int:
+def received_bytes(real_hosts: RealHosts, host: int) -> int:
     """Bytes that have come in at a host's eth0."""
-    counter = two_hosts.run(["cat", "/sys/class/net/eth0/statistics/rx_bytes"], timeout=10, host=host)
+    counter = real_hosts.run(["cat", "/sys/class/net/eth0/statistics/rx_bytes"], timeout=10, host=host)
     return int(counter.output)

@@ -1,0 +1,194 @@
+"""`codeparrot-ds launch --hostfile` over three real hosts (see conftest.py) that are hurt while they train."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from codeparrot_ds.errors import EXIT_USER_ERROR
+from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run_directory import RunDirectory
+from tests.conftest import ROOT, Trained, read_run, save_recipe, train
+from tests.faults.jobs import batches, until
+from tests.multinode.conftest import TOOLS_PATH, RealHosts
+
+pytestmark = pytest.mark.slow
+
+PROBE_LAUNCH = ROOT / "tests" / "faults" / "probe_launch.py"
+END_SECONDS = 240  # of a job, on a busy machine
+
+
+@dataclass
+class Job:
+    """A `codeparrot-ds launch --hostfile` under way on the first host."""
+
+    hosts: RealHosts
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    marks: Path
+    directory: RunDirectory
+
+    def supervisor(self) -> psutil.Process:
+        """The process of `codeparrot-ds launch`."""
+        below = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        (found,) = [each for each in below if str(PROBE_LAUNCH) in each.cmdline()[:2]]
+        return found
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, name: str) -> None:
+        """Until the probe has left this."""
+        assert until(lambda: (self.marks / name).exists() or self.process.poll() is not None, END_SECONDS), (
+            self.output()
+        )
+        assert self.process.poll() is None, self.output()
+
+    def wait_to_say(self, text: str) -> None:
+        """Until it has said this."""
+        assert until(lambda: text in self.output() or self.process.poll() is not None, END_SECONDS), self.output()
+        assert text in self.output()
+
+    def end(self) -> int:
+        """Its exit code; no process of it lives on any host."""
+        assert until(lambda: self.process.poll() is not None, END_SECONDS), self.output()
+        alone = until(lambda: not any(map(self.hosts.processes, range(len(self.hosts.hosts)))), 20)
+        assert alone, [self.hosts.processes(host) for host in range(len(self.hosts.hosts))]
+        return self.process.wait()
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """What it has noted of its attempts."""
+        return [json.loads(line) for line in self.directory.launches.read_text().splitlines()]
+
+
+Launch = Callable[..., Job]
+
+
+@pytest.fixture
+def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -> Iterator[Launch]:
+    """Launch the tiny recipe on the first so many hosts: `launch(name, hosts, "--option", ..., faults=[...])`."""
+    jobs: list[Job] = []
+
+    def start(name: str, hosts: int, *options: str, faults: Sequence[str] = (), settings: Sequence[str] = ()) -> Job:
+        recipe = save_recipe({**tiny_recipe, "name": name}, tmp_path / f"{name}.yaml")
+        hostfile = tmp_path / f"{name}.hosts"
+        hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:hosts]))
+        marks, log = tmp_path / f"{name}.marks", tmp_path / f"{name}-{len(jobs)}.log"
+        marks.mkdir(exist_ok=True)
+        environment = {
+            "DS_ACCELERATOR": "cpu",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "HF_HUB_OFFLINE": "1",
+            "HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
+        }
+        command: list[str | Path] = [sys.executable, PROBE_LAUNCH, "--marks", marks]
+        command += [part for fault in faults for part in ("--fault", fault)]
+        command += ["launch", recipe, "--hostfile", hostfile, "--restart-delay", "1", *options]
+        command += [part for setting in settings for part in ("--set", setting)]
+        with open(log, "w") as output:
+            process = real_hosts.start(command, env=environment, cwd=ROOT, output=output)
+        jobs.append(Job(real_hosts, process, log, marks, RunDirectory(Path(tiny_recipe["runs"]) / name)))
+        return jobs[-1]
+
+    yield start
+    for host in range(len(real_hosts.hosts)):
+        real_hosts.set_link(host, "up")
+    for job in jobs:
+        real_hosts.end_commands(job.process)
+
+
+def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
+    launch: Launch, real_hosts: RealHosts, baseline: Trained
+) -> None:
+    """FAULTS.md 23. Losses are those of two ranks on one host, bit for bit."""
+    job = launch("killed", 2, faults=["hold:0:4"])
+    job.wait_for("held-4")
+    (victim,) = real_hosts.ranks(1)
+    victim.kill()
+    job.wait_to_say("was killed, or its host was lost")
+    (job.marks / "go-4").touch()
+    assert job.end() == 0, job.output()
+    first, second = job.attempts()
+    assert (first["state"], first["host"], first["to_step"]) == ("failed", real_hosts.hosts[1], 3)
+    assert first["hosts"] == second["hosts"] == list(real_hosts.hosts[:2])
+    assert second["state"] == "finished"
+    trained = read_run(job.directory.path)
+    assert trained.losses() == baseline.losses()
+    assert trained.valid_losses() == baseline.valid_losses()
+    assert trained.digests() == baseline.digests()
+
+
+def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
+    launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
+) -> None:
+    """FAULTS.md 23: three hosts, then two, then three, and every sample exactly once."""
+    settings = ["batch.global_batch_size=6", "schedule.steps=12", "checkpoints.every_steps=1"]
+    whole = train(deepspeed, {**tiny_recipe, "name": "whole"}, ranks=2, options=settings)
+    faults = ["hold:0:3", "hold:0:7"]
+    job = launch("cut", 3, "--min-hosts", "2", "--regrow-seconds", "2", faults=faults, settings=settings)
+    job.wait_for("held-3")
+    lost = real_hosts.hosts[2]
+    real_hosts.set_link(2, "down")
+    job.wait_to_say(f"rank 2 on {lost} was killed, or its host was lost")
+    assert until(lambda: not real_hosts.processes(2), 30), real_hosts.processes(2)  # it has noticed by itself
+    (job.marks / "go-3").touch()
+    job.wait_to_say(f"training on 2 of 3 hosts, without {lost}")
+    job.wait_for("held-7")
+    real_hosts.set_link(2, "up")
+    job.wait_to_say(f"{lost} answers again")
+    (job.marks / "go-7").touch()
+    assert job.end() == 0, job.output()
+    assert [(each["state"], len(each["hosts"]), each["from_step"], each["to_step"]) for each in job.attempts()] == [
+        ("failed", 3, 0, 3),
+        ("regrow", 2, 3, 8),
+        ("finished", 3, 8, 12),
+    ]
+    trained = read_run(job.directory.path)
+    assert trained.digests() == whole.digests() == batches(load_recipe(job.directory.recipe))
+    losses, expected = ([float.fromhex(loss) for loss in run.losses()] for run in (trained, whole))
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+def test_when_the_supervisor_is_killed_no_rank_lives_on_anywhere(
+    launch: Launch, real_hosts: RealHosts, baseline: Trained
+) -> None:
+    job = launch("headless", 2, faults=["hold:0:4"])
+    job.wait_for("held-4")
+    assert real_hosts.ranks(0) and real_hosts.ranks(1)
+    job.supervisor().kill()
+    assert until(lambda: not real_hosts.processes(0) and not real_hosts.processes(1), 30), job.output()
+    again = launch("headless", 2)
+    assert again.end() == 0, again.output()
+    assert read_run(again.directory.path).losses() == baseline.losses()
+
+
+def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_hosts: RealHosts) -> None:
+    job = launch("told", 2, faults=["hold:0:1"])
+    job.wait_for("held-1")
+    job.supervisor().send_signal(signal.SIGTERM)
+    job.wait_to_say("SIGTERM: the job saves a checkpoint and stops")
+    (job.marks / "go-1").touch()
+    assert job.end() == 75, job.output()
+    assert job.directory.newest_checkpoint().step == 2
+
+
+def test_hosts_that_do_not_answer_are_named_before_anything_starts(launch: Launch, real_hosts: RealHosts) -> None:
+    """FAULTS.md 20."""
+    with real_hosts.without_sshd(1):
+        job = launch("silent", 2)
+        assert job.end() == EXIT_USER_ERROR, job.output()
+    assert f"1 of 2 hosts can train, and 2 are needed ({real_hosts.hosts[1]}: " in job.output()
+    assert "Connection refused" in job.output() and "Traceback" not in job.output()
+    assert not job.directory.checkpoints.exists()
+    back = ["ssh", "-F", real_hosts.ssh_config, real_hosts.hosts[1], "true"]
+    assert until(lambda: real_hosts.run(back, timeout=20).returncode == 0, 20), "the test's own sshd is not back"
