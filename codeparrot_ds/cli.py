@@ -303,6 +303,7 @@ def launch(
     regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
     address: Annotated[str | None, typer.Option(help="Of this machine, as the hosts reach it.")] = None,
     master_addr: Annotated[str | None, typer.Option(help="Of the first host, as the others reach it.")] = None,
+    doctor: Annotated[bool, typer.Option(help="Look at all hosts first.")] = True,
     max_restarts: Annotated[int, typer.Option(help="In a row without a new checkpoint.", min=0)] = 3,
     restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
 ) -> None:
@@ -311,8 +312,32 @@ def launch(
     from codeparrot_ds.cluster.place import Hosts
     from codeparrot_ds.cluster.supervise import Restarts
 
-    hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr) if hostfile else None
+    hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor) if hostfile else None
     raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
+
+
+@app.command("doctor")
+def doctor_command(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe: looks for its shards, its disks, …")] = None,
+    hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    port: Annotated[int, typer.Option(help="Of the rendezvous.")] = 29500,
+    json_output: JsonOption = False,
+) -> None:
+    """Look at all hosts at once: what is red, and how to mend it. Exits with 1 if anything is."""
+    from codeparrot_ds.cluster.doctor import examine
+    from codeparrot_ds.cluster.hostfile import read_hostfile
+    from codeparrot_ds.cluster.place import forwarded
+    from codeparrot_ds.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or []) if recipe else None
+    cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    report = examine(read_hostfile(hostfile), loaded, port=port, cpu=cpu, environment=forwarded(os.environ))
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(printable("\n".join(report.table())))
+    raise typer.Exit(EXIT_USER_ERROR if report.red else 0)
 
 
 @app.command("status")

@@ -45,6 +45,12 @@ class Model(_Section):
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         return self
 
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, tied ones once: embeddings, and a block's 12 n_embd² weights and 13 n_embd others."""
+        width = self.n_embd
+        return (self.vocab_size + self.seq_len) * width + self.n_layer * (12 * width**2 + 13 * width) + 2 * width
+
     def hugging_face_config(self, eos_id: int) -> dict[str, Any]:
         """Arguments of `transformers.GPT2Config`, the same for training and for the converted model."""
         return {

@@ -34,7 +34,7 @@ def launch(
     if hosts is not None and ranks is not None:
         raise ConfigError("--ranks counts processes on this machine; with --hostfile its slots decide.")
     run = RunDirectory(loaded.run_directory)
-    place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded.batch, run)
+    place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
     make_directory(run.path)
     busy = f"{run.path}: another `codeparrot-ds launch` sees to this run. Stop it, or use --set name=…"
     with exclusive_lock(run.path / ".launch.lock", busy), Stop() as stop:

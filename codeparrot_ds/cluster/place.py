@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
 from codeparrot_ds.cluster.ssh import find_unreachable, kill_on
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.files import write_atomically
 from codeparrot_ds.jobs import say
-from codeparrot_ds.recipe import Batch
+from codeparrot_ds.recipe import Batch, Recipe
 from codeparrot_ds.run_directory import RunDirectory
 
 _DEEPSPEED_PORT = 29500  # its default `--master_port`
@@ -40,6 +41,7 @@ class Hosts:
         regrow_seconds: how often to look whether lost hosts are back; then the job saves and starts again on more.
         address: of this machine, as the hosts reach it; found out by default.
         master_addr: of the first host, as the others reach it; its name, resolved here, by default.
+        doctor: look at all hosts first; what is not fit is left out, or refused.
     """
 
     hostfile: Path
@@ -48,6 +50,7 @@ class Hosts:
     regrow_seconds: float = 300.0
     address: str | None = None
     master_addr: str | None = None
+    doctor: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def _kill_here(host: str, pids: Iterable[int]) -> None:
 class ManyHosts:
     """Hosts of a hostfile: those that answer now are used, spare ones in the place of others."""
 
-    def __init__(self, hosts: Hosts, batch: Batch, run: RunDirectory) -> None:
-        self._hosts, self._batch, self._run = hosts, batch, run
+    def __init__(self, hosts: Hosts, recipe: Recipe) -> None:
+        self._hosts, self._recipe, self._batch = hosts, recipe, recipe.batch
+        self._run = RunDirectory(recipe.run_directory)
         self._slots = read_hostfile(hosts.hostfile)
         self._wanted = len(self._slots) - hosts.spare_hosts
         self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
@@ -102,11 +106,13 @@ class ManyHosts:
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs. Raises ClusterError when too few hosts answer."""
-        unreachable = find_unreachable(self._slots)
+        unreachable = self._examine() if number == 1 and self._hosts.doctor else find_unreachable(self._slots)
         active = self._choose(unreachable)
         hostfile, variables = self._run.path / "hostfile", self._run.path / "environment"
         write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
-        write_atomically(variables, "".join(f"{key}={value}\n" for key, value in forwarded(os.environ).items()))
+        # DeepSpeed puts the values into a shell command as they are.
+        lines = [f"{key}={shlex.quote(value)}\n" for key, value in forwarded(os.environ).items()]
+        write_atomically(variables, "".join(lines))
         options: list[str | Path] = ["--hostfile", hostfile, "--force_multi", "--no_ssh_check"]
         # Ranks of an attempt before may hold its port for a while.
         options += ["--master_addr", self._master_address(active), "--master_port", str(_DEEPSPEED_PORT + number % 100)]
@@ -128,6 +134,15 @@ class ManyHosts:
     def lost(self, host: str | None, in_a_row: int) -> None:
         """A host that was at fault twice in a row is passed over, where others suffice."""
         self._suspect = host or "" if in_a_row > 1 else ""
+
+    def _examine(self) -> dict[str, str]:
+        """Hosts that are not fit, and why."""
+        cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        report = examine(
+            self._slots, self._recipe, port=_DEEPSPEED_PORT + 1, cpu=cpu, environment=forwarded(os.environ)
+        )
+        say("\n".join(report.table()))
+        return report.red
 
     def _choose(self, unreachable: Mapping[str, str]) -> dict[str, int]:
         """Hosts and slots of the next attempt. Raises ClusterError when too few are left."""
@@ -198,7 +213,7 @@ def _address_towards(hosts: Iterable[str]) -> str:
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """What ranks on other hosts get of this environment, quoted for a shell there, and of `.deepspeed_env`.
+    """What ranks on other hosts get of this environment, and of `.deepspeed_env`.
 
     DeepSpeed itself hands over next to nothing, and fails on a comment or an empty line in its file.
     """
@@ -213,7 +228,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#"):
                 found[name.strip()] = value.strip()
-    return {name: shlex.quote(value) for name, value in found.items()}
+    return found
 
 
 def most_ranks(batch: Batch, gpus: int) -> int:

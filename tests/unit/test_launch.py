@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -18,8 +19,7 @@ from codeparrot_ds.cluster.place import Hosts, ManyHosts, forwarded
 from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, ClusterError, ConfigError
 from codeparrot_ds.lifeline import Lines, Supervisor
-from codeparrot_ds.recipe import Batch
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.recipe import Batch, Recipe
 
 FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 
@@ -33,26 +33,25 @@ def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
     def make(lost: Iterable[str] = (), batch: int = 24, **how: Any) -> Any:
         monkeypatch.setattr(place, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
-        hosts = ManyHosts(Hosts(tmp_path / "hosts", **how), Batch(global_batch_size=batch), RunDirectory(tmp_path))
-        hosts.lost(how.pop("suspect", None), 1)
-        return hosts
+        recipe = SimpleNamespace(batch=Batch(global_batch_size=batch), run_directory=tmp_path)
+        return ManyHosts(Hosts(tmp_path / "hosts", **how), cast(Recipe, recipe))
 
     return make
 
 
 def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any], tmp_path: Path) -> None:
-    assert many_hosts(spare_hosts=1).prepare(1).hosts == ["a", "b", "c"]
-    assert many_hosts(["b"], spare_hosts=1).prepare(1).hosts == ["a", "c", "d"]
+    assert many_hosts(spare_hosts=1).prepare(2).hosts == ["a", "b", "c"]
+    assert many_hosts(["b"], spare_hosts=1).prepare(2).hosts == ["a", "c", "d"]
     assert (tmp_path / "hostfile").read_text() == "a slots=2\nc slots=2\nd slots=2\n"
 
 
 def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
     with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
-        many_hosts(["b"]).prepare(1)
-    assert many_hosts(["b"], min_hosts=2).prepare(1).hosts == ["a", "c", "d"]
-    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(1).hosts == ["a", "c"]  # 8 cannot be dealt to six
+        many_hosts(["b"]).prepare(2)
+    assert many_hosts(["b"], min_hosts=2).prepare(2).hosts == ["a", "c", "d"]
+    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).hosts == ["a", "c"]  # 8 cannot be dealt to six
     with pytest.raises(ClusterError, match="1 of 4"):
-        many_hosts(["a", "b", "c"], min_hosts=2).prepare(1)
+        many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
     with pytest.raises(ConfigError, match="at least 9 wanted"):
         many_hosts(min_hosts=9)
 
@@ -84,11 +83,11 @@ def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypat
         }
     )
     assert found == {
-        "PATH": "'/bin:/my bin'",
-        "HF_HOME": "'/data/$hf'",
+        "PATH": "/bin:/my bin",
+        "HF_HOME": "/data/$hf",
         "WANDB_PROJECT": "p",
         "NCCL_DEBUG": "INFO",
-        "A": "'b c'",
+        "A": "b c",
     }
 
 

@@ -1,0 +1,237 @@
+"""What a host knows of itself and of its links to the others. Standard library only: `doctor` sends this file over ssh
+to Pythons that may lack everything else. Reads commands, one JSON line each, and answers each with one.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+PACKAGES = ("codeparrot-ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_SEND_SECONDS = 0.25
+_CHUNK = bytes(1 << 20)
+_CONNECT_SECONDS = 5
+
+
+def facts(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What `doctor` asks for.
+
+    wanted: {"names": host names, "shards": directories, "runs": directory, "see": a file that should be there, "ops":
+    names of DeepSpeed operators, "swap": directory or None, "port": the master's}
+    """
+    return {
+        "time": time.time(),
+        "hostname": socket.gethostname(),
+        "addresses": {name: _address(name) for name in wanted["names"]},
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "source": _source_digest(),
+        "gpus": _gpus(),
+        "memory_bytes": _available_memory(),
+        "disk_bytes": {name: _free(wanted[name]) for name in ("runs", "swap") if wanted.get(name)},
+        "temporary_bytes": _free(tempfile.gettempdir()),
+        "shards": {path: _digest(os.path.join(path, "manifest.json")) for path in wanted["shards"]},
+        "sees": os.path.exists(wanted["see"]) if wanted.get("see") else None,
+        "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
+        "ninja": shutil.which("ninja", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")),
+        "ops": {name: _is_built(name) for name in wanted["ops"]},
+        "port_free": _can_bind(wanted["port"]),
+    }
+
+
+def _address(name: str) -> str | None:
+    try:
+        return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_digest() -> str | None:
+    """Of the package's own modules: a checkout may differ where the version is the same."""
+    try:
+        spec = importlib.util.find_spec("codeparrot_ds")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    root = next(iter(spec.submodule_search_locations))
+    whole = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(root, "**", "*.py"), recursive=True)):
+        whole.update(os.path.relpath(path, root).encode() + b"\0")
+        with open(path, "rb") as file:
+            whole.update(file.read())
+    return whole.hexdigest()[:12]
+
+
+def _gpus() -> list[list[str]]:
+    """[name, driver, memory] of each, as nvidia-smi says."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [[part.strip() for part in line.split(",")] for line in said.stdout.splitlines() if said.returncode == 0]
+
+
+def _available_memory() -> int | None:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _free(path: str) -> int | None:
+    """Free bytes on the disk of `path` or of its nearest parent that is there; None where nothing can be written."""
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free if os.access(path, os.W_OK) else None
+
+
+def _digest(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:
+        return None
+
+
+def _is_built(name: str) -> bool:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    return bool(glob.glob(os.path.join(root, "**", name, name + ".so"), recursive=True))
+
+
+def _can_bind(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def listen() -> int:
+    """Take in what other hosts send to measure the link, and send the same for as long. Returns the port."""
+    listener = socket.create_server(("", 0), backlog=64)
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_serve_one, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _serve_one(connection: socket.socket) -> None:
+    with connection:
+        connection.settimeout(_CONNECT_SECONDS)
+        try:
+            received = 0
+            while True:
+                data = connection.recv(1 << 20)
+                received += len(data)
+                if not data or data.endswith(b"."):
+                    break
+            if received:
+                connection.sendall(b".")
+        except OSError:
+            pass
+
+
+def measure(address: str, port: int) -> dict[str, Any]:
+    """Round trip (seconds) and bandwidth (bytes/s) to a host that listens; {"error"} where it cannot be reached."""
+    try:
+        started = time.perf_counter()
+        with socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
+            round_trip = time.perf_counter() - started
+            connection.settimeout(_CONNECT_SECONDS)
+            sent, started = 0, time.perf_counter()
+            while time.perf_counter() < started + _SEND_SECONDS:
+                sent += connection.send(_CHUNK)
+            connection.sendall(b".")
+            connection.recv(1)  # all has arrived
+            return {"round_trip": round_trip, "bandwidth": sent / (time.perf_counter() - started)}
+    except OSError as error:
+        return {"error": str(error)}
+
+
+def all_reduce(wanted: dict[str, Any]) -> dict[str, Any]:
+    """An all-reduce over all hosts, one process each: {"bytes_per_second"} of data reduced, or {"error"}."""
+    program = """
+import datetime, json, sys, time
+import torch, torch.distributed as dist
+wanted = json.loads(sys.argv[1])
+cuda = torch.cuda.is_available()
+dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://{wanted['address']}:{wanted['port']}",
+    rank=wanted["rank"], world_size=wanted["world_size"], timeout=datetime.timedelta(seconds=wanted["seconds"]))
+data = torch.zeros(wanted["bytes"] // 4, device="cuda" if cuda else "cpu")
+dist.all_reduce(data)
+if cuda: torch.cuda.synchronize()
+started = time.perf_counter()
+for _ in range(3): dist.all_reduce(data)
+if cuda: torch.cuda.synchronize()
+print(json.dumps({"bytes_per_second": 3 * wanted["bytes"] / (time.perf_counter() - started)}), flush=True)
+import os; os._exit(0)
+"""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps(wanted)],
+            capture_output=True,
+            text=True,
+            timeout=wanted["seconds"],
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": "not done in %d s" % wanted["seconds"]}
+    if done.returncode != 0:
+        return {"error": (done.stderr.strip().splitlines() or ["exit code %d" % done.returncode])[-1]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Answer commands until standard input ends."""
+    port = listen()
+    calls: dict[str, Any] = {"facts": facts, "measure": lambda wanted: measure(*wanted), "all_reduce": all_reduce}
+    for line in sys.stdin.buffer:
+        command, argument = json.loads(line)
+        try:
+            answer = calls[command](argument)
+        except Exception as error:
+            answer = {"error": "%s: %s" % (type(error).__name__, error)}
+        if command == "facts":
+            answer["listens"] = port
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
