@@ -1,0 +1,119 @@
+"""What `doctor` makes of what a host says of itself."""
+
+import copy
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.cluster import probe
+from codeparrot_ds.cluster.doctor import COLUMNS, Expected, Report, judge, rounds
+
+HERE: dict[str, Any] = {
+    "asked_seconds": 0.4,
+    "skew_seconds": 0.0,
+    "hostname": "a",
+    "addresses": {"a": "127.0.1.1", "b": "192.0.2.2"},
+    "python": "3.11.7",
+    "executable": "/venv/bin/python",
+    "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"},
+    "source": "abc",
+    "gpus": [["H100", "570.1", "81559 MiB"]] * 8,
+    "memory_bytes": 10**12,
+    "disk_bytes": {"runs": 10**13},
+    "temporary_bytes": 10**11,
+    "shards": {"/d": "x"},
+    "sees": True,
+    "compiler": "/usr/bin/g++",
+    "ninja": "/venv/bin/ninja",
+    "ops": {"cpu_adam": False},
+    "port_free": True,
+}
+
+
+def row(cpu: bool = False, **facts: Any) -> Any:
+    """The row of a host that differs from this machine in `facts`."""
+    expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu)
+    return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
+
+
+def test_a_host_like_this_one_is_green() -> None:
+    report = row()
+    assert report.red == {}
+    assert set(COLUMNS) - set(report.cells) == {"links"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "column", "problem"),
+    [
+        ({"skew_seconds": -7.25}, "clock", "its clock is -7.2 s off: switch NTP on"),
+        ({"python": "3.12.1"}, "software", "python 3.12.1, here 3.11.7"),
+        ({"packages": {"torch": "2.12.0", "deepspeed": None}}, "software", "torch 2.12.0, here 2.13.0; deepspeed None"),
+        ({"gpus": [["H100", "535.0", "x"]] * 8}, "software", "driver 535.0, here 570.1"),
+        ({"source": "abd"}, "software", "other source files than here"),
+        ({"gpus": [["H100", "570.1", "x"]] * 7}, "slots", "slots=8, and it has 7 GPUs"),
+        ({"disk_bytes": {"runs": 10**11}}, "disk", "100.0 GB free for its runs directory, 1,000.0 GB needed"),
+        ({"disk_bytes": {"runs": None}}, "disk", "cannot be written to"),
+        ({"temporary_bytes": 5}, "disk", "0.0 GB free for its temporary directory"),
+        ({"memory_bytes": 10**9}, "memory", "1.0 GB of memory available"),
+        ({"shards": {"/d": None}}, "data", "/d/manifest.json is not there"),
+        ({"shards": {"/d": "y"}}, "data", "/d/manifest.json differs from the one here"),
+        ({"sees": False}, "shared", "put `runs` on a shared disk"),
+        ({"compiler": None}, "compiler", "DeepSpeed compiles cpu_adam: install g++ and ninja there"),
+        ({"port_free": False}, "port", "in use there"),
+        ({"addresses": {"a": "127.0.1.1", "b": None}}, "name", "has no address for b"),
+        ({"addresses": {"a": "127.0.1.1", "b": "127.0.1.1"}}, "name", "takes b for itself"),
+    ],
+)
+def test_what_differs_is_red_and_says_how_to_mend_it(facts: dict[str, Any], column: str, problem: str) -> None:
+    report = row(**facts)
+    assert set(report.red) == {column}
+    assert problem in report.red[column]
+
+
+def test_what_is_no_fault_stays_green() -> None:
+    assert row(compiler=None, ops={"cpu_adam": True}).red == {}  # built already
+    assert row(cpu=True, gpus=[], packages=HERE["packages"]).red.keys() <= {"software"}  # no driver there
+    assert row(skew_seconds=1.9).red == {}
+
+
+def test_a_host_that_cannot_be_asked_has_one_red_cell() -> None:
+    expected = Expected(HERE, {"a": 8})
+    report = judge("a", {"error": "Connection refused"}, expected)
+    assert list(report.red) == ["ssh"] and "Connection refused" in report.red["ssh"]
+    table = Report([report, row()], {("a", "b"): 1e9, ("b", "a"): 1.25e9}).table()
+    assert table[0].split() == ["host", *COLUMNS]
+    assert table[1].split()[:3] == ["a", "!", "no"]
+    assert table[-1] == "links: 2 measured, median 9.00 Gb/s, slowest a to b 8.00 Gb/s"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
+def test_rounds_hold_every_pair_once_and_a_host_once_a_round(count: int) -> None:
+    found = list(rounds(count))
+    pairs = [frozenset(pair) for pairs in found for pair in pairs]
+    assert len(pairs) == len(set(pairs)) == count * (count - 1) // 2
+    for pairs_of_round in found:
+        ends = [end for pair in pairs_of_round for end in pair]
+        assert len(ends) == len(set(ends))
+
+
+def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
+    """As on a host where the package was never installed."""
+    wanted = {"names": ["localhost"], "shards": ["/nowhere"], "ops": ["cpu_adam"], "port": 0, "runs": "/tmp/x/y"}
+    said = subprocess.run(
+        [sys.executable, "-I", "-S", probe.__file__],
+        input=json.dumps(["facts", wanted]) + "\n" + json.dumps(["measure", ["127.0.0.1", 1]]) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    facts, measured = map(json.loads, said.stdout.splitlines())
+    assert facts["packages"] == dict.fromkeys(probe.PACKAGES) and facts["source"] is None
+    assert facts["addresses"] == {"localhost": "127.0.0.1"} and facts["shards"] == {"/nowhere": None}
+    assert "refused" in measured["error"]
+    port = probe.listen()
+    link = probe.measure("127.0.0.1", port)
+    assert link["bandwidth"] > 1e6 and 0 < link["round_trip"] < 5
