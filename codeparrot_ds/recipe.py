@@ -244,12 +244,15 @@ class Checkpoints(_Section):
         every_minutes: save as well when the last checkpoint is so old; null for never.
         keep_last: of the newest.
         keep_every_steps: those of a multiple of so many steps are kept for good; null for none.
+        background: copy what is to be saved to host memory and write it while training goes on. Without room for the
+            copy, and with the optimizer on NVMe, training waits for the disk.
     """
 
     every_steps: Positive = 1000
     every_minutes: float | None = Field(None, gt=0)
     keep_last: Positive = 3
     keep_every_steps: Positive | None = None
+    background: bool = True
 
 
 class Guards(_Section):

@@ -301,7 +301,11 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
         f"{len(data.train):,}",
         recipe.model.seq_len,
     )
-    finished = trainer.fit()
+    try:
+        finished = trainer.fit()
+    except TrainingError:  # on all ranks at once
+        trainer.publish()
+        raise
     watchdog.stop()
     if trainer.metrics is not None:
         trainer.metrics.close()

@@ -1,15 +1,18 @@
 """Saving, publishing and resuming. A checkpoint becomes visible only when every rank's files are on disk.
 
-The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files; (3) all meet, which they do
-only if all went well; (4) rank 0 writes the manifest; (5) renames the directory; (6) replaces `latest`; (7) removes
-old ones.
+The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files, while training goes on;
+(3) all meet, which they do only if all went well; (4) rank 0 writes the manifest; (5) renames the directory;
+(6) replaces `latest`; (7) removes old ones.
 DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are down.
 """
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +29,98 @@ from codeparrot_ds.training.ranks import Ranks
 _RANK_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_|offloaded_tensors/rank(\d+)/)")  # the rest is rank 0's
 
 
-def save(
-    engine: Any,
-    run: RunDirectory,
-    checkpoint: Checkpoint,
-    keep_last: int,
-    ranks: Ranks,
-    *,
-    keep_every_steps: int | None = None,
-    last: bool = False,
-) -> None:
-    """Save and publish `checkpoint`, whose `files` are filled in here. All ranks must call.
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint whose files are on their way to disk: `publish` it when no rank is `busy` any more.
 
-    After the `last` of a process its engine is of no more use: what is on NVMe has moved into the checkpoint.
-
-    Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
-    waiting in DeepSpeed's own barrier. Older checkpoints are then untouched.
+    Attributes:
+        engine: DeepSpeed's, with our writer.
+        run: where it goes.
+        checkpoint: its manifest, still without files.
+        ranks: all of them must publish.
     """
-    unfinished = checkpoint.path.with_name(f"{checkpoint.path.name}.tmp")
-    if ranks.rank == 0:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
-            shutil.rmtree(leftover, ignore_errors=True)
-    ranks.gather(None)  # nobody writes before rank 0 has cleared the place
-    try:
-        state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
-        _save_engine(engine, unfinished, state, ranks.rank, last)
-        files = _flush_and_hash(unfinished, ranks.rank)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        free = shutil.disk_usage(run.checkpoints).free
-        message = (
-            f"{unfinished}: rank {ranks.rank} could not save ({error}), with {free / 1e6:,.1f} MB free on this disk. "
-            "Older checkpoints are untouched."
-        )
-        log.error("%s", message)
-        raise CheckpointError(message) from error
-    files_of_all_ranks = ranks.gather(files)  # reached by all only when all went well
-    if ranks.rank == 0:
-        merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
-        _publish(run, dataclasses.replace(checkpoint, files=merged), unfinished)
-        # DeepSpeed's own converters: they load pickles, and nothing here runs them.
-        for script in run.checkpoints.glob("zero_to_*.py"):
-            script.unlink()
-        for old in run.checkpoint_directories()[:-keep_last]:
-            if keep_every_steps is None or step_of(old) % keep_every_steps:
-                _remove(old)
-    ranks.gather(None)
+
+    engine: Any
+    run: RunDirectory
+    checkpoint: Checkpoint
+    ranks: Ranks
+
+    @classmethod
+    def begin(
+        cls,
+        engine: Any,
+        run: RunDirectory,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+        *,
+        background: bool = False,
+        last: bool = False,
+    ) -> "Saving":
+        """Save into a directory that is not yet a checkpoint; all ranks must call, and publish it before the next.
+
+        Args:
+            background: copy what is to be written to host memory, and return. Training may go on.
+            last: the engine is of no more use afterwards: what is on NVMe is moved into the checkpoint.
+
+        Raises CheckpointError as `publish` does.
+        """
+        saving = cls(engine, run, checkpoint, ranks)
+        if ranks.rank == 0:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.gather(None)  # nobody writes before rank 0 has cleared the place
+        with saving._explained():
+            engine.checkpoint_engine.begin(background)
+            state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
+            _save_engine(engine, saving._unfinished, state, ranks.rank, last)
+            if background:
+                engine.checkpoint_engine.start()
+        return saving
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.checkpoint.path.with_name(f"{self.checkpoint.path.name}.tmp")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return bool(self.engine.checkpoint_engine.busy)
+
+    def publish(self, keep_last: int, keep_every_steps: int | None = None) -> None:
+        """Wait for the files of all ranks, give the checkpoint its name, and remove old ones. All ranks must call.
+
+        Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
+        waiting in DeepSpeed's own barrier. Older checkpoints are then untouched.
+        """
+        with self._explained():
+            writer = self.engine.checkpoint_engine
+            writer.wait()
+            files = _list_files(self._unfinished, self.ranks.rank, writer.files)
+        files_of_all_ranks = self.ranks.gather(files)  # reached by all only when all went well
+        if self.ranks.rank == 0:
+            merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
+            _publish(self.run, dataclasses.replace(self.checkpoint, files=merged), self._unfinished)
+            # DeepSpeed's own converters: they load pickles, and nothing here runs them.
+            for script in self.run.checkpoints.glob("zero_to_*.py"):
+                script.unlink()
+            for old in self.run.checkpoint_directories()[:-keep_last]:
+                if keep_every_steps is None or step_of(old) % keep_every_steps:
+                    _remove(old)
+        self.ranks.gather(None)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            free = shutil.disk_usage(self.run.checkpoints).free
+            message = (
+                f"{self._unfinished}: rank {self.ranks.rank} could not save ({error}), with {free / 1e6:,.1f} MB free "
+                "on this disk. Older checkpoints are untouched."
+            )
+            log.error("%s", message)
+            raise CheckpointError(message) from error
 
 
 def _remove(directory: Path) -> None:
@@ -129,13 +178,15 @@ def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> Non
     run.point_latest_at(checkpoint.path)
 
 
-def _flush_and_hash(directory: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and digest of the files that this rank wrote, which are then on disk."""
+def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Size and digest of the files that this rank wrote, which are then on disk. Those `digested` are there already."""
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         match = _RANK_FILE.search(name)
-        if path.is_file() and (int(match[1] or match[2]) if match else 0) == rank:
+        if path in digested:
+            files[name] = digested[path]
+        elif path.is_file() and (int(match[1] or match[2]) if match else 0) == rank:
             flush_to_disk(path)
             files[name] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
     return files

@@ -189,6 +189,7 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
     import deepspeed
 
     from codeparrot_ds.training.model import parameter_groups
+    from codeparrot_ds.training.writer import CheckpointWriter
 
     groups = parameter_groups(network, recipe.optimizer.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer.name](groups, recipe.optimizer, "cpu_adam" in required_ops(ds_config))
@@ -196,6 +197,7 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
         engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
         )
+        engine.checkpoint_engine = CheckpointWriter(engine._config)
         if recipe.engine.compile:
             engine.compile()
     return engine

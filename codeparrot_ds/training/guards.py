@@ -65,17 +65,18 @@ class StopRequests:
             if orphaned:
                 self._reason = "the end of the command that started the launcher"
 
-    def begin_exchange(self, save_now: bool = False) -> None:
-        """Tell the other ranks, while they and this one compute, whether to stop or to save after this step."""
+    def begin_exchange(self, save_now: bool = False, writing: bool = False) -> None:
+        """Tell the other ranks, while they and this one compute, whether to stop or to save after this step, and
+        whether this one still writes a checkpoint."""
         self._look()
-        self._exchange = self._ranks.begin_max([int(self._reason is not None), int(save_now)])
+        self._exchange = self._ranks.begin_max([int(self._reason is not None), int(save_now), int(writing)])
 
-    def finish_exchange(self) -> tuple[bool, bool]:
-        """(stop, save now) as any rank wants it: the same on all ranks."""
+    def finish_exchange(self) -> tuple[bool, bool, bool]:
+        """(stop, save now, writing) where it holds for any rank: the same on all ranks."""
         assert self._exchange is not None
-        stop, save_now = self._exchange()
+        stop, save_now, writing = self._exchange()
         self._exchange = None
-        return bool(stop), bool(save_now)
+        return bool(stop), bool(save_now), bool(writing)
 
     @property
     def reason(self) -> str:

@@ -78,6 +78,8 @@ class Trainer:
     loss_valid: float | None = None
     _unlogged: list[Step] = field(default_factory=list)
     _go_backs: int = 0
+    _saving: checkpoints.Saving | None = None
+    _stalled_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         guards = self.recipe.guards
@@ -101,7 +103,9 @@ class Trainer:
             self.step += 1
             self._look_for_skips()
             done = self.step == last
-            stop, save_now = self.stop_requests.finish_exchange()
+            stop, save_now, writing = self.stop_requests.finish_exchange()
+            if not writing:
+                self.publish()
             save_now = save_now or stop or done or self.step % recipe.checkpoints.every_steps == 0
             evaluate = done or self.step % recipe.evaluation.every_steps == 0
             if save_now or evaluate or self.step % recipe.logging.every_steps == 0:
@@ -141,7 +145,8 @@ class Trainer:
                 self._check_replicas()
                 if engine.zero_optimization_stage() == 0:
                     drop_gradients_unless_finite(engine)
-                self.stop_requests.begin_exchange(save_now=self._checkpoint_is_old())
+                writing = self._saving is not None and self._saving.busy
+                self.stop_requests.begin_exchange(self._checkpoint_is_old(), writing)
             engine.step()  # acts on the last micro-batch only
         norm = engine.get_global_grad_norm()
         seconds = time.perf_counter() - started
@@ -252,6 +257,7 @@ class Trainer:
                 f"{message}. Stopped without saving, as guards.spike says, and so it will be again. {mend} "
                 "To go on, set guards.spike=go_back, which leaves them out, or guards.spike=warn."
             )
+        self.publish()
         before = [path for path in self.run.checkpoint_directories() if step_of(path) <= first]
         chosen = self.ranks.gather(before[-1] if before else None)[0]
         self._go_backs += 1
@@ -367,20 +373,32 @@ class Trainer:
         )
 
     def save(self, last: bool = False) -> None:
-        """Publish a checkpoint of this step, unless it is there. All ranks must call, and train no more after the
-        `last`."""
+        """Save this step, unless that was done. All ranks must call, and train no more after the `last`.
+
+        Training waits for a copy in host memory, not for the disk, unless it is the last, or the copy cannot be made.
+        """
+        self.publish()  # one at a time
         if self._saved_step == self.step and self.step > 0:
             return
         self.watchdog.beat(f"saving after step {self.step}", 3.0)
-        started, keep = time.monotonic(), self.recipe.checkpoints
-        checkpoints.save(
-            self.engine,
-            self.run,
-            self.checkpoint(),
-            keep.keep_last,
-            self.ranks,
-            keep_every_steps=keep.keep_every_steps,
-            last=last,
-        )
         self._saved_at, self._saved_step = time.monotonic(), self.step
-        log.info("step %d: checkpoint %s (%.1f s)", self.step, self.run.checkpoint(self.step), self._saved_at - started)
+        background = self.recipe.checkpoints.background and not last and self.offload != "nvme"
+        self._saving = checkpoints.Saving.begin(
+            self.engine, self.run, self.checkpoint(), self.ranks, background=background, last=last
+        )
+        self._stalled_seconds = time.monotonic() - self._saved_at
+        if not background:
+            self.publish()
+
+    def publish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and publish it. All ranks must call."""
+        if self._saving is None:
+            return
+        started, keep, step = time.monotonic(), self.recipe.checkpoints, self._saving.checkpoint.step
+        self.watchdog.beat(f"publishing the checkpoint of step {step}", 3.0)
+        saving, self._saving = self._saving, None
+        saving.publish(keep.keep_last, keep.keep_every_steps)
+        now = time.monotonic()
+        stalled = self._stalled_seconds + now - started
+        where = self.run.checkpoint(step)
+        log.info("step %d: checkpoint %s (%.1f s, training waited %.1f s)", step, where, now - self._saved_at, stalled)

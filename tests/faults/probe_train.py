@@ -183,7 +183,7 @@ def while_saving(fault: Fault, marks: Path) -> None:
         save = torch.save
 
         def faulty_save(state: Any, path: Any, *args: Any, **how: Any) -> None:
-            file = Path(path)
+            file = Path(path.name if hasattr(path, "write") else path)
             if file.parent.name != f"{name}.tmp":
                 return save(state, path, *args, **how)
             if fault.name == "full":

@@ -57,7 +57,8 @@ def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from
     """FAULTS.md 2, 3, 4."""
 
     def go_through(stage: int) -> None:
-        run = new_run(f"saving-{stage}", stage, "checkpoints.every_steps=1")
+        background = f"checkpoints.background={stage > 1}"  # stage 1 waits for the disk
+        run = new_run(f"saving-{stage}", stage, "checkpoints.every_steps=1", background)
         for fault, newest, pointed_at in KILLED_WHILE_SAVING[stage]:
             job = run.start(fault)
             done = job.end()
@@ -151,7 +152,8 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
     job.unpause()
     expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own, after the ranks'
 
-    run = new_run("asked", 2, "checkpoints.every_steps=4")
+    # A request that comes while a checkpoint gets its name.
+    run = new_run("asked", 2, "checkpoints.every_steps=4", "checkpoints.background=false")
     done = run.launch("term:0:4")
     expect_preempted(done, 5, "SIGTERM")
     assert run.checkpoints()[1][-2:] == [name_of(4), name_of(5)]

@@ -61,10 +61,10 @@ def test_a_signal_asks_for_a_stop(tmp_path: Path, alone: Ranks, number: signal.S
     try:
         requests = StopRequests(tmp_path / "stop", alone, Lifeline(None, 0))
         requests.begin_exchange()
-        assert requests.finish_exchange() == (False, False)
+        assert requests.finish_exchange() == (False, False, False)
         os.kill(os.getpid(), number)
         requests.begin_exchange(save_now=True)
-        assert requests.finish_exchange() == (True, True)
+        assert requests.finish_exchange() == (True, True, False)
         assert requests.reason == number.name
     finally:
         for each, handler in before.items():
@@ -78,10 +78,10 @@ def test_a_stop_file_asks_once_and_not_again_at_the_next_start(tmp_path: Path, a
         requests = StopRequests(stop_file, alone, Lifeline(None, 0))
         stop_file.touch()
         requests.begin_exchange()
-        assert requests.finish_exchange() == (True, False)
+        assert requests.finish_exchange() == (True, False, False)
         again = StopRequests(stop_file, alone, Lifeline(None, 0))
         again.begin_exchange()
-        assert again.finish_exchange() == (False, False)
+        assert again.finish_exchange() == (False, False, False)
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -1,0 +1,87 @@
+"""Copies of what is saved, and files that are written from them."""
+
+from collections import OrderedDict, namedtuple
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from deepspeed.runtime.model_checkpointing import CHECKPOINT_SERIALIZATION
+
+from codeparrot_ds.files import digest_file
+from codeparrot_ds.training import writer as module
+from codeparrot_ds.training.writer import CheckpointWriter, copy_to_host, tensor_bytes
+
+Address = namedtuple("Address", "numel start")
+
+
+def state() -> dict[str, Any]:
+    """What the engine saves is like this."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    return {
+        "module": OrderedDict(wte=weight, lm_head=weight, part=weight[1:]),
+        "moments": [torch.zeros(0), {"step": torch.tensor(3.0), "more": (torch.ones(2), Address(1, 2))}],
+        "plain": [1, "a", None, {"x": {1, 2}}],
+    }
+
+
+class Config:
+    """What DeepSpeed's writer looks at."""
+
+    checkpoint_config: ClassVar = {CHECKPOINT_SERIALIZATION: True}
+
+
+def test_a_copy_is_equal_apart_and_of_the_same_types() -> None:
+    original = state()
+    copied = copy_to_host(original)
+    assert isinstance(copied["module"], OrderedDict)
+    assert isinstance(copied["moments"][1]["more"][1], Address)
+    assert copied["plain"] == original["plain"] and copied["plain"][3] is not original["plain"][3]
+    assert copied["module"]["wte"] is copied["module"]["lm_head"]  # tied, so saved once
+    for changed in (original["module"]["wte"], original["moments"][1]["step"]):
+        changed += 1
+    assert copied["module"]["wte"].tolist() == torch.arange(12.0).reshape(3, 4).tolist()
+    assert copied["module"]["part"].tolist() == torch.arange(4.0, 12.0).reshape(2, 4).tolist()
+    assert copied["moments"][1]["step"] == 3
+    assert tensor_bytes(state()) == 4 * (12 + 12 + 8 + 1 + 2)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_files_hold_what_was_there_when_they_were_saved(tmp_path: Path, background: bool) -> None:
+    writer, original = CheckpointWriter(Config()), state()
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    writer.begin(background)
+    for path in paths:
+        writer.save(original, str(path))
+    assert [path.exists() for path in paths] == [not background] * 2
+    original["module"]["wte"] += 1
+    if background:
+        writer.start()
+    writer.wait()
+    assert not writer.busy
+    for path in paths:
+        loaded = torch.load(path, weights_only=False)
+        assert torch.equal(loaded["module"]["wte"], torch.arange(12.0).reshape(3, 4))
+        assert writer.files[path] == {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
+
+
+def test_a_failure_beside_training_is_raised_when_it_is_waited_for(tmp_path: Path) -> None:
+    writer = CheckpointWriter(Config())
+    writer.begin(True)
+    writer.save(state(), str(tmp_path / "absent" / "a.pt"))
+    writer.start()
+    with pytest.raises(FileNotFoundError):
+        writer.wait()
+    writer.begin(True)  # and the next is not touched by it
+    writer.save(state(), str(tmp_path / "a.pt"))
+    writer.start()
+    writer.wait()
+    assert set(writer.files) == {tmp_path / "a.pt"}
+
+
+def test_without_memory_for_a_copy_a_file_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SPARE_MEMORY", 1.0)
+    writer = CheckpointWriter(Config())
+    writer.begin(True)
+    writer.save(state(), str(tmp_path / "a.pt"))
+    assert set(writer.files) == {tmp_path / "a.pt"}
