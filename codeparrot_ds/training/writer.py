@@ -92,11 +92,13 @@ class _DigestingFile:
         self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (closed in __exit__)
 
     def write(self, data: Any) -> int:
+        """Add `data` to the file and its digest."""
         self.digest.update(data)
         self.bytes += len(data)
         return self._file.write(data)
 
     def flush(self) -> None:
+        """Hand what is buffered to the system."""
         self._file.flush()
 
     def __enter__(self) -> "_DigestingFile":
