@@ -173,9 +173,17 @@ def shards_build(
         str | None,
         typer.Option("--slice", help="I/N: this part of the work only; Slurm, torchrun and MPI say it themselves."),
     ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="A slice on each of these hosts, over ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Encode documents into shards. Run again, it goes on where it stopped."""
+    if hostfile is not None:
+        from codeparrot_ds.cluster.slices import run_slices
+        from codeparrot_ds.shards.format import Manifest
+
+        run_slices(hostfile, without_option(sys.argv[1:], "--hostfile"))
+        _print_shards(Manifest.read(output), json_output)
+        return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
     from codeparrot_ds.jobs import Slice, say, slice_from_environment
     from codeparrot_ds.shards.build import build
@@ -298,6 +306,7 @@ def launch(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh or ssh; srun inside a Slurm allocation.")] = None,
     min_hosts: Annotated[int | None, typer.Option(help="Go on with so few when hosts are lost.", min=1)] = None,
     spare_hosts: Annotated[int, typer.Option(help="So many, the last of the file, replace others.", min=0)] = 0,
     regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
@@ -312,7 +321,13 @@ def launch(
     from codeparrot_ds.cluster.place import Hosts
     from codeparrot_ds.cluster.supervise import Restarts
 
-    hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor) if hostfile else None
+    if launcher not in (None, "pdsh", "ssh", "srun"):
+        raise ConfigError(f"--launcher {launcher}: pdsh, ssh or srun.")
+    if (launcher == "srun") == (hostfile is not None) and launcher is not None:
+        raise ConfigError("--launcher srun takes the hosts of its Slurm allocation; pdsh and ssh need a --hostfile.")
+    hosts = None
+    if hostfile is not None or launcher == "srun":
+        hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor, launcher, ranks)
     raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
 
 
@@ -327,7 +342,7 @@ def doctor_command(
     """Look at all hosts at once: what is red, and how to mend it. Exits with 1 if anything is."""
     from codeparrot_ds.cluster.doctor import examine
     from codeparrot_ds.cluster.hostfile import read_hostfile
-    from codeparrot_ds.cluster.place import forwarded
+    from codeparrot_ds.cluster.reach import forwarded
     from codeparrot_ds.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or []) if recipe else None
@@ -456,6 +471,17 @@ def complete_command(
     for prompt, found in zip(texts, completions, strict=True):
         for number, completion in enumerate(found, start=1):
             print(f"--- completion {number} of {len(found)}\n{printable(prompt + completion)}")
+
+
+def without_option(arguments: list[str], name: str) -> list[str]:
+    """Command-line arguments without an option and its value."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
 
 
 def printable(text: str) -> str:

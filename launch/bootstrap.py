@@ -20,7 +20,14 @@ RESULTS = [ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart-data"]
 
 # program, Python module or C header that must be there -> Debian package that has it
 BASE_PACKAGES = {"module:ensurepip": f"python3.{sys.version_info.minor}-venv", "c++": "g++"}
-TEST_PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2", "header:libaio.h": "libaio-dev"}
+TEST_PACKAGES = {
+    "pdsh": "pdsh",
+    "sshd": "openssh-server",
+    "ip": "iproute2",
+    "header:libaio.h": "libaio-dev",
+    "slurmctld": "slurm-wlm",
+    "munged": "munge",
+}
 
 
 def main() -> None:

@@ -103,7 +103,10 @@ def deepspeed_command(tmp_path_factory: pytest.TempPathFactory) -> DeepspeedComm
 
     All launches share one directory of compiled operators.
     """
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch-extensions"))
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(shared / "torch-extensions")
 
     def build(
         *arguments: str | Path, ranks: int = 2, options: Sequence[str] = (), env: dict[str, str] | None = None

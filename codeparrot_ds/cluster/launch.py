@@ -4,9 +4,7 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ def launch(
     Raises ConfigError or ClusterError for what is wrong before anything starts, as when another process trains it.
     """
     loaded = load_recipe(recipe, overrides)
-    if hosts is not None and ranks is not None:
+    if hosts is not None and hosts.hostfile is not None and ranks is not None:
         raise ConfigError("--ranks counts processes on this machine; with --hostfile its slots decide.")
     run = RunDirectory(loaded.run_directory)
     place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
@@ -80,7 +78,7 @@ class _Job:
             if self.number == 1:
                 raise
             return Outcome("failed", str(error), EXIT_CRASHED), []
-        command = deepspeed_command(self.recipe, start.options, self.overrides)
+        command = deepspeed_command(self.recipe, start.program, self.overrides)
         shown = [f"{key}={value}" for key, value in start.extra.items()]
         say(f"$ {shlex.join([*shown, *command])}")
         attempt = Attempt(start.address, start.hosts, start.kill)
@@ -132,18 +130,7 @@ def _wait_for_old_ranks(run: RunDirectory, stop: Stop) -> None:
         time.sleep(0.5)
 
 
-def deepspeed_command(recipe: Path, options: Sequence[str | Path], overrides: Sequence[str]) -> list[str]:
+def deepspeed_command(recipe: Path, program: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """The command that a user could type."""
-    command = [_find_deepspeed(), "--quiet", *map(str, options), "--module", "codeparrot_ds.train", str(recipe)]
+    command = [*program, "--module", "codeparrot_ds.train", str(recipe)]
     return command + [part for override in overrides for part in ("--set", override)]
-
-
-def _find_deepspeed() -> str:
-    """`deepspeed` if PATH has the one of this environment, else its path."""
-    beside = Path(sys.executable).with_name("deepspeed")
-    on_path = shutil.which("deepspeed")
-    if beside.exists():
-        return "deepspeed" if on_path and Path(on_path).samefile(beside) else str(beside)
-    if on_path is None:
-        raise ConfigError("`deepspeed` is not on PATH. Install it: pip install deepspeed==0.19.8")
-    return "deepspeed"

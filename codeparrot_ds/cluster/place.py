@@ -1,9 +1,7 @@
-"""Where an attempt to train runs: this machine, or those hosts of a hostfile that answer."""
+"""Where an attempt to train runs: this machine, or those hosts of a hostfile or allocation that answer."""
 
 import contextlib
 import os
-import re
-import shlex
 import signal
 import socket
 import threading
@@ -14,20 +12,14 @@ from pathlib import Path
 
 from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
-from codeparrot_ds.cluster.ssh import find_unreachable, kill_on
+from codeparrot_ds.cluster.reach import Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
 from codeparrot_ds.errors import ClusterError, ConfigError
-from codeparrot_ds.files import write_atomically
 from codeparrot_ds.jobs import say
 from codeparrot_ds.recipe import Batch, Recipe
 from codeparrot_ds.run_directory import RunDirectory
 
 _DEEPSPEED_PORT = 29500  # its default `--master_port`
 _CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
-# What ranks on other hosts need of this environment. Never a secret: the values stand on command lines there.
-_FORWARDED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|TMPDIR|CUDA_HOME|(DS|GLOO|OMP|TORCH|HF|NCCL|FI|UCX|WANDB|TENSORBOARD|CODEPARROT)_\w+)"
-)
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,29 +27,42 @@ class Hosts:
     """Where to train, and what to do when a host is lost.
 
     Attributes:
-        hostfile: hosts and slots.
+        hostfile: hosts and slots; None with `launcher` srun, where they are those of the allocation.
         min_hosts: go on with so few, when no more are left; by default all that are not spare.
         spare_hosts: so many, the last of the file, only take the place of others.
         regrow_seconds: how often to look whether lost hosts are back; then the job saves and starts again on more.
         address: of this machine, as the hosts reach it; found out by default.
         master_addr: of the first host, as the others reach it; its name, resolved here, by default.
-        doctor: look at all hosts first; what is not fit is left out, or refused.
+        doctor: look at all hosts first, over ssh; what is not fit is left out, or refused.
+        launcher: "pdsh", "ssh" or "srun"; pdsh if it is installed, else ssh, by default.
+        ranks: on each host, with srun.
     """
 
-    hostfile: Path
+    hostfile: Path | None
     min_hosts: int | None = None
     spare_hosts: int = 0
     regrow_seconds: float = 300.0
     address: str | None = None
     master_addr: str | None = None
     doctor: bool = True
+    launcher: str | None = None
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
 class Start:
-    """What an attempt needs to know of where it runs: deepspeed's options, what to add to its environment, …"""
+    """Where an attempt runs.
 
-    options: Sequence[str | Path]
+    Attributes:
+        program: what starts the ranks, without what they run.
+        extra: to be added to its environment.
+        address: of this machine, as the ranks reach it.
+        hosts: in the order of their ranks.
+        give_up: a reason why the job is to stop and start again, or nothing.
+        kill: ends processes of a host.
+    """
+
+    program: Sequence[str]
     extra: Mapping[str, str]
     address: str
     hosts: Sequence[str]
@@ -75,8 +80,8 @@ class ThisMachine:
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs."""
-        options = [*_port_options(), "--num_gpus", str(self._ranks)]
-        return Start(options, self._extra, "127.0.0.1", [socket.gethostname()], lambda: "", _kill_here)
+        program = [find_deepspeed(), "--quiet", *_port_options(), "--num_gpus", str(self._ranks)]
+        return Start(program, self._extra, "127.0.0.1", [socket.gethostname()], lambda: "", _kill_here)
 
     def lost(self, host: str | None, in_a_row: int) -> None:
         """There is no other machine to go to."""
@@ -94,41 +99,45 @@ class ManyHosts:
     def __init__(self, hosts: Hosts, recipe: Recipe) -> None:
         self._hosts, self._recipe, self._batch = hosts, recipe, recipe.batch
         self._run = RunDirectory(recipe.run_directory)
-        self._slots = read_hostfile(hosts.hostfile)
+        self._reach: Reach
+        if hosts.hostfile is None:
+            self._reach, self._slots = Srun(), slurm_slots(hosts.ranks)
+            self._from = "this Slurm allocation"
+        else:
+            self._reach, self._slots, self._from = (
+                Ssh(hosts.launcher),
+                read_hostfile(hosts.hostfile),
+                str(hosts.hostfile),
+            )
         self._wanted = len(self._slots) - hosts.spare_hosts
         self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
         if not 1 <= self._fewest <= self._wanted:
             raise ConfigError(
-                f"{hosts.hostfile}: {len(self._slots)} hosts, {hosts.spare_hosts} of them spare, at least "
+                f"{self._from}: {len(self._slots)} hosts, {hosts.spare_hosts} of them spare, at least "
                 f"{self._fewest} wanted. Give --min-hosts of at least 1, and fewer --spare-hosts than there are hosts."
             )
         self._suspect = ""
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs. Raises ClusterError when too few hosts answer."""
-        unreachable = self._examine() if number == 1 and self._hosts.doctor else find_unreachable(self._slots)
+        look = number == 1 and self._hosts.doctor and isinstance(self._reach, Ssh)
+        unreachable = self._examine() if look else self._reach.unreachable(self._slots)
         active = self._choose(unreachable)
-        hostfile, variables = self._run.path / "hostfile", self._run.path / "environment"
-        write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
-        # DeepSpeed puts the values into a shell command as they are.
-        lines = [f"{key}={shlex.quote(value)}\n" for key, value in forwarded(os.environ).items()]
-        write_atomically(variables, "".join(lines))
-        options: list[str | Path] = ["--hostfile", hostfile, "--force_multi", "--no_ssh_check"]
         # Ranks of an attempt before may hold its port for a while.
-        options += ["--master_addr", self._master_address(active), "--master_port", str(_DEEPSPEED_PORT + number % 100)]
+        port = _DEEPSPEED_PORT + number % 100
+        program, extra = self._reach.command(self._run, active, self._master_address(active), port)
+        regrow = None
         if len(active) < self._wanted:
-            say(
-                f"training on {len(active)} of {self._wanted} hosts, without "
-                + ", ".join(set(self._slots) - set(active))
-            )
-        regrow = _Regrow(set(unreachable), self._hosts.regrow_seconds) if len(active) < self._wanted else None
+            without = ", ".join(host for host in self._slots if host not in active)
+            say(f"training on {len(active)} of {self._wanted} hosts, without {without}")
+            regrow = _Regrow(self._reach, set(unreachable), self._hosts.regrow_seconds)
         return Start(
-            options,
-            {"DS_ENV_FILE": str(variables.resolve())},
-            self._hosts.address or _address_towards(active),
+            program,
+            extra,
+            self._hosts.address or _address_towards(map(self._reach.address, active)),
             list(active),
             (lambda: regrow.found) if regrow else (lambda: ""),
-            kill_on,
+            self._reach.kill,
         )
 
     def lost(self, host: str | None, in_a_row: int) -> None:
@@ -162,7 +171,7 @@ class ManyHosts:
             or "the batch cannot be dealt to them"
         )
         raise ClusterError(
-            f"{self._hosts.hostfile}: {len(good)} of {len(self._slots)} hosts can train, and {self._fewest} are needed "
+            f"{self._from}: {len(good)} of {len(self._slots)} hosts can train, and {self._fewest} are needed "
             f"({lost}). Mend them, or go on with fewer: --min-hosts."
         )
 
@@ -170,65 +179,38 @@ class ManyHosts:
         if self._hosts.master_addr:
             return self._hosts.master_addr
         first, *others = active
-        found = _resolve(first)
+        found = self._reach.address(first)
         # A machine's own name often stands for its loopback address, which means another machine to the others.
-        return _address_towards(others) if found.startswith("127.") and others else found
+        return _address_towards(map(self._reach.address, others)) if found.startswith("127.") and others else found
 
 
 class _Regrow(threading.Thread):
     """Looks whether hosts that were lost answer again. `found` then says which."""
 
-    def __init__(self, lost: set[str], every_seconds: float) -> None:
+    def __init__(self, reach: Reach, lost: set[str], every_seconds: float) -> None:
         super().__init__(daemon=True)
         self.found = ""
-        self._lost, self._seconds = lost, every_seconds
+        self._reach, self._lost, self._seconds = reach, lost, every_seconds
         self.start()
 
     def run(self) -> None:
         """Look now and then, until one is back."""
         while not self.found and self._lost:
             time.sleep(self._seconds)
-            if back := self._lost - set(find_unreachable(self._lost)):
+            if back := self._lost - set(self._reach.unreachable(self._lost)):
                 self.found = f"{', '.join(sorted(back))} answers again"
 
 
-def _resolve(host: str) -> str:
-    """A host's address. Raises ClusterError."""
-    try:
-        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ClusterError(f"{host}: this name has no address here ({error}). Add it to DNS or /etc/hosts.") from None
-
-
-def _address_towards(hosts: Iterable[str]) -> str:
-    """This machine's address on the way to the first of `hosts` that is another machine."""
-    address = "127.0.0.1"
-    for host in hosts:
+def _address_towards(addresses: Iterable[str]) -> str:
+    """This machine's address on the way to the first of `addresses` that is another machine's."""
+    own = "127.0.0.1"
+    for address in addresses:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-            probe.connect((_resolve(host), 9))
-            address = str(probe.getsockname()[0])
-        if not address.startswith("127.") and address != _resolve(host):
-            return address
-    return address
-
-
-def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """What ranks on other hosts get of this environment, and of `.deepspeed_env`.
-
-    DeepSpeed itself hands over next to nothing, and fails on a comment or an empty line in its file.
-    """
-    found = {
-        name: value
-        for name, value in environment.items()
-        if _FORWARDED.fullmatch(name) and not _SECRET.search(name) and "\n" not in value
-    }
-    for directory in (Path.home(), Path.cwd()):
-        file = directory / ".deepspeed_env"
-        for line in file.read_text().splitlines() if file.is_file() else []:
-            name, equals, value = line.strip().partition("=")
-            if equals and not name.startswith("#"):
-                found[name.strip()] = value.strip()
-    return found
+            probe.connect((address, 9))
+            own = str(probe.getsockname()[0])
+        if not own.startswith("127.") and own != address:
+            return own
+    return own
 
 
 def most_ranks(batch: Batch, gpus: int) -> int:

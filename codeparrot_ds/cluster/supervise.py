@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # for the other ranks to say what they know, and for deepspeed to end by itself
 _END_SECONDS = 10.0  # for ranks that were told to end; then they are killed
 _MOST_SECONDS_BETWEEN = 300.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Outcome:
 
 
 class Stop:
-    """SIGINT, SIGTERM or SIGHUP to this process: the first asks the ranks to save, the second ends them."""
+    """SIGINT, SIGTERM, SIGHUP or SIGUSR1 to this process: the first asks the ranks to save, the second ends them."""
 
     def __init__(self) -> None:
         self.count, self.name = 0, ""

@@ -118,20 +118,21 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        weight_gradient: torch.Tensor | None = None
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = F.linear(part, weight).float()
-            log_normalizer = logits.logsumexp(1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, wanted)).sum()
-            if hidden_gradient is None or weight_gradient is None:
+            log_probabilities = F.log_softmax(F.linear(part, weight), 1, dtype=torch.float32)
+            total -= log_probabilities.gather(1, wanted).sum()
+            if hidden_gradient is None:
                 continue
             # d loss / d logits, not yet divided by the number of tokens: fp16 would lose it otherwise.
-            gradient = logits.sub_(log_normalizer).exp_()
+            gradient = log_probabilities.exp_()
             gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
             rounded = gradient.to(hidden.dtype)
             torch.mm(rounded, weight, out=hidden_gradient[start : start + chunk])
-            if rounded.dtype == torch.float32:
+            if weight_gradient is None:
+                weight_gradient = (rounded.T @ part).float()
+            elif rounded.dtype == torch.float32:
                 weight_gradient.addmm_(rounded.T, part)
             else:
                 weight_gradient += rounded.T @ part

@@ -174,15 +174,15 @@ class RealHosts:
 def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
     """Three hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
     if os.geteuid() != 0:
-        _unavailable("only root can make network namespaces")
+        unavailable("only root can make network namespaces")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=TOOLS_PATH) is None]
     if missing:
-        _unavailable(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh util-linux")
+        unavailable(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh util-linux")
     with contextlib.ExitStack() as undo:
         yield _start_hosts(tmp_path_factory.mktemp("hosts"), undo)
 
 
-def _unavailable(reason: str) -> NoReturn:
+def unavailable(reason: str) -> NoReturn:
     """Skip the test; in CI, where a skipped test would go unseen, fail it."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"hosts cannot be made here: {reason}")
@@ -220,7 +220,7 @@ def _make_network(names: tuple[str, ...], undo: contextlib.ExitStack) -> None:
     for name in (switch, *names):
         done = _call(["ip", "netns", "add", name])
         if done.returncode != 0:  # as in a container without CAP_SYS_ADMIN
-            _unavailable(f"ip netns add: {done.stdout.strip()}")
+            unavailable(f"ip netns add: {done.stdout.strip()}")
         undo.callback(_call, ["ip", "netns", "delete", name])
     _set_up(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
     _set_up(["ip", "-n", switch, "link", "set", "bridge", "up"])

@@ -55,5 +55,5 @@ def test_launch_takes_as_many_gpus_as_the_batch_can_be_dealt_to() -> None:
 
 
 def test_the_command_that_launch_runs() -> None:
-    command = deepspeed_command(Path("r.yaml"), ["--hostfile", Path("hosts")], ["a.b=1"])
-    assert " ".join(command[1:]) == "--quiet --hostfile hosts --module codeparrot_ds.train r.yaml --set a.b=1"
+    command = deepspeed_command(Path("r.yaml"), ["deepspeed", "--hostfile", "hosts"], ["a.b=1"])
+    assert " ".join(command) == "deepspeed --hostfile hosts --module codeparrot_ds.train r.yaml --set a.b=1"

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import pytest
 
-from codeparrot_ds.cluster import place
-from codeparrot_ds.cluster.place import Hosts, ManyHosts, forwarded
+from codeparrot_ds.cluster import place, reach
+from codeparrot_ds.cluster.place import Hosts, ManyHosts
+from codeparrot_ds.cluster.reach import forwarded
 from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, ClusterError, ConfigError
 from codeparrot_ds.lifeline import Lines, Supervisor
@@ -27,12 +28,12 @@ FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 @pytest.fixture
 def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What is started on four hosts of two slots, some of them `lost`."""
-    monkeypatch.setattr(place, "_resolve", lambda host: "192.0.2.1")
+    monkeypatch.setattr(reach, "resolve_name", lambda host: "192.0.2.1")
     monkeypatch.setattr(place, "_address_towards", lambda hosts: "192.0.2.9")
     (tmp_path / "hosts").write_text(FOUR)
 
     def make(lost: Iterable[str] = (), batch: int = 24, **how: Any) -> Any:
-        monkeypatch.setattr(place, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
+        monkeypatch.setattr(reach, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
         recipe = SimpleNamespace(batch=Batch(global_batch_size=batch), run_directory=tmp_path)
         return ManyHosts(Hosts(tmp_path / "hosts", **how), cast(Recipe, recipe))
 

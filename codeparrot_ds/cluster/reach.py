@@ -1,0 +1,183 @@
+"""The ways to other hosts: ssh, with pdsh or alone, and Slurm's srun. Each starts DeepSpeed's launcher on all hosts."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from codeparrot_ds.cluster import fan_out
+from codeparrot_ds.cluster.ssh import find_unreachable, kill_on
+from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.files import write_atomically
+from codeparrot_ds.run_directory import RunDirectory
+
+LAUNCHERS = ("pdsh", "ssh", "srun")
+_SRUN_SECONDS = 15.0
+# What ranks on other hosts need of this environment. Never a secret: the values stand on command lines there.
+_FORWARDED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|TMPDIR|CUDA_HOME|(DS|GLOO|OMP|TORCH|HF|NCCL|FI|UCX|WANDB|TENSORBOARD|CODEPARROT)_\w+)"
+)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+
+Command = tuple[list[str], dict[str, str]]  # the program up to what the ranks run, and what to add to its environment
+
+
+class Reach(Protocol):
+    """A way to the hosts of a job."""
+
+    def unreachable(self, hosts: Iterable[str]) -> dict[str, str]:
+        """Those that do not answer, and why."""
+
+    def kill(self, host: str, pids: Iterable[int]) -> None:
+        """SIGKILL processes there."""
+
+    def address(self, host: str) -> str:
+        """A host's address. Raises ClusterError."""
+
+    def command(self, run: RunDirectory, active: Mapping[str, int], master: str, port: int) -> Command:
+        """What starts ranks on the `active` hosts with their slots."""
+
+
+class Ssh:
+    """By ssh; with pdsh it is `deepspeed` itself that does so."""
+
+    def __init__(self, launcher: str | None) -> None:
+        self._pdsh = launcher == "pdsh" or (launcher is None and shutil.which("pdsh") is not None)
+        if self._pdsh and shutil.which("pdsh") is None:
+            raise ConfigError(
+                "pdsh is not installed here. Install it (Debian: apt-get install pdsh), or use ssh alone."
+            )
+
+    def unreachable(self, hosts: Iterable[str]) -> dict[str, str]:
+        """Those on which not even `true` runs, and why."""
+        return find_unreachable(hosts)
+
+    def kill(self, host: str, pids: Iterable[int]) -> None:
+        """SIGKILL processes there."""
+        kill_on(host, pids)
+
+    def address(self, host: str) -> str:
+        """A host's address, by its name. Raises ClusterError."""
+        return resolve_name(host)
+
+    def command(self, run: RunDirectory, active: Mapping[str, int], master: str, port: int) -> Command:
+        """What starts ranks on the `active` hosts with their slots."""
+        hostfile, variables = run.path / "hostfile", run.path / "environment"
+        write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
+        # The values go into a shell command as they are.
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in forwarded(os.environ).items()]
+        write_atomically(variables, "".join(lines))
+        rendezvous = ["--master_addr", master, "--master_port", str(port)]
+        if self._pdsh:
+            options = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check", *rendezvous]
+            return [find_deepspeed(), "--quiet", *options], {"DS_ENV_FILE": str(variables.resolve())}
+        options = ["--hostfile", str(hostfile), "--environment", str(variables), *rendezvous]
+        return [sys.executable, "-m", fan_out.__name__, *options], {}
+
+
+class Srun:
+    """Inside a Slurm allocation: one task a host, which is DeepSpeed's launcher. The environment goes along."""
+
+    def unreachable(self, hosts: Iterable[str]) -> dict[str, str]:
+        """Those that Slurm says are not well."""
+        found = {host: _scontrol_node(host) for host in hosts}
+        bad = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "POWER", "UNKNOWN")
+        return {
+            host: f"Slurm says {facts.get('State', 'nothing')}"
+            for host, facts in found.items()
+            if "State" not in facts or any(word in facts["State"] for word in bad)
+        }
+
+    def kill(self, host: str, pids: Iterable[int]) -> None:
+        """SIGKILL processes there."""
+        _call(["srun", "--overlap", f"--nodelist={host}", "--ntasks=1", "kill", "-KILL", *map(str, pids)])
+
+    def address(self, host: str) -> str:
+        """What Slurm itself calls it by. Raises ClusterError."""
+        return resolve_name(_scontrol_node(host).get("NodeAddr", host))
+
+    def command(self, run: RunDirectory, active: Mapping[str, int], master: str, port: int) -> Command:
+        """What starts ranks on the `active` hosts with their slots."""
+        launcher = launcher_command(active, master, port)
+        script = f'exec {shlex.join(launcher)} --node_rank="$SLURM_NODEID" "$@"'
+        count = str(len(active))
+        nodes = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={','.join(active)}"]
+        return ["srun", *nodes, "--kill-on-bad-exit=1", "bash", "-c", script, "deepspeed"], {}
+
+
+def slurm_slots(ranks: int | None) -> dict[str, int]:
+    """Hosts of this Slurm allocation, and how many ranks each gets: its GPUs, or `ranks`. Raises ConfigError."""
+    said = _call(["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")])
+    if not said:
+        raise ConfigError("--launcher srun works inside a Slurm allocation: start it with sbatch or salloc.")
+    slots = ranks or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if not slots:
+        raise ConfigError("Slurm gave this job no GPUs. Ask for some (--gpus-per-node), or give --ranks for each host.")
+    return dict.fromkeys(said.split(), slots)
+
+
+def _scontrol_node(host: str) -> dict[str, str]:
+    words = _call(["scontrol", "--oneliner", "show", "node", host]).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _call(command: list[str]) -> str:
+    """What a short command prints; nothing when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SRUN_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def launcher_command(slots: Mapping[str, int], master: str, port: int) -> list[str]:
+    """DeepSpeed's launcher of one host, without the number of that host and what its ranks run."""
+    world = base64.urlsafe_b64encode(json.dumps({host: list(range(count)) for host, count in slots.items()}).encode())
+    options = [f"--world_info={world.decode()}", f"--master_addr={master}", f"--master_port={port}", "--quiet"]
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options]
+
+
+def resolve_name(host: str) -> str:
+    """A host's address, as this machine knows it. Raises ClusterError."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ClusterError(f"{host}: this name has no address here ({error}). Add it to DNS or /etc/hosts.") from None
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ranks on other hosts get of this environment, and of `.deepspeed_env`.
+
+    DeepSpeed itself hands over next to nothing, and fails on a comment or an empty line in its file.
+    """
+    found = {
+        name: value
+        for name, value in environment.items()
+        if _FORWARDED.fullmatch(name) and not _SECRET.search(name) and "\n" not in value
+    }
+    for directory in (Path.home(), Path.cwd()):
+        file = directory / ".deepspeed_env"
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            name, equals, value = line.strip().partition("=")
+            if equals and not name.startswith("#"):
+                found[name.strip()] = value.strip()
+    return found
+
+
+def find_deepspeed() -> str:
+    """`deepspeed` if PATH has the one of this environment, else its path. Raises ConfigError."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    on_path = shutil.which("deepspeed")
+    if beside.exists():
+        return "deepspeed" if on_path and Path(on_path).samefile(beside) else str(beside)
+    if on_path is None:
+        raise ConfigError("`deepspeed` is not on PATH. Install it: pip install deepspeed==0.19.8")
+    return "deepspeed"
