@@ -5,45 +5,50 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.verify import verify
 from tests.conftest import ROOT, Launched
 from tests.multinode.conftest import TOOLS_PATH, RealHosts
+from tests.shard_commands import Corpus, write_corpus
 
 pytestmark = pytest.mark.slow
 
 
-def build_on(real_hosts: RealHosts, data: Path, directory: Path, *options: str) -> Launched:
-    """Shards of the tests' corpus, made by all three hosts."""
-    hostfile = directory / "hosts"
-    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts))
+@pytest.fixture
+def corpus(data: Path, tmp_path: Path) -> Corpus:
+    """Eight tasks."""
+    return write_corpus(tmp_path / "corpus", data / "tokenizer", 200, 40)
+
+
+def build_on(real_hosts: RealHosts, corpus: Corpus, output: Path, *options: str, hosts: int = 3) -> Launched:
+    """Shards made by the first so many hosts."""
+    hostfile = output.with_suffix(".hosts")
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:hosts]))
     program = Path(sys.executable).with_name("codeparrot-ds")
-    command = [program, "shards", "build", data / "corpus", "--tokenizer", data / "tokenizer"]
-    command += ["-o", directory / "shards", "--valid-fraction", "0.1", "--shard-tokens", "20000", "--workers", "1"]
-    environment = {"HOME": str(directory), "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}"}
-    return real_hosts.run([*command, "--hostfile", hostfile, *options], timeout=200, env=environment, cwd=ROOT)
+    command = [program, "shards", *corpus.command(output, "--workers", "1", "--hostfile", hostfile, *options)]
+    environment = {"HOME": str(output.parent), "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}"}
+    return real_hosts.run(command, timeout=200, env=environment, cwd=ROOT)
 
 
 def test_three_hosts_make_the_bytes_of_one_even_when_one_is_lost(
-    real_hosts: RealHosts, data: Path, tmp_path: Path
+    real_hosts: RealHosts, corpus: Corpus, tmp_path: Path
 ) -> None:
-    options = {"valid_fraction": 0.1, "shard_tokens": 20_000, "workers": 1}
-    whole = build(data / "corpus", data / "tokenizer", tmp_path / "whole", **options)  # type: ignore[arg-type]
-    assert len(whole.shards) > 3
+    one = build_on(real_hosts, corpus, tmp_path / "one", hosts=1)
+    assert one.returncode == 0, one.output
     with real_hosts.without_sshd(1):
-        done = build_on(real_hosts, data, tmp_path)
+        done = build_on(real_hosts, corpus, tmp_path / "three")
     assert done.returncode == 0, done.output
     assert f"{real_hosts.hosts[1]}: slice 1/3 ended with exit code 255" in done.output
-    verify(tmp_path / "shards", deep=True)
-    for path in whole.directory.iterdir():
-        if path.is_file():
-            assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes(), path.name
+    verify(tmp_path / "three", deep=True)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
+    assert len(names) > 8
+    for name in names:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_what_a_user_must_mend_is_said_once_by_each_host_and_not_tried_elsewhere(
-    real_hosts: RealHosts, data: Path, tmp_path: Path
+def test_what_a_user_must_mend_is_said_and_not_tried_elsewhere(
+    real_hosts: RealHosts, corpus: Corpus, tmp_path: Path
 ) -> None:
-    done = build_on(real_hosts, data, tmp_path, "--encoder", "nonsense")
+    done = build_on(real_hosts, corpus, tmp_path / "shards", "--encoder", "nonsense")
     assert done.returncode == 1
     assert "was refused, see above" in done.output and "Traceback" not in done.output
     assert not (tmp_path / "shards" / "manifest.json").exists()

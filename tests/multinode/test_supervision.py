@@ -128,6 +128,13 @@ def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
     assert trained.digests() == baseline.digests()
 
 
+def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) -> None:
+    job = launch("plain", 2, "--launcher", "ssh", "--no-doctor")
+    assert job.end() == 0, job.output()
+    assert "codeparrot_ds.cluster.fan_out" in job.output()
+    assert read_run(job.directory.path).losses() == baseline.losses()
+
+
 def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
 ) -> None:
