@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -68,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     parser.add_argument("--supervisor", type=Supervisor.parse, help="set by `codeparrot-ds launch`")
     options = parser.parse_args(arguments)
-    rank = _environment("RANK", 0)
     lifeline: Lifeline | None = None
-    message = ""
+    rank, message = _environment("RANK", 0), ""
     try:
+        os.environ.update(rank_of_scheduler(os.environ))
+        rank = _environment("RANK", 0)
         lifeline = Lifeline(options.supervisor, rank)
         code = 0 if train(options.recipe, options.set, lifeline) else EXIT_PREEMPTED
     except Exception as error:
@@ -86,6 +87,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lifeline is not None:
         lifeline.end(code, message)
     return code
+
+
+def rank_of_scheduler(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK and its kin where a scheduler, not deepspeed or torchrun, has started the ranks: mpirun or srun.
+
+    Without them each rank would train on its own. Raises ConfigError when nobody says where rank 0 is.
+    """
+    if "RANK" in environment:
+        return {}
+    for size, rank, local_rank, local_size in (
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        if int(environment.get(size, "1")) > 1:
+            if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+                raise ConfigError(
+                    f"{environment[size]} ranks were started by a scheduler, and nothing says where they meet. Set "
+                    "MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there."
+                )
+            found = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
+            # Slurm writes "2(x3),1": of the first nodes.
+            return {name: environment[source].partition("(")[0].partition(",")[0] for name, source in found.items()}
+    return {}
 
 
 def _user_error(error: Exception) -> UserError | None:

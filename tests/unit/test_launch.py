@@ -21,6 +21,7 @@ from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, ClusterError, ConfigError
 from codeparrot_ds.lifeline import Lines, Supervisor
 from codeparrot_ds.recipe import Batch, Recipe
+from codeparrot_ds.train import rank_of_scheduler
 
 FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 
@@ -90,6 +91,34 @@ def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypat
         "NCCL_DEBUG": "INFO",
         "A": "b c",
     }
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {
+            "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+        {
+            "SLURM_STEP_NUM_TASKS": "4",
+            "SLURM_PROCID": "3",
+            "SLURM_LOCALID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        },
+    ],
+    ids=["mpirun", "srun"],
+)
+def test_ranks_that_a_scheduler_started_know_one_another(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="4 ranks were started by a scheduler"):
+        rank_of_scheduler(environment)
+    where = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    found = rank_of_scheduler({**environment, **where})
+    assert found == {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    assert rank_of_scheduler({**environment, "RANK": "0"}) == {}  # deepspeed's, inside a job
+    assert rank_of_scheduler({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}) == {}  # of a batch script, not of a step
 
 
 def test_restarts_wait_longer_and_longer() -> None:
