@@ -12,7 +12,7 @@ from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
 from codeparrot_ds.training import reshard
-from codeparrot_ds.training.checkpoint import save
+from codeparrot_ds.training.checkpoint import Saving
 from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
 from codeparrot_ds.training.model import build_model
 
@@ -31,6 +31,6 @@ again = dataclasses.replace(
     world_size=ranks.world_size,
     files={},
 )
-save(engine, run, again, keep_last=1, ranks=ranks)
+Saving.begin(engine, run, again, ranks).publish(keep_last=1)
 rank_module.leave()
 end(0)

@@ -16,7 +16,7 @@ from codeparrot_ds.shards.order import Order
 from codeparrot_ds.shards.sequences import PackedSequences
 from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
-from codeparrot_ds.training.checkpoint import save
+from codeparrot_ds.training.checkpoint import Saving
 from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
 from codeparrot_ds.training.model import build_model, next_token_loss
 
@@ -63,7 +63,7 @@ groups = [
 ]
 run = RunDirectory(recipe.run_directory)
 checkpoint = Checkpoint(run.checkpoint(0), 0, 0, 0, options.stage, ranks.world_size, options.precision, {}, {}, None)
-save(engine, run, checkpoint, keep_last=1, ranks=ranks)
+Saving.begin(engine, run, checkpoint, ranks).publish(keep_last=1)
 if ranks.rank == 0:
     accumulated = str(engine.get_data_types()[1])
     found = {"weights": weights, "loss": loss, "groups": groups, "accumulated": accumulated, "run": str(run.path)}
