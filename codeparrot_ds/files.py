@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +22,7 @@ from codeparrot_ds.errors import ConfigError, DataError, UserError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of every manifest
 _READ_SIZE = 1 << 20
+_LOCK_TRIES = 10
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -207,12 +209,22 @@ def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None
         )
 
 
+def _lock(file: Any) -> None:
+    """Take a lock. Who only looks whether it is held, as `codeparrot-ds status` does, holds it for a moment."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold an advisory lock on `path`; the kernel drops it with the process. Raises ConfigError(`busy`)."""
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             raise ConfigError(busy) from None
         except OSError as error:

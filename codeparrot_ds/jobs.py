@@ -42,7 +42,8 @@ _forked_from: int | None = None  # inherited by workers that are forked from thi
 
 def say(message: str) -> None:
     """One plain line for the user, on standard error: standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is closed, a pipe that nobody reads
+        print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str = "file", done: int = 0) -> Iterator[Item]:

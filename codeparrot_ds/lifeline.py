@@ -108,6 +108,11 @@ class Lifeline:
         self._say({"job": supervisor.job, "rank": rank, "node": node, "host": socket.gethostname(), "pid": os.getpid()})
         threading.Thread(target=self._listen, daemon=True, name="lifeline").start()
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a supervisor."""
+        return self._connection is not None
+
     def report(self, doing: Callable[[], str]) -> None:
         """From now on, tell the supervisor about once a second what `doing` returns, when that has changed."""
         self._doing = doing
@@ -140,7 +145,6 @@ class Lifeline:
                 data = b""
             if not data and not self._ended.is_set():
                 # Not through Python's exit: the main thread may hang in a collective for ever.
-                print(
-                    "the supervisor of this job is gone, or has ended it: this rank ends", file=sys.stderr, flush=True
-                )
+                with contextlib.suppress(OSError, ValueError):  # a terminal that is closed
+                    print("the supervisor of this job is gone, or has ended it", file=sys.stderr, flush=True)
                 os._exit(EXIT_CRASHED)

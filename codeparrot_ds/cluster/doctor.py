@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any
 from codeparrot_ds.cluster import probe
 from codeparrot_ds.cluster.ssh import ssh_command
 from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.training.engine import load_ds_config, required_ops, resolve
+from codeparrot_ds.training.engine import load_ds_config, required_ops
 from codeparrot_ds.training.swap import swap_bytes_per_parameter
 
 COLUMNS = ("ssh", "name", "software", "slots", "clock", "disk", "memory", "data", "shared", "compiler", "port", "links")
 _FACTS_SECONDS = 15.0
 _MEASURE_SECONDS = 10.0
-_ALL_REDUCE_SECONDS = 25
+_ALL_REDUCE_SECONDS = 60  # with imports from a cold disk
 _ALL_REDUCE_BYTES = 1 << 24
 _MOST_ROUNDS = 15  # of links measured: all pairs of 16 hosts; of more hosts, a part
 _CLOCK_SECONDS = 2.0
@@ -155,7 +156,7 @@ def examine(
     needs: dict[str, int] = {}
     token = None
     if recipe is not None:
-        ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, sum(slots.values()))
+        ds_config = load_ds_config(recipe.engine.deepspeed)  # what is "auto" there does not matter here
         ops += required_ops(ds_config)
         parameters = recipe.model.parameters
         share = -(-parameters * max(slots.values()) // sum(slots.values()))
@@ -307,6 +308,7 @@ class _Probe:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the caller
         )
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
@@ -377,21 +379,40 @@ def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
                     else:
                         report.bandwidth[a.host, b.host] = float(answer["bandwidth"])
     usual = median(report.bandwidth.values()) if report.bandwidth else 0.0
-    for host in by_host.values():
+    bad = {(a, b): f"{a} cannot reach {b} ({why})" for (a, b), why in failures.items()}
+    bad |= {
+        (a, b): f"the link from {a} to {b} carries {rate * 8e-9:,.2f} Gb/s, most carry {usual * 8e-9:,.2f}"
+        for (a, b), rate in report.bandwidth.items()
+        if rate < _SLOW_LINK * usual
+    }
+    blamed = blame(bad)
+    for name, host in by_host.items():
         if "ssh" in host.red:
             continue
-        problems = [f"it cannot reach {b} ({why})" for (a, b), why in failures.items() if a == host.host]
-        slow = [(b, rate) for (a, b), rate in report.bandwidth.items() if a == host.host and rate < _SLOW_LINK * usual]
-        problems += [
-            f"its link to {b} carries {rate * 8e-9:,.2f} Gb/s, most carry {usual * 8e-9:,.2f}" for b, rate in slow
-        ]
-        own = [rate for (a, _), rate in report.bandwidth.items() if a == host.host]
-        shown = f"{min(own) * 8e-9:,.1f} Gb/s" if own else ""
-        if problems:
+        if name in blamed:
             mend = "look at its cable, its interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall"
-            host.bad("links", "slow" if not failures else "cut", f"{'; '.join(problems)}: {mend}.")
+            cut = any(pair in failures for pair in blamed[name])
+            host.bad("links", "cut" if cut else "slow", f"{'; '.join(bad[pair] for pair in blamed[name])}: {mend}.")
         else:
-            host.good("links", shown)
+            own = [rate for pair, rate in report.bandwidth.items() if name in pair]
+            host.good("links", f"{min(own) * 8e-9:,.1f} Gb/s" if own else "")
+
+
+def blame(pairs: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Hosts that explain why these pairs fail, each with the pairs that it explains.
+
+    The host in most of them is to blame for those, then the one in most of what is left. Where two are in as many, as
+    the ends of a single link, both are named.
+    """
+    left, found = list(pairs), dict[str, list[tuple[str, str]]]()
+    while left:
+        counts = Counter(host for pair in left for host in pair)
+        most = max(counts.values())
+        worst = [host for host, count in counts.items() if count == most]
+        for host in worst if len(worst) <= 2 else worst[:1]:
+            found[host] = [pair for pair in left if host in pair]
+        left = [pair for pair in left if not set(pair) & set(found)]
+    return found
 
 
 def _measure_all_reduce(report: Report, probes: Sequence[_Probe], port: int) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from codeparrot_ds.cluster.hostfile import read_hostfile
 from codeparrot_ds.cluster.ssh import ssh_command
@@ -42,7 +42,7 @@ def main() -> int:
             preexec_fn=die_with_parent,
         )
         assert process.stdout is not None
-        threads.append(threading.Thread(target=pass_on, args=(host, process.stdout)))
+        threads.append(threading.Thread(target=pass_on, args=(host, process.stdout, sys.stdout)))
         threads[-1].start()
         processes.append(process)
     codes = [process.wait() & 0xFF for process in processes]
@@ -51,11 +51,11 @@ def main() -> int:
     return max(codes)
 
 
-def pass_on(host: str, output: IO[bytes]) -> None:
+def pass_on(host: str, output: IO[bytes], to: TextIO) -> None:
     """Print what comes, with the name of the host before each line."""
     for line in output:
-        sys.stdout.write(f"{host}: {line.decode(errors='replace')}")
-        sys.stdout.flush()
+        to.write(f"{host}: {line.decode(errors='replace')}")
+        to.flush()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory, step_of
 
 _LOCK_SECONDS = 30.0  # within which ranks of a supervisor that was killed have ended
+_LEASE_SECONDS = 180.0  # within which a file server has given up the locks of a host that is lost
 
 
 def launch(
@@ -53,8 +53,8 @@ class _Job:
 
     def run(self, stop: Stop) -> int:
         """Try until it is done, or not worth it; returns the exit code."""
+        self.directory.stop_file.unlink(missing_ok=True)  # of an earlier run, which it has stopped
         while True:
-            _wait_for_old_ranks(self.directory, stop)
             began, began_at = time.time(), _newest_step(self.directory)
             outcome, hosts = self._attempt(stop)
             reached = _newest_step(self.directory)
@@ -67,23 +67,26 @@ class _Job:
                 return outcome.code
             self.place.lost(outcome.host, self.in_a_row)
             sleep_unless(stop, delay)
-            if stop.count:
-                return 128 + signal.SIGINT
+            if stop.count or self.directory.stop_file.exists():
+                return stop.code
 
     def _attempt(self, stop: Stop) -> tuple[Outcome, Sequence[str]]:
         self.number += 1
         try:
+            _wait_for_old_ranks(self.directory, stop, _LOCK_SECONDS if self.number == 1 else _LEASE_SECONDS)
             start = self.place.prepare(self.number)
-        except ClusterError as error:
-            if self.number == 1:
+        except (ClusterError, ConfigError) as error:
+            if self.number == 1 and not stop.count:
                 raise
             return Outcome("failed", str(error), EXIT_CRASHED), []
-        command = deepspeed_command(self.recipe, start.program, self.overrides)
+        if stop.count:
+            return Outcome("preempted", f"{stop.name} before anything was started", stop.code), []
+        command = deepspeed_command(self.recipe, start.program, self.overrides, start.quote)
         shown = [f"{key}={value}" for key, value in start.extra.items()]
         say(f"$ {shlex.join([*shown, *command])}")
-        attempt = Attempt(start.address, start.hosts, start.kill)
+        attempt = Attempt(start.address, start.slots, start.kill)
         supervised = [*command, "--supervisor", str(attempt.supervisor)]
-        return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.give_up), start.hosts
+        return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.give_up), list(start.slots)
 
     def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:
         """How long to wait before the next attempt, or None when there is to be none; says which, and why."""
@@ -116,12 +119,12 @@ def _newest_step(run: RunDirectory) -> int:
     return step_of(found[-1]) if found else 0
 
 
-def _wait_for_old_ranks(run: RunDirectory, stop: Stop) -> None:
+def _wait_for_old_ranks(run: RunDirectory, stop: Stop, seconds: float) -> None:
     """Wait until no rank of an earlier start trains here: those of a supervisor that was killed end by themselves.
 
     Raises ConfigError when one goes on, as one that was started without a supervisor does.
     """
-    deadline = time.monotonic() + _LOCK_SECONDS
+    deadline = time.monotonic() + seconds
     while run.in_use() and not stop.count:
         if time.monotonic() > deadline:
             raise ConfigError(
@@ -130,7 +133,9 @@ def _wait_for_old_ranks(run: RunDirectory, stop: Stop) -> None:
         time.sleep(0.5)
 
 
-def deepspeed_command(recipe: Path, program: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The command that a user could type."""
-    command = [*program, "--module", "codeparrot_ds.train", str(recipe)]
-    return command + [part for override in overrides for part in ("--set", override)]
+def deepspeed_command(
+    recipe: Path, program: Sequence[str], overrides: Sequence[str], quote: Callable[[str], str] = str
+) -> list[str]:
+    """The command that a user could type. `quote`: for what lies between here and the ranks, such as pdsh's shell."""
+    command = [*program, "--module", "codeparrot_ds.train", quote(str(recipe))]
+    return command + [part for override in overrides for part in ("--set", quote(override))]

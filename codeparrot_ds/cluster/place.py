@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +56,19 @@ class Start:
         program: what starts the ranks, without what they run.
         extra: to be added to its environment.
         address: of this machine, as the ranks reach it.
-        hosts: in the order of their ranks.
+        slots: hosts in the order of their ranks, and how many each has.
         give_up: a reason why the job is to stop and start again, or nothing.
         kill: ends processes of a host.
+        quote: an argument of the ranks, for what lies between.
     """
 
     program: Sequence[str]
     extra: Mapping[str, str]
     address: str
-    hosts: Sequence[str]
+    slots: Mapping[str, int]
     give_up: Callable[[], str]
     kill: Callable[[str, Iterable[int]], None]
+    quote: Callable[[str], str] = str
 
 
 class ThisMachine:
@@ -80,8 +81,13 @@ class ThisMachine:
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs."""
-        program = [find_deepspeed(), "--quiet", *_port_options(), "--num_gpus", str(self._ranks)]
-        return Start(program, self._extra, "127.0.0.1", [socket.gethostname()], lambda: "", _kill_here)
+        count = ["--num_gpus", str(self._ranks)]
+        visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        if visible and not self._extra:  # with a count, deepspeed would take the first GPUs of the machine instead
+            count = ["--include", f"localhost:{','.join(visible[: self._ranks])}"]
+        program = [find_deepspeed(), "--quiet", *_port_options(), *count]
+        slots = {socket.gethostname(): self._ranks}
+        return Start(program, self._extra, "127.0.0.1", slots, lambda: "", _kill_here)
 
     def lost(self, host: str | None, in_a_row: int) -> None:
         """There is no other machine to go to."""
@@ -117,27 +123,36 @@ class ManyHosts:
                 f"{self._fewest} wanted. Give --min-hosts of at least 1, and fewer --spare-hosts than there are hosts."
             )
         self._suspect = ""
+        self._answered: set[str] = set()  # when last looked
+        self._unfit: dict[str, str] = {}  # by the doctor, though they answer
+        self._regrow: _Regrow | None = None
 
     def prepare(self, number: int) -> Start:
-        """What the attempt with this number needs. Raises ClusterError when too few hosts answer."""
-        look = number == 1 and self._hosts.doctor and isinstance(self._reach, Ssh)
-        unreachable = self._examine() if look else self._reach.unreachable(self._slots)
-        active = self._choose(unreachable)
+        """What the attempt with this number needs. Raises ClusterError when too few hosts are fit."""
+        if self._regrow is not None:
+            self._regrow.stop()
+        silent = self._reach.unreachable(self._slots)
+        answer = set(self._slots) - set(silent)
+        if self._hosts.doctor and isinstance(self._reach, Ssh) and answer - self._answered:
+            self._unfit = self._examine()
+        self._answered = answer
+        active = self._choose({**self._unfit, **silent})
         # Ranks of an attempt before may hold its port for a while.
         port = _DEEPSPEED_PORT + number % 100
         program, extra = self._reach.command(self._run, active, self._master_address(active), port)
-        regrow = None
+        self._regrow = None
         if len(active) < self._wanted:
             without = ", ".join(host for host in self._slots if host not in active)
             say(f"training on {len(active)} of {self._wanted} hosts, without {without}")
-            regrow = _Regrow(self._reach, set(unreachable), self._hosts.regrow_seconds)
+            self._regrow = _Regrow(self._reach, set(silent), self._hosts.regrow_seconds)
         return Start(
             program,
             extra,
             self._hosts.address or _address_towards(map(self._reach.address, active)),
-            list(active),
-            (lambda: regrow.found) if regrow else (lambda: ""),
+            active,
+            lambda: self._regrow.found if self._regrow else "",
             self._reach.kill,
+            self._reach.quote,
         )
 
     def lost(self, host: str | None, in_a_row: int) -> None:
@@ -145,13 +160,13 @@ class ManyHosts:
         self._suspect = host or "" if in_a_row > 1 else ""
 
     def _examine(self) -> dict[str, str]:
-        """Hosts that are not fit, and why."""
+        """Hosts that are not fit, though they answer, and why."""
         cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
         report = examine(
             self._slots, self._recipe, port=_DEEPSPEED_PORT + 1, cpu=cpu, environment=forwarded(os.environ)
         )
         say("\n".join(report.table()))
-        return report.red
+        return {each.host: "; ".join(each.red.values()) for each in report.hosts if each.red and "ssh" not in each.red}
 
     def _choose(self, unreachable: Mapping[str, str]) -> dict[str, int]:
         """Hosts and slots of the next attempt. Raises ClusterError when too few are left."""
@@ -191,12 +206,16 @@ class _Regrow(threading.Thread):
         super().__init__(daemon=True)
         self.found = ""
         self._reach, self._lost, self._seconds = reach, lost, every_seconds
+        self._stopped = threading.Event()
         self.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
 
     def run(self) -> None:
         """Look now and then, until one is back."""
-        while not self.found and self._lost:
-            time.sleep(self._seconds)
+        while not self.found and self._lost and not self._stopped.wait(self._seconds):
             if back := self._lost - set(self._reach.unreachable(self._lost)):
                 self.found = f"{', '.join(sorted(back))} answers again"
 
@@ -206,7 +225,10 @@ def _address_towards(addresses: Iterable[str]) -> str:
     own = "127.0.0.1"
     for address in addresses:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-            probe.connect((address, 9))
+            try:
+                probe.connect((address, 9))
+            except OSError as error:
+                raise ClusterError(f"{address}: no way there from this machine ({error}).") from None
             own = str(probe.getsockname()[0])
         if not own.startswith("127.") and own != address:
             return own

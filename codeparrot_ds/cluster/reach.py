@@ -45,6 +45,9 @@ class Reach(Protocol):
     def command(self, run: RunDirectory, active: Mapping[str, int], master: str, port: int) -> Command:
         """What starts ranks on the `active` hosts with their slots."""
 
+    def quote(self, argument: str) -> str:
+        """An argument of the ranks, written so that it arrives as it is."""
+
 
 class Ssh:
     """By ssh; with pdsh it is `deepspeed` itself that does so."""
@@ -72,15 +75,27 @@ class Ssh:
         """What starts ranks on the `active` hosts with their slots."""
         hostfile, variables = run.path / "hostfile", run.path / "environment"
         write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
-        # The values go into a shell command as they are.
-        lines = [f"{name}={shlex.quote(value)}\n" for name, value in forwarded(os.environ).items()]
+        quote = _escape if self._pdsh else shlex.quote  # DeepSpeed puts double quotes around them where it sees need
+        lines = [f"{name}={quote(value)}\n" for name, value in forwarded(os.environ).items()]
         write_atomically(variables, "".join(lines))
+        variables.chmod(0o600)
         rendezvous = ["--master_addr", master, "--master_port", str(port)]
         if self._pdsh:
             options = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check", *rendezvous]
             return [find_deepspeed(), "--quiet", *options], {"DS_ENV_FILE": str(variables.resolve())}
         options = ["--hostfile", str(hostfile), "--environment", str(variables), *rendezvous]
         return [sys.executable, "-m", fan_out.__name__, *options], {}
+
+    def quote(self, argument: str) -> str:
+        """For the shell that pdsh's ssh starts. DeepSpeed itself puts double quotes around what holds a space."""
+        if not self._pdsh:
+            return argument
+        return _escape(argument, but='"') if " " in argument else shlex.quote(argument)
+
+
+def _escape(text: str, but: str = "") -> str:
+    """`text` for between double quotes of a shell, but for what is escaped later."""
+    return re.sub(r'["$\\`]', lambda found: found[0] if found[0] in but else f"\\{found[0]}", text)
 
 
 class Srun:
@@ -111,6 +126,10 @@ class Srun:
         count = str(len(active))
         nodes = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={','.join(active)}"]
         return ["srun", *nodes, "--kill-on-bad-exit=1", "bash", "-c", script, "deepspeed"], {}
+
+    def quote(self, argument: str) -> str:
+        """No shell reads it."""
+        return argument
 
 
 def slurm_slots(ranks: int | None) -> dict[str, int]:
@@ -167,7 +186,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
         file = directory / ".deepspeed_env"
         for line in file.read_text().splitlines() if file.is_file() else []:
             name, equals, value = line.strip().partition("=")
-            if equals and not name.startswith("#"):
+            if equals and not name.startswith("#") and not _SECRET.search(name):
                 found[name.strip()] = value.strip()
     return found
 

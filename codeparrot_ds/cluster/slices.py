@@ -17,6 +17,7 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ClusterError
 from codeparrot_ds.jobs import say
 
 _USAGE = 2
+_LOST = 255  # ssh's own
 
 
 def run_slices(hostfile: Path, arguments: Sequence[str]) -> None:
@@ -81,16 +82,19 @@ def _serve(host: str, work: _Work, arguments: Sequence[str]) -> None:
     while (part := work.take()) is not None:
         command = shlex.join([program, *arguments, "--slice", f"{part}/{work.total}"])
         script = f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {command}"
-        process = subprocess.Popen(
-            [*ssh_command(host, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"), script],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert process.stdout is not None
-        pass_on(host, process.stdout)
-        code = process.wait()
-        work.give_back(part, host, code)
+        code = _LOST
+        try:
+            process = subprocess.Popen(
+                [*ssh_command(host), script],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            assert process.stdout is not None
+            pass_on(host, process.stdout, sys.stderr)  # standard output is for the result
+            code = process.wait()
+        finally:
+            work.give_back(part, host, code)
         if code != 0:
             say(f"{host}: slice {part}/{work.total} ended with exit code {code}")
             return

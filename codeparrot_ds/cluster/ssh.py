@@ -37,7 +37,9 @@ class Answer:
 def ssh_command(host: str, *options: str) -> list[str]:
     """`ssh HOST`, which never asks and gives up soon; what is to run there follows."""
     appended = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    given = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *appended, *options]
+    given = [*appended, *options]
+    for option in ("BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "ServerAliveInterval=5"):
+        given += ["-o", option]  # the first of a kind counts: the user's
     return ["ssh", *given, "--", host]
 
 
@@ -52,6 +54,7 @@ def run_on(host: str, command: Sequence[str], timeout: float, stdin: str | None 
             errors="replace",
             timeout=timeout,
             check=False,
+            start_new_session=True,  # Ctrl-C is for the caller
         )
     except subprocess.TimeoutExpired as error:
         said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""

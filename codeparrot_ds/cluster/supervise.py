@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -25,6 +26,9 @@ from codeparrot_ds.lifeline import Lines, Supervisor, keep_alive
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # for the other ranks to say what they know, and for deepspeed to end by itself
 _END_SECONDS = 10.0  # for ranks that were told to end; then they are killed
+_FIRST_SECONDS = 600.0  # until the first rank says who it is: imports from a cold disk
+_OTHERS_SECONDS = 120.0  # from then until the last does
+_AGAIN_SECONDS = 2.0  # a scheduler may send its signal to the script around this process as well, which passes it on
 _MOST_SECONDS_BETWEEN = 300.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -65,23 +69,36 @@ class Outcome:
 
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP or SIGUSR1 to this process: the first asks the ranks to save, the second ends them."""
+    """SIGINT, SIGTERM, SIGHUP or SIGUSR1 to this process: the first asks the ranks to save, the second ends them.
+
+    What is ignored, as SIGHUP is under nohup, stays so.
+    """
 
     def __init__(self) -> None:
         self.count, self.name = 0, ""
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
+
+    @property
+    def code(self) -> int:
+        """The exit code for a job that was told to stop while none of its ranks lived."""
+        return 128 + signal.SIGINT if self.name == "SIGINT" else EXIT_PREEMPTED
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.count, self.name = self.count + 1, signal.Signals(number).name
+        now = time.monotonic()
+        if not self.count or number == signal.SIGINT or now - self._first > _AGAIN_SECONDS:
+            self._first = self._first or now
+            self.count, self.name = self.count + 1, signal.Signals(number).name
 
 
 class Attempt:
@@ -89,12 +106,12 @@ class Attempt:
 
     Args:
         address: of this machine, as the ranks' hosts reach it.
-        hosts: where the ranks run, in the order in which deepspeed numbers them.
+        slots: hosts and how many ranks run there, in the order in which deepspeed numbers them.
         kill: ends processes on a host by id, for ranks that no longer listen.
     """
 
-    def __init__(self, address: str, hosts: Sequence[str], kill: Callable[[str, list[int]], None]) -> None:
-        self._hosts, self._kill = hosts, kill
+    def __init__(self, address: str, slots: Mapping[str, int], kill: Callable[[str, list[int]], None]) -> None:
+        self._hosts, self._slots, self._kill = list(slots), slots, kill
         self._listener = socket.create_server((address if address == "127.0.0.1" else "", 0))
         self._listener.setblocking(False)
         self.supervisor = Supervisor(address, self._listener.getsockname()[1], secrets.token_hex(8))
@@ -103,6 +120,8 @@ class Attempt:
         self._ranks: list[_Rank] = []
         self._gone: list[_Rank] = []  # in the order of their ends
         self._told = ""
+        self._first_heard: float | None = None
+        self._silent = ""  # a host whose ranks never said who they are
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], stop: Stop, give_up: Callable[[], str]
@@ -127,18 +146,31 @@ class Attempt:
         return replace(outcome, state="regrow") if ours else outcome
 
     def _watch(self, process: "subprocess.Popen[bytes]", stop: Stop, give_up: Callable[[], str]) -> None:
-        failed_at = None
+        failed_at, began = None, time.monotonic()
         while process.poll() is None and stop.count < 2:
             self._listen(_POLL_SECONDS)
             if not self._told and (reason := stop.name or give_up()):
                 self._told = reason
-                say(f"{reason}: the job saves a checkpoint and stops" + (" (again: at once)" if stop.name else ""))
                 for rank in self._ranks:
                     self._tell(rank)
-            if failed_at is None and any(rank.code not in (0, EXIT_PREEMPTED) for rank in self._gone):
+                say(f"{reason}: the job saves a checkpoint and stops" + (" (again: at once)" if stop.name else ""))
+            ended = [*self._gone, *(rank for rank in self._ranks if rank.code is not None)]
+            if failed_at is None and any(rank.code not in (0, EXIT_PREEMPTED) for rank in ended):
                 failed_at = time.monotonic()
+            if self._find_silent(began):
+                return
             if failed_at is not None and time.monotonic() > failed_at + _GRACE_SECONDS:
                 return
+
+    def _find_silent(self, began: float) -> bool:
+        """Whether ranks of some host have not said who they are within the time for it."""
+        seen = Counter(rank.host for rank in (*self._ranks, *self._gone))
+        if self._first_heard is None and seen:
+            self._first_heard = time.monotonic()
+        deadline = began + _FIRST_SECONDS if self._first_heard is None else self._first_heard + _OTHERS_SECONDS
+        if time.monotonic() > deadline:
+            self._silent = next((host for host in self._hosts if seen[host] < self._slots[host]), "")
+        return bool(self._silent)
 
     def _tell(self, rank: _Rank) -> None:
         with contextlib.suppress(OSError):
@@ -214,9 +246,18 @@ class Attempt:
     def _outcome(self, returncode: int, stop: Stop) -> Outcome:
         ended = self._gone + self._ranks
         doing = next((rank.doing for rank in ended if rank.doing), "")
-        first = next((rank for rank in self._gone if rank.code not in (0, EXIT_PREEMPTED)), None)
+        codes = {rank.code for rank in ended}
         if stop.count > 1:
             return Outcome("preempted", f"{stop.name}, twice: ended at once", 128 + signal.SIGINT, doing=doing)
+        if self._silent:
+            reason = f"not all ranks on {self._silent} have started: look at what that host has said"
+            return Outcome("failed", reason, EXIT_CRASHED, self._silent, doing)
+        # A rank says so only when all of them are through, whatever one of them may meet on its way out.
+        if EXIT_PREEMPTED in codes:
+            return Outcome("preempted", self._told or "asked to stop", EXIT_PREEMPTED, doing=doing)
+        if 0 in codes:
+            return Outcome("finished", "trained to its last step", 0, doing=doing)
+        first = next(iter(ended), None)
         if first is not None:
             where = f"rank {first.number} on {first.host}"
             if first.code == EXIT_USER_ERROR:
@@ -226,13 +267,9 @@ class Attempt:
                 "was killed, or its host was lost" if first.code is None else f"ended with {first.code}"
             )
             return Outcome("failed", f"{where} {why}", EXIT_CRASHED, first.host, doing)
-        codes = {rank.code for rank in ended}
-        if not codes:
-            reason = self._told or f"deepspeed ended with {returncode} before any rank had started"
-            return Outcome("preempted" if self._told else "failed", reason, returncode or EXIT_CRASHED)
-        if EXIT_PREEMPTED in codes:
-            return Outcome("preempted", self._told or "asked to stop", EXIT_PREEMPTED, doing=doing)
-        return Outcome("finished", "trained to its last step", 0, doing=doing)
+        if stop.count:
+            return Outcome("preempted", f"{stop.name} before any rank had started", stop.code)
+        return Outcome("failed", f"deepspeed ended with {returncode} before any rank had started", EXIT_CRASHED)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What became of a run: what its rank 0 wrote last, whether anyone trains it now, and its attempts."""
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -49,5 +50,10 @@ class RunStatus:
 
 def run_status(run: RunDirectory) -> RunStatus:
     """Look at a run directory. Raises DataError when nothing was ever trained there."""
-    attempts = run.launches.read_text().splitlines() if run.launches.exists() else []
-    return RunStatus(run.read_status(), run.in_use(), [json.loads(line) for line in attempts])
+    attempts = []
+    for line in run.launches.read_text().splitlines() if run.launches.exists() else []:
+        with contextlib.suppress(ValueError):  # one that a crash has cut short
+            attempts.append(json.loads(line))
+    # All ranks may have died before the first could say that it runs.
+    facts = {"state": "never started"} if attempts and not run.status_file.exists() else run.read_status()
+    return RunStatus(facts, run.in_use(), attempts)

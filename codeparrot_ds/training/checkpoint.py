@@ -113,7 +113,7 @@ class Saving:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except OSError as error:
             free = shutil.disk_usage(self.run.checkpoints).free
             message = (
                 f"{self._unfinished}: rank {self.ranks.rank} could not save ({error}), with {free / 1e6:,.1f} MB free "

@@ -43,9 +43,10 @@ class StopRequests:
         self._exchange: Callable[[], list[int]] | None = None
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not lifeline.connected:  # else `launch` has done so, once for all its attempts
             stop_file.unlink(missing_ok=True)  # of an earlier run, which it has stopped
-        self._launcher = _launcher()
+        # A supervisor's connection says more, and an ssh session that was lost is no reason to stop.
+        self._launcher = None if lifeline.connected else _launcher()
         self._grandparent = self._launcher.ppid() if self._launcher else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -94,8 +94,21 @@ def join() -> Ranks:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    if local_world_size < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        _choose_interface()
     deepspeed.init_distributed(verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.new_group(backend="gloo"))
+
+
+def _choose_interface() -> None:
+    """Have gloo use the interface towards rank 0. It would take that of this host's own name, which on many machines
+    stands for the loopback address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect((os.environ["MASTER_ADDR"], 9))
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == own for each in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _prepare_cpu(local_world_size: int) -> None:

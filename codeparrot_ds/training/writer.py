@@ -44,7 +44,8 @@ class CheckpointWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or copy what goes into it. Where memory is too short for a copy, it is written at once."""
         # All ranks of a host copy at once.
-        room = (1 - _SPARE_MEMORY) * psutil.virtual_memory().available / int(os.environ.get("LOCAL_SIZE", "1"))
+        ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        room = (1 - _SPARE_MEMORY) * available_memory() / ranks
         if self._background and tensor_bytes(state_dict) < room:
             self._waiting.append((copy_to_host(state_dict), Path(path)))
         else:
@@ -78,7 +79,10 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def _write(self, state_dict: Any, path: Path) -> None:
         with _DigestingFile(path) as file:
-            torch.save(state_dict, cast(IO[bytes], file), _use_new_zipfile_serialization=self.zipfile_serialization)
+            try:
+                torch.save(state_dict, cast(IO[bytes], file), _use_new_zipfile_serialization=self.zipfile_serialization)
+            except RuntimeError as error:  # as torch reports a full disk
+                raise OSError(str(error)) from error
         flush_to_disk(path)
         self.files[path] = {"bytes": file.bytes, "xxh3_128": file.digest.hexdigest()}
 
@@ -106,6 +110,21 @@ class _DigestingFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of the container or job that it runs in."""
+    free = [int(psutil.virtual_memory().available)]
+    try:
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        place = Path("/sys/fs/cgroup", group.lstrip("/"))
+        for directory in (place, *place.parents):
+            limit = (directory / "memory.max").read_text().strip() if (directory / "memory.max").exists() else "max"
+            if limit != "max":
+                free.append(int(limit) - int((directory / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass  # no such groups here, or older ones
+    return max(0, min(free))
 
 
 def copy_to_host(state: Any) -> Any:

@@ -85,7 +85,6 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
         marks.mkdir(exist_ok=True)
         environment = {
             "DS_ACCELERATOR": "cpu",
-            "GLOO_SOCKET_IFNAME": "eth0",
             "HF_HUB_OFFLINE": "1",
             "HOME": str(tmp_path),
             "OMP_NUM_THREADS": "1",

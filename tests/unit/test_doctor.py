@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.cluster import probe
-from codeparrot_ds.cluster.doctor import COLUMNS, Expected, Report, judge, rounds
+from codeparrot_ds.cluster.doctor import COLUMNS, Expected, Report, blame, judge, rounds
 
 HERE: dict[str, Any] = {
     "asked_seconds": 0.4,
@@ -87,6 +87,17 @@ def test_a_host_that_cannot_be_asked_has_one_red_cell() -> None:
     assert table[0].split() == ["host", *COLUMNS]
     assert table[1].split()[:3] == ["a", "!", "no"]
     assert table[-1] == "links: 2 measured, median 9.00 Gb/s, slowest a to b 8.00 Gb/s"
+
+
+def test_the_host_that_explains_most_is_to_blame() -> None:
+    others = ["a", "c", "d"]
+    lame = [("b", each) for each in others] + [(each, "b") for each in others]
+    assert set(blame(lame)) == {"b"} and len(blame(lame)["b"]) == 6
+    assert set(blame(("b", each) for each in others)) == {"b"}  # it cannot send
+    assert set(blame((each, "b") for each in others)) == {"b"}  # it cannot receive
+    assert set(blame([*lame, ("c", "d")])) == {"b", "c", "d"}
+    assert set(blame([("a", "c")])) == {"a", "c"}  # nobody knows which
+    assert blame([]) == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from codeparrot_ds.cluster import place, reach
+from codeparrot_ds.cluster import place, reach, supervise
 from codeparrot_ds.cluster.place import Hosts, ManyHosts
 from codeparrot_ds.cluster.reach import forwarded
 from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
@@ -36,22 +37,22 @@ def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def make(lost: Iterable[str] = (), batch: int = 24, **how: Any) -> Any:
         monkeypatch.setattr(reach, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
         recipe = SimpleNamespace(batch=Batch(global_batch_size=batch), run_directory=tmp_path)
-        return ManyHosts(Hosts(tmp_path / "hosts", **how), cast(Recipe, recipe))
+        return ManyHosts(Hosts(tmp_path / "hosts", doctor=False, **how), cast(Recipe, recipe))
 
     return make
 
 
 def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any], tmp_path: Path) -> None:
-    assert many_hosts(spare_hosts=1).prepare(2).hosts == ["a", "b", "c"]
-    assert many_hosts(["b"], spare_hosts=1).prepare(2).hosts == ["a", "c", "d"]
+    assert many_hosts(spare_hosts=1).prepare(2).slots == {"a": 2, "b": 2, "c": 2}
+    assert many_hosts(["b"], spare_hosts=1).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
     assert (tmp_path / "hostfile").read_text() == "a slots=2\nc slots=2\nd slots=2\n"
 
 
 def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
     with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
         many_hosts(["b"]).prepare(2)
-    assert many_hosts(["b"], min_hosts=2).prepare(2).hosts == ["a", "c", "d"]
-    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).hosts == ["a", "c"]  # 8 cannot be dealt to six
+    assert many_hosts(["b"], min_hosts=2).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
+    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {"a": 2, "c": 2}  # 8 cannot be dealt to six
     with pytest.raises(ClusterError, match="1 of 4"):
         many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
     with pytest.raises(ConfigError, match="at least 9 wanted"):
@@ -61,12 +62,12 @@ def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_
 def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[..., Any]) -> None:
     hosts = many_hosts(min_hosts=3)
     hosts.lost("b", 1)
-    assert hosts.prepare(2).hosts == ["a", "b", "c", "d"]
+    assert hosts.prepare(2).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
     hosts.lost("b", 2)
-    assert hosts.prepare(3).hosts == ["a", "c", "d"]
+    assert hosts.prepare(3).slots == {"a": 2, "c": 2, "d": 2}
     hosts = many_hosts()  # which needs all
     hosts.lost("b", 2)
-    assert hosts.prepare(3).hosts == ["a", "b", "c", "d"]
+    assert hosts.prepare(3).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
 
 
 def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_messages_come_in_any_pieces() -> None:
 
 def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = None) -> tuple[Outcome, float]:
     """How an attempt ends, and its seconds, whose command only waits until its ranks have ended."""
-    watched = Attempt("127.0.0.1", hosts or ["a", "b"], lambda host, pids: None)
+    watched = Attempt("127.0.0.1", dict.fromkeys(hosts or ["a", "b"], 1), lambda host, pids: None)
     thread = threading.Thread(target=scenario, args=(watched.supervisor,))
     command = [sys.executable, "-c", "import time; time.sleep(3)"]
     thread.start()
@@ -211,6 +212,46 @@ def test_a_rank_that_vanishes_is_named_and_the_others_are_told() -> None:
     assert told.is_set() and seconds < 10
     assert (outcome.state, outcome.host, outcome.doing) == ("failed", "b", "step 7")
     assert outcome.reason == "rank 1 on b was killed, or its host was lost"
+
+
+def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
+    for code, state in ((0, "finished"), (EXIT_PREEMPTED, "preempted")):
+
+        def scenario(supervisor: Supervisor, code: int = code) -> None:
+            first, second = rank(supervisor, 0), rank(supervisor, 1)
+            ends(first, code)
+            second.close()  # killed by the scheduler, say
+
+        assert attempt(scenario)[0].state == state
+
+
+def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_OTHERS_SECONDS", 0.5)
+
+    def scenario(supervisor: Supervisor) -> None:
+        first = rank(supervisor, 0)
+        assert first.recv(1) == b""
+        first.close()
+
+    outcome, _ = attempt(scenario)
+    assert (outcome.state, outcome.host) == ("failed", "b")
+    assert "not all ranks on b have started" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "a=b c", "{a:0.7,b:0.3}", "$HOME `x` \\", 'he said "no"', "^docker0,lo", "it's; *"]
+)
+def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed 0.19.8 puts it into a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    ssh = reach.Ssh("pdsh")
+    arguments = SimpleNamespace(user_args=[ssh.quote(text)], launcher_args="")
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.args, runner.exports = arguments, {}
+    runner.add_export("VALUE", reach._escape(text))
+    script = f"export VALUE={runner.exports['VALUE']}; printf '%s\\n' {runner.parse_user_args()[0]} \"$VALUE\""
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert said.stdout.splitlines() == [text, text]
 
 
 def test_strangers_are_not_heard() -> None:
