@@ -1,5 +1,6 @@
 """`codeparrot-ds shards build --hostfile` over three real hosts (see conftest.py)."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_three_hosts_make_the_bytes_of_one_even_when_one_is_lost(
     with real_hosts.without_sshd(1):
         done = build_on(real_hosts, corpus, tmp_path / "three")
     assert done.returncode == 0, done.output
-    assert f"{real_hosts.hosts[1]}: slice 1/3 ended with exit code 255" in done.output
+    assert re.search(rf"{real_hosts.hosts[1]}: slice \d/3 ended with exit code 255", done.output), done.output
     verify(tmp_path / "three", deep=True)
     names = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
     assert len(names) > 8

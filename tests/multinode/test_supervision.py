@@ -21,6 +21,7 @@ from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
 pytestmark = pytest.mark.slow
 
+AT_ONCE = "checkpoints.background=false"  # so that it is known which checkpoints there are
 PROBE_LAUNCH = ROOT / "tests" / "faults" / "probe_launch.py"
 END_SECONDS = 240  # of a job, on a busy machine
 
@@ -138,7 +139,7 @@ def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
 ) -> None:
     """FAULTS.md 23: three hosts, then two, then three, and every sample exactly once."""
-    settings = ["batch.global_batch_size=6", "schedule.steps=12", "checkpoints.every_steps=1"]
+    settings = ["batch.global_batch_size=6", "schedule.steps=12", "checkpoints.every_steps=1", AT_ONCE]
     whole = train(deepspeed, {**tiny_recipe, "name": "whole"}, ranks=2, options=settings)
     faults = ["hold:0:3", "hold:0:7"]
     job = launch("cut", 3, "--min-hosts", "2", "--regrow-seconds", "2", faults=faults, settings=settings)
