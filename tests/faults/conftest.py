@@ -18,6 +18,8 @@ def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> 
 
     def make(name: str, stage: int, *settings: str, runs: Path = tmp_path) -> Run:
         body = {**recipe_on(data, runs), "name": name}
+        # So that it is known which checkpoints there are when something happens.
+        body["checkpoints"]["background"] = False
         body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
         if stage == 0:  # none of the JSONs shipped
             write_json(tmp_path / "zero0.json", {"zero_optimization": {"stage": 0}})

@@ -23,7 +23,6 @@ from tests.faults.jobs import (
 
 pytestmark = pytest.mark.slow
 
-AT_ONCE = "checkpoints.background=false"  # so that it is known which checkpoints there are
 QUICK = ("--restart-delay", "0.2")
 
 
@@ -35,7 +34,7 @@ def attempts(run: Run) -> list[dict[str, Any]]:
 def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
-    run = new_run("mended", 1, "checkpoints.every_steps=1", AT_ONCE)
+    run = new_run("mended", 1, "checkpoints.every_steps=1")
     job = run.start("once:1:2", "pause:0:4", supervised=QUICK)
     job.wait_for("paused")
     job.launcher().kill()  # deepspeed then ends with 0, as if all were well
@@ -60,7 +59,7 @@ def test_a_crash_loop_is_ended_and_nothing_is_lost(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], fault: str
 ) -> None:
     """FAULTS.md 18."""
-    run = new_run(f"loop-{fault}", 2, "checkpoints.every_steps=2", AT_ONCE)
+    run = new_run(f"loop-{fault}", 2, "checkpoints.every_steps=2")
     done = run.launch(f"{fault}:0:3", supervised=("--max-restarts", "2", "--restart-delay", "2"))
     assert done.returncode == EXIT_CRASHED, done.output
     found = attempts(run)

@@ -153,7 +153,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
     expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own, after the ranks'
 
     # A request that comes while a checkpoint gets its name.
-    run = new_run("asked", 2, "checkpoints.every_steps=4", "checkpoints.background=false")
+    run = new_run("asked", 2, "checkpoints.every_steps=4")
     done = run.launch("term:0:4")
     expect_preempted(done, 5, "SIGTERM")
     assert run.checkpoints()[1][-2:] == [name_of(4), name_of(5)]
