@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 
 "${PYTHON:-python3}" launch/bootstrap.py --test
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
