@@ -62,7 +62,8 @@ class Saving:
             background: copy what is to be written to host memory, and return. Training may go on.
             last: the engine is of no more use afterwards: what is on NVMe is moved into the checkpoint.
 
-        Raises CheckpointError as `publish` does.
+        Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
+        waiting in DeepSpeed's own barrier.
         """
         saving = cls(engine, run, checkpoint, ranks)
         if ranks.rank == 0:
@@ -90,14 +91,19 @@ class Saving:
     def publish(self, keep_last: int, keep_every_steps: int | None = None) -> None:
         """Wait for the files of all ranks, give the checkpoint its name, and remove old ones. All ranks must call.
 
-        Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
-        waiting in DeepSpeed's own barrier. Older checkpoints are then untouched.
+        Raises CheckpointError on all ranks when one could not write. Older checkpoints are then untouched.
         """
-        with self._explained():
-            writer = self.engine.checkpoint_engine
-            writer.wait()
-            files = _list_files(self._unfinished, self.ranks.rank, writer.files)
-        files_of_all_ranks = self.ranks.gather(files)  # reached by all only when all went well
+        files, failure = {}, None
+        try:
+            with self._explained():
+                writer = self.engine.checkpoint_engine
+                writer.wait()
+                files = _list_files(self._unfinished, self.ranks.rank, writer.files)
+        except CheckpointError as error:
+            failure = str(error)
+        failures, files_of_all_ranks = zip(*self.ranks.gather((failure, files)), strict=True)
+        if any(failures):
+            raise CheckpointError(next(filter(None, failures)))
         if self.ranks.rank == 0:
             merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
             _publish(self.run, dataclasses.replace(self.checkpoint, files=merged), self._unfinished)

@@ -198,11 +198,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_leaves_the_older_checkpoint_and_is_said(
-    small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed]
+    small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed], background: bool
 ) -> None:
     """FAULTS.md 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that did not come about."""
-    settings = ("checkpoints.every_steps=2", "checkpoints.keep_last=1")
+    settings = ("checkpoints.every_steps=2", "checkpoints.keep_last=1", f"checkpoints.background={background}")
     run = new_run("full", 3, *settings, runs=small_disk)
     done = run.launch("full:1:4")
     assert done.returncode == EXIT_USER_ERROR, done.output
