@@ -199,6 +199,8 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
             model=network, optimizer=optimizer, config=dict(ds_config), dist_init_required=False
         )
         engine.checkpoint_engine = CheckpointWriter(engine._config)
+        # Its converters load pickles, and nothing here runs them; a copy that failed would keep other ranks waiting.
+        engine._copy_recovery_script = lambda directory: None
         if recipe.engine.compile:
             engine.compile()
     return engine

@@ -48,8 +48,11 @@ class CheckpointWriter(TorchCheckpointEngine):
         room = (1 - _SPARE_MEMORY) * available_memory() / ranks
         if self._background and tensor_bytes(state_dict) < room:
             self._waiting.append((copy_to_host(state_dict), Path(path)))
-        else:
-            self._write(state_dict, Path(path))
+        elif self._error is None:
+            try:
+                self._write(state_dict, Path(path))
+            except OSError as error:  # told by `wait`: the other ranks are about to wait in DeepSpeed's own barrier
+                self._error = error
 
     def start(self) -> None:
         """Begin to write what has been copied."""
@@ -62,7 +65,7 @@ class CheckpointWriter(TorchCheckpointEngine):
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until all files are down. Raises what went wrong with them."""
+        """Until all files are down. Raises what went wrong with any of them."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -70,6 +73,8 @@ class CheckpointWriter(TorchCheckpointEngine):
             raise self._error
 
     def _write_all(self) -> None:
+        if self._error is not None:
+            return
         try:
             while self._waiting:
                 self._write(*self._waiting.pop(0))
