@@ -102,29 +102,31 @@ def _run_locally(
     pool = ProcessPoolExecutor(workers, mp_context=_context(preload), initializer=_start_worker)
     waiting: set[Future[Result]] = set()
     remaining = iter(tasks)
-    with pool:
-        try:
-            while True:
-                for task in remaining:
-                    with _interrupts_held():  # a worker starts here, and must not die of Ctrl-C with a traceback
-                        waiting.add(pool.submit(function, task))
-                    if len(waiting) > workers:  # one task more than workers, so that none waits for work
-                        break
-                if not waiting:
-                    return
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise ClusterError(
-                "a worker process was killed from outside, most likely for lack of memory. What is finished is kept: "
-                "run the same command again, with fewer --workers if memory is short."
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in list((pool._processes or {}).values()):  # their tasks may be lost: nobody waits for them
-                worker.kill()
-            raise
+    try:
+        while True:
+            for task in remaining:
+                with _interrupts_held():  # a worker starts here, and must not die of Ctrl-C with a traceback
+                    waiting.add(pool.submit(function, task))
+                if len(waiting) > workers:  # one task more than workers, so that none waits for work
+                    break
+            if not waiting:
+                return
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    except BrokenProcessPool:
+        raise ClusterError(
+            "a worker process was killed from outside, most likely for lack of memory. What is finished is kept: "
+            "run the same command again, with fewer --workers if memory is short."
+        ) from None
+    finally:
+        # Workers are idle now, or their tasks may be lost. They are not asked to end: one that was killed while it
+        # waited for work has left the queue's lock held, and Python would wait for the others for ever.
+        alive = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in alive:
+            worker.kill()
+        pool.shutdown()
 
 
 def _context(preload: str | None) -> BaseContext:

@@ -222,6 +222,30 @@ def test_workers_end_with_the_list(start: str) -> None:
     assert _gone(workers)
 
 
+def test_a_worker_killed_when_all_is_done_is_not_waited_for() -> None:
+    """It dies with the queue's lock, and the other never hears that it may end: stock Python then often hangs."""
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLER)], cwd=ROOT, check=True, timeout=60)
+
+
+KILLER = """
+    import os, signal, time
+    from codeparrot_ds import jobs
+    from tests.unit.test_jobs import process_id_after
+    jobs.threads = lambda: {1}  # workers fork, which takes no time
+    for number in range(50):
+        results = jobs.run_tasks(process_id_after, [0.01] * 2, 2)
+        workers = sorted({next(results), next(results)})
+        time.sleep(0.005)  # both wait for work, one of them with the lock
+        os.kill(workers[number % len(workers)], signal.SIGKILL)
+        assert list(results) == []
+"""
+
+
+def process_id_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
 # A worker says who it is and then waits, while its parent is killed. argv: a file to write to, threads, the module.
 PARENT = """
     import sys, threading, time
