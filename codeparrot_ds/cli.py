@@ -392,41 +392,58 @@ def compare_command(
 
 @app.command("convert")
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Run directory, or one checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="Hugging Face directory to make.")],
+    source: Annotated[Path, typer.Argument(help="Run directory, or one checkpoint; with --check, a converted model.")],
+    output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to make.")] = None,
     tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    average: Annotated[int, typer.Option(help="Take the mean of the weights of the last so many.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Size of one safetensors file.")] = "5GB",
+    memory_cap: Annotated[str, typer.Option(help="What this process may hold in memory.")] = "1.5GB",
+    sequences: Annotated[
+        int | None,
+        typer.Option(help="Validation sequences to prove it on; without a GPU what takes minutes, else all.", min=0),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Hold a converted model against its certificate.")] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Convert a ZeRO checkpoint to a Hugging Face directory, and prove it."""
-    from codeparrot_ds.evaluation.loss import validation_loss
-    from codeparrot_ds.export.convert import convert
-    from codeparrot_ds.recipe import Recipe
-    from codeparrot_ds.zero import source_checkpoint
+    from codeparrot_ds.export import certificate as certificates
 
-    def measure(directory: Path, recipe: Recipe) -> float | None:
-        if not all(shards.is_dir() for shards in recipe.data.sources):
-            return None
-        return validation_loss(directory, recipe.data.sources, recipe.evaluation.sequences).loss_valid
+    if check == (output is not None):
+        raise ConfigError("name a run and the directory to make, or a converted model and --check.")
+    if output is None:
+        output = source
+        certificate = certificates.check(source)
+    else:
+        from codeparrot_ds.export.convert import convert
+        from codeparrot_ds.zero import source_checkpoints
 
-    certificate = convert(
-        source_checkpoint(source, tag),
-        output,
-        dtype=dtype,
-        max_shard_bytes=parse_size(max_shard_size),
-        measure_loss=measure,
-    )
-    loss = certificate["loss_valid"]
-    if None in loss.values():
-        why = "the shards are out of reach" if loss["converted"] is None else "the checkpoint was not evaluated"
-        print(f"note: the validation loss is not proved, for {why}.", file=sys.stderr)
+        certificate = convert(
+            source_checkpoints(source, tag, average),
+            output,
+            dtype=dtype,
+            max_shard_bytes=parse_size(max_shard_size),
+            memory_cap_bytes=parse_size(memory_cap),
+            sequences=sequences,
+        )
+    forward, engine = certificate["forward"], certificate["engine"]
+    if engine["not_compared"] is not None:
+        print(f"note: not held against the loss measured in training: {engine['not_compared']}.", file=sys.stderr)
     rows = [
-        ("step", f"{certificate['source']['step']:,}"),
+        ("step", ", ".join(f"{part['step']:,}" for part in certificate["source"])),
         ("parameters", f"{certificate['parameters']:,} in {certificate['dtype']}"),
-        ("validation loss of the checkpoint", str(loss["checkpoint"])),
-        ("validation loss of this model", str(loss["converted"])),
     ]
+    if engine["loss_valid"] is not None:
+        rows.append(("validation loss in training", f"{engine['loss_valid']:.6f}"))
+    if forward is not None:
+        over = f"over {forward['sequences']:,} sequences"
+        rows += [
+            ("validation loss of the checkpoint's weights", f"{forward['loss_master']:.6f} {over}"),
+            ("validation loss of this model", f"{forward['loss_written']:.6f} {over}"),
+            ("largest difference of logits", f"{forward['largest_logit_difference']:.2g}"),
+        ]
+    if check:
+        rows.append(("every file and tensor", "as in the certificate"))
     _print_result(json_output, str(output), rows, certificate)
 
 

@@ -255,12 +255,12 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
 
 
 def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
+    from codeparrot_ds.memory import manage_freed_memory
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.guards import StopRequests, Watchdog
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
-    from codeparrot_ds.training.ranks import manage_freed_memory
 
     recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:

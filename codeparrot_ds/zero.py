@@ -1,7 +1,7 @@
 """Read weights and optimizer state out of a DeepSpeed checkpoint, any stretch of any tensor, without running its code.
 
-Files are memory-mapped, so only what is asked for takes memory. Source of the layouts: DeepSpeed 0.19.8,
-`runtime/engine.py` (`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`:
+Only what is asked for is read, and takes memory. Source of the layouts: DeepSpeed 0.19.8, `runtime/engine.py`
+(`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`:
 
     stage 3     each rank holds every parameter's slice of ceil(numel / ranks), parameters end to end
     stage 1, 2  each parameter group is flattened whole, padded, and cut into one piece a rank
@@ -12,22 +12,18 @@ A tensor that was offloaded to NVMe is empty there, and lies in a raw file of it
 """
 
 import math
-import os
-import pickle
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.stored import StoredTensor, load
 
 FP32, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +38,7 @@ class ZeroCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Map the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
+        """Open the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
         self._stage = checkpoint.zero_stage
         self._path = checkpoint.path
         self._files = checkpoint.files
@@ -53,17 +49,17 @@ class ZeroCheckpoint:
         self.tied: dict[str, str] = dict(self.model_state.get("shared_params") or {})
         self._states: list[dict[str, Any]] = []  # of each rank
         if self._stage == 0:
-            self._module: dict[str, torch.Tensor] = {}
-            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their memory
+            self._module: dict[str, StoredTensor] = {}
+            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their place
             for name, tensor in self.model_state["module"].items():
-                owner = first_name.setdefault(tensor.data_ptr(), name)
+                owner = first_name.setdefault(tensor.offset, name)
                 if owner == name:
                     self._module[name] = tensor
                 else:
                     self.tied[name] = owner
             self.shapes = {name: tensor.shape for name, tensor in self._module.items()}
             return
-        groups: list[dict[str, torch.Size]] = [dict(group) for group in self.model_state["param_shapes"]]
+        groups: list[dict[str, torch.Size]] = list(self.model_state["param_shapes"])
         self.shapes = {name: shape for group in groups for name, shape in group.items()}
         prefix = "bf16_" if checkpoint.precision == "bf16" else ""
         for rank in range(ranks):
@@ -83,7 +79,13 @@ class ZeroCheckpoint:
         return math.ceil(numel / len(self._states))
 
     def _load(self, name: str) -> dict[str, Any]:
-        return _load(self._path / name)
+        return load(self._path / name)
+
+    def files(self, what: str) -> set[str]:
+        """Names of the files that hold the weights ("fp32") or a moment, as the manifest has them."""
+        if self._stage == 0:
+            return {"mp_rank_00_model_states.pt"}
+        return {file.relative_to(self._path).as_posix() for flat in self._flats(what) for file in flat.files()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
@@ -102,7 +104,7 @@ class ZeroCheckpoint:
             return torch.zeros(stop - start)
         if self._stage == 0:
             tensor = self._module[name] if what == FP32 else self._stage_0_state(name)[what]
-            return tensor.detach().float().flatten()[start:stop]
+            return tensor.read(start, stop).float()
         flats = self._flats(what)
         group, offset = self._places[name]
         if self._stage != 3:
@@ -122,7 +124,7 @@ class ZeroCheckpoint:
 
     def _map_flats(self, what: str) -> list["_Flat"]:
 
-        def pieces(state: dict[str, Any]) -> list[torch.Tensor]:
+        def pieces(state: dict[str, Any]) -> list[StoredTensor]:
             if what == FP32:
                 return list(state["fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"])
             base = self._base(state)
@@ -136,15 +138,14 @@ class ZeroCheckpoint:
             for rank, tensors in enumerate(of_ranks)
         ]
 
-    def _on_disk(self, rank: int, tensor: torch.Tensor, numel: int) -> "torch.Tensor | _SwappedTensor":
+    def _on_disk(self, rank: int, tensor: StoredTensor, numel: int) -> StoredTensor:
         """`tensor`, or what stands in for it when it was offloaded to NVMe."""
         if len(tensor) == numel:
             return tensor
-        # DeepSpeed names the file after the tensor, which keeps its name in the pickle.
-        name = f"offloaded_tensors/rank{rank:02d}/{getattr(tensor, 'ds_id', None)}.tensor.swp"
+        name = f"offloaded_tensors/rank{rank:02d}/{tensor.name_on_disk}.tensor.swp"
         if len(tensor) or name not in self._files:  # the manifest's, so that no pickle can name any other
             raise CheckpointError(f"{self._path}: its partitions hold fewer weights than its parameters need.")
-        return _SwappedTensor(self._path / name, numel)
+        return StoredTensor(self._path / name, 0, torch.float32, torch.Size([numel]))
 
     def _base(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state_dict of the optimizer that DeepSpeed has wrapped."""
@@ -155,17 +156,17 @@ class ZeroCheckpoint:
     def step(self) -> int:
         """AdamW's own count of steps; skipped ones are not in it. Raises CheckpointError when its groups differ."""
         bases = [self._base(state) for state in self._states] if self._stage else [self.model_state["optimizer"]]
-        steps = {int(state["step"]) for base in bases for state in base["state"].values() if "step" in state}
+        steps = {_count(state["step"]) for base in bases for state in base["state"].values() if "step" in state}
         if len(steps) > 1:
             raise CheckpointError(f"{self._path}: its parameter groups have taken different numbers of steps: {steps}.")
         return steps.pop() if steps else 0
 
-    def _stage_0_state(self, name: str) -> dict[str, torch.Tensor]:
+    def _stage_0_state(self, name: str) -> dict[str, StoredTensor]:
         optimizer = self.model_state["optimizer"]
         # The groups of training.model.parameter_groups: what has two dimensions first, each in the model's order.
         names = sorted(self.shapes, key=lambda each: len(self.shapes[each]) < 2)
         numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
-        state: dict[str, torch.Tensor] = optimizer["state"][numbers[names.index(name)]]
+        state: dict[str, StoredTensor] = optimizer["state"][numbers[names.index(name)]]
         return state
 
     def loss_scaler(self) -> Any:
@@ -173,35 +174,22 @@ class ZeroCheckpoint:
         return self._states[0].get("loss_scaler") if self._states else None
 
 
-class _SwappedTensor:
-    """A flat fp32 tensor in a raw file. What is asked for is read: mapped, the files would fill a rank's memory."""
-
-    def __init__(self, path: Path, numel: int) -> None:
-        self._path, self._numel = path, numel
-
-    def __len__(self) -> int:
-        return self._numel
-
-    def __getitem__(self, part: slice) -> torch.Tensor:
-        start, stop, _ = part.indices(self._numel)
-        try:
-            values = np.fromfile(self._path, np.float32, stop - start, offset=4 * start)
-        except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror}).") from None
-        if len(values) < stop - start:
-            raise CheckpointError(f"{self._path}: too short, so this checkpoint is damaged.")
-        return torch.from_numpy(values)
+def _count(value: "StoredTensor | int") -> int:
+    """torch counts steps in a tensor, DeepSpeed's CPUAdam in a plain number."""
+    return int(value.read()[0]) if isinstance(value, StoredTensor) else int(value)
 
 
 class _Flat:
     """Flat tensors end to end."""
 
-    def __init__(self, path: Path, pieces: Sequence["torch.Tensor | _SwappedTensor"]) -> None:
+    def __init__(self, path: Path, pieces: Sequence[StoredTensor]) -> None:
         self._path = path
-        self._pieces = [  # some are saved as parameters
-            piece if isinstance(piece, _SwappedTensor) else piece.detach().flatten() for piece in pieces
-        ]
-        self._starts = [0, *accumulate(map(len, self._pieces))]
+        self._pieces = pieces
+        self._starts = [0, *accumulate(map(len, pieces))]
+
+    def files(self) -> set[Path]:
+        """Where they lie."""
+        return {piece.path for piece in self._pieces}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements `start` .. `stop` - 1. Raises CheckpointError when there are fewer."""
@@ -210,9 +198,9 @@ class _Flat:
         taken = []
         number = bisect_right(self._starts, start) - 1
         while start < stop:
-            part = self._pieces[number][start - self._starts[number] : stop - self._starts[number]]
-            taken.append(part)
-            start += len(part)
+            end = min(stop, self._starts[number + 1])
+            taken.append(self._pieces[number].read(start - self._starts[number], end - self._starts[number]).float())
+            start = end
             number += 1
         return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
 
@@ -221,38 +209,25 @@ def check_pickles(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a file of `checkpoint` holds more than tensors and plain values."""
     for name in checkpoint.files:
         if name.endswith(".pt"):
-            _load(checkpoint.path / name)
+            load(checkpoint.path / name)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with _allow_deepspeed_classes():
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
-    except pickle.UnpicklingError as error:
+def source_checkpoints(source: Path, step: int | None = None, last: int = 1) -> list[Checkpoint]:
+    """The `last` checkpoints of a run up to the one that `source_checkpoint` finds, oldest first.
+
+    Raises CheckpointError when there are fewer.
+    """
+    newest = source_checkpoint(source, step)
+    if last == 1:
+        return [newest]
+    run = RunDirectory(newest.path.parent.parent)
+    found = [path for path in run.checkpoint_directories() if step_of(path) <= newest.step]
+    if len(found) < last:
         raise CheckpointError(
-            f"{path}: refused: it holds more than tensors and plain values, and loading it could run code "
-            f"({_reason(error)})."
-        ) from None
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}).") from None
-    return state
-
-
-def _reason(error: pickle.UnpicklingError) -> str:
-    """What torch has found, without its advice to load it all the same."""
-    found = re.search(r"WeightsUnpickler error: (.*?)(\. Please|\n|$)", str(error))
-    return found[1] if found else str(error).splitlines()[0]
-
-
-@contextmanager
-def _allow_deepspeed_classes() -> Iterator[None]:
-    """Let `weights_only` loading build the few plain classes that DeepSpeed puts beside the tensors."""
-    # Nothing is computed with DeepSpeed here; left to choose, it looks for a GPU and prints what it found.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with torch.serialization.safe_globals(classes_in_checkpoints()):
-        yield
+            f"{run.checkpoints}: {len(found)} checkpoints up to step {newest.step:,}, and the mean of {last} is asked "
+            "for. Have the recipe keep more of them (checkpoints.keep_last)."
+        )
+    return [Checkpoint.read(path) for path in found[-last:]]
 
 
 def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:

@@ -1,161 +1,335 @@
-"""A ZeRO checkpoint to a Hugging Face directory that is proved before it appears."""
+"""ZeRO checkpoints to a Hugging Face directory that is proved before it appears."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codeparrot_ds.errors import CheckpointError, ConfigError
+from codeparrot_ds import memory
+from codeparrot_ds.errors import CheckpointError, ConfigError, DataError
+from codeparrot_ds.export.certificate import (
+    CERTIFICATE,
+    DTYPES,
+    WrittenWeights,
+    check_tensors,
+    read_certificate,
+    versions,
+)
+from codeparrot_ds.export.forward import Comparison, activation_bytes_per_token, compare, largest_weight_bytes
+from codeparrot_ds.export.write import BLOCK_ELEMENTS, Weights, write_weights
 from codeparrot_ds.files import (
-    digest_bytes,
+    FORMAT_VERSION,
     digest_file,
     make_directory,
     publish_directory,
-    read_json,
     require_free_space,
     write_json,
 )
+from codeparrot_ds.jobs import progress, say
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.shards.sequences import Dataset
+from codeparrot_ds.shards.validation import validation_sequences
 from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
-from codeparrot_ds.zero import ZeroCheckpoint
+from codeparrot_ds.zero import FP32, ZeroCheckpoint
 
-CERTIFICATE = "certificate.json"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_LOSS_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}  # nats per token, for the coarser of engine and result
+# Nats per token: of the engine, and of what was written in a coarser type.
+_LOSS_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}
+_SAME_WEIGHTS_TOLERANCE = 1e-5  # where nothing was rounded; on a CPU the bits are equal
+_CPU_OPERATIONS = 2e13  # a few minutes
 
 
 def convert(
-    checkpoint: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
     output: Path,
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
-    measure_loss: Callable[[Path, Recipe], float | None],
+    memory_cap_bytes: int = DEFAULT_MEMORY_CAP_BYTES,
+    sequences: int | None = None,
 ) -> dict[str, Any]:
-    """Convert a published checkpoint and return its certificate.
+    """Convert a published checkpoint, or the mean of several of one run, and return the certificate.
 
     Args:
-        checkpoint: of a run; its files are verified first.
-        output: must not exist; it is whole or absent. A directory made from the same checkpoint is kept.
+        checkpoints: of one run; the files that hold weights are verified first.
+        output: must not exist; it is whole or absent. A directory made from the same checkpoints is kept.
         dtype: "float32", "bfloat16" or "float16".
-        max_shard_bytes: size at which a new safetensors file is begun; one such file is held in memory.
-        measure_loss: validation loss of a Hugging Face directory over the recipe's validation sequences, or None
-            when the shards are out of reach; compared with the loss that the engine measured.
+        max_shard_bytes: size at which a new safetensors file is begun.
+        memory_cap_bytes: what this process may hold, everything included.
+        sequences: validation sequences to run both models on; left out, those of the run's own evaluation, but
+            without a GPU no more than take some minutes.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or hostile, or the proof failed.
-        ConfigError: bad dtype, `output` exists, or the disk is too small.
+        CheckpointError: a checkpoint is damaged or hostile, or the proof failed.
+        ConfigError: bad dtype, `output` exists, too little memory, or the disk is too small.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: choose {', '.join(_DTYPES)}.")
-    source = {"step": checkpoint.step, "files": checkpoint.files}
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}.")
+    source = [{"step": checkpoint.step, "files": checkpoint.files} for checkpoint in checkpoints]
     if (output / CERTIFICATE).is_file():
-        done: dict[str, Any] = read_json(output / CERTIFICATE, "certificate")
-        if done.get("source") == source and done.get("dtype") == dtype:
+        done = read_certificate(output)
+        if (done["source"], done["dtype"]) == (source, dtype):
             return done
-    checkpoint.verify()
-    run = RunDirectory(checkpoint.path.parent.parent)
+    memory.manage_freed_memory(scarce=True)
+    weights = _open(checkpoints)
+    newest = checkpoints[-1]
+    run = RunDirectory(newest.path.parent.parent)
     recipe = load_recipe(run.recipe)
-    weights = ZeroCheckpoint(checkpoint)
     parameters = sum(shape.numel() for shape in weights.shapes.values())
     make_directory(output.parent)
-    require_free_space(output.parent, parameters * _DTYPES[dtype].itemsize, "the converted model")
+    require_free_space(output.parent, parameters * DTYPES[dtype].itemsize, "the converted model")
     with publish_directory(output) as unfinished:
         copy_tokenizer(run.tokenizer, unfinished)
-        _write_configs(unfinished, recipe, Encoder(unfinished).eos_id, dtype)
-        tensors = _write_weights(unfinished, weights, dtype, max_shard_bytes)
-        _check_parameters(unfinished, tensors)
-        loss = measure_loss(unfinished, recipe)
-        certificate = {
-            "format_version": 1,
+        config = _write_configs(unfinished, recipe, Encoder(unfinished).eos_id, dtype)
+        _check_parameters(config, set(weights.shapes))
+        _require_memory(config, memory_cap_bytes)
+        tensors, files = write_weights(unfinished, weights, DTYPES[dtype], max_shard_bytes, _shown("converting"))
+        certificate: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
             "kind": "certificate",
+            "versions": versions(),
             "source": source,
             "dtype": dtype,
             "parameters": parameters,
-            "tied": weights.tied,
-            "tensors": tensors,  # xxh3-128 of each tensor's fp32 bytes in the checkpoint
-            "files": {file.name: digest_file(file) for file in sorted(unfinished.iterdir())},
-            "loss_valid": {"checkpoint": checkpoint.loss_valid, "converted": loss},
+            "tied": dict(weights.tied),
+            "tensors": {name: proof.as_json() for name, proof in tensors.items()},
         }
-        _check_loss(checkpoint, loss, dtype)
+        problems = check_tensors(unfinished, certificate)
+        if problems:
+            raise CheckpointError(f"{newest.path}: the proof failed, nothing was written: {problems[0]}.")
+        compared, total = _compare(weights, unfinished, config, recipe, memory_cap_bytes, sequences)
+        certificate["forward"] = compared and asdict(compared)
+        certificate["engine"] = _engine(checkpoints, compared, total)
+        _check_losses(newest, certificate, dtype)
+        write_model_card(unfinished, run, checkpoints, certificate)
+        certificate["files"] = {
+            file.name: files.get(file.name) or digest_file(file) for file in sorted(unfinished.iterdir())
+        }
+        certificate["peak_memory_bytes"] = memory.peak_resident_bytes()
         write_json(unfinished / CERTIFICATE, certificate)
     return certificate
 
 
-def _write_configs(directory: Path, recipe: Recipe, eos_id: int, dtype: str) -> None:
+class _Mean:
+    """The mean of several checkpoints' weights."""
+
+    def __init__(self, parts: Sequence[ZeroCheckpoint]) -> None:
+        self._parts = parts
+        self.shapes, self.tied = parts[0].shapes, parts[0].tied
+
+    def read(self, name: str, what: str = FP32, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """As of one checkpoint: the sum in fp64, rounded once."""
+        total = torch.zeros((), dtype=torch.float64)
+        for part in self._parts:
+            total = total + part.read(name, what, start, stop)
+        return (total / len(self._parts)).float()
+
+
+def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
+    """Verify what holds weights, and open it. Raises CheckpointError."""
+    opened = []
+    for checkpoint in checkpoints:
+        # AdamW's moments on NVMe are files of their own, and none of this result.
+        swapped = {name for name in checkpoint.files if name.startswith("offloaded_tensors/")}
+        checkpoint.verify(checkpoint.files.keys() - swapped)
+        weights = ZeroCheckpoint(checkpoint)
+        checkpoint.verify(weights.files(FP32) & swapped)
+        opened.append(weights)
+    for weights, checkpoint in zip(opened, checkpoints, strict=True):
+        if weights.shapes != opened[0].shapes:
+            raise CheckpointError(f"{checkpoint.path}: other tensors than in {checkpoints[0].path}.")
+    return opened[0] if len(opened) == 1 else _Mean(opened)
+
+
+def _shown(what: str) -> Callable[[Sequence[str]], Iterator[str]]:
+    return lambda names: progress(names, what, len(names), "tensor")
+
+
+def _write_configs(directory: Path, recipe: Recipe, eos_id: int, dtype: str) -> Any:
     from transformers import GenerationConfig, GPT2Config
 
     config = GPT2Config(
-        **recipe.model.hugging_face_config(eos_id), architectures=["GPT2LMHeadModel"], dtype=_DTYPES[dtype]
+        **recipe.model.hugging_face_config(eos_id), architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype]
     )
     config.save_pretrained(directory)
     GenerationConfig(bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id).save_pretrained(directory)
+    return config
 
 
-def _write_weights(directory: Path, weights: ZeroCheckpoint, dtype: str, max_shard_bytes: int) -> dict[str, str]:
-    """Write safetensors files and, for several, their index. Returns each tensor's digest."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    digests: dict[str, str] = {}
-    held: dict[str, torch.Tensor] = {}
-    held_bytes = total_bytes = 0
-
-    def write_held() -> None:
-        nonlocal held_bytes
-        save_file(held, directory / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-        held_bytes = 0
-
-    for name, tensor in weights.tensors():
-        digests[name] = digest_bytes(tensor.contiguous().numpy().data)
-        # A copy, so that no file is written from the checkpoint's own memory map.
-        converted = tensor.to(_DTYPES[dtype], copy=True).contiguous()
-        if held and held_bytes + converted.nbytes > max_shard_bytes:
-            write_held()
-        held[name] = converted
-        held_bytes += converted.nbytes
-        total_bytes += converted.nbytes
-    write_held()
-
-    if len(shards) == 1:
-        (directory / "part-0").rename(directory / "model.safetensors")
-        return digests
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"part-{number}").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return digests
-
-
-def _check_parameters(directory: Path, tensors: dict[str, str]) -> None:
-    """The names written are exactly those of the model that the configuration describes."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _check_parameters(config: Any, held: set[str]) -> None:
+    """The names in the checkpoint are exactly those of the model that the configuration describes."""
+    from transformers import GPT2LMHeadModel
 
     with torch.device("meta"):
-        network = GPT2LMHeadModel(GPT2Config.from_pretrained(directory))
+        network = GPT2LMHeadModel(config)
     expected = {name for name, _ in network.named_parameters()}
-    if expected != tensors.keys():
-        missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if expected != held:
+        missing, extra = sorted(expected - held), sorted(held - expected)
         raise CheckpointError(
             f"the checkpoint is not this recipe's model: missing {missing[:3]}, unexpected {extra[:3]}."
         )
 
 
-def _check_loss(checkpoint: Checkpoint, loss: float | None, dtype: str) -> None:
-    if loss is None or checkpoint.loss_valid is None:
-        return  # the certificate says so
-    tolerance = max(_LOSS_TOLERANCE[checkpoint.precision], _LOSS_TOLERANCE[_PRECISIONS[dtype]])
-    if not abs(loss - checkpoint.loss_valid) <= tolerance:  # so that NaN fails
-        raise CheckpointError(
-            f"{checkpoint.path}: the converted model's validation loss is {loss:.6f}, the engine's was "
-            f"{checkpoint.loss_valid:.6f}; they may differ by {tolerance}. Nothing was written."
+def _require_memory(config: Any, memory_cap_bytes: int) -> None:
+    """Refuse a cap that one sequence in the proof would break."""
+    needed = memory.resident_bytes() + _proof_bytes(config)
+    if needed > memory_cap_bytes:
+        raise ConfigError(
+            f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this model takes {needed / 1e9:.2f} GB, of which "
+            f"{memory.resident_bytes() / 1e9:.2f} GB are Python's and torch's own. Allow as much."
         )
+
+
+def _proof_bytes(config: Any) -> int:
+    """For one sequence, and the blocks in which weights are written."""
+    activations = int(config.n_positions) * activation_bytes_per_token(config)
+    return max(activations + largest_weight_bytes(config), 4 * 4 * BLOCK_ELEMENTS)
+
+
+def _compare(
+    weights: Weights,
+    directory: Path,
+    config: Any,
+    recipe: Recipe,
+    memory_cap_bytes: int,
+    wanted: int | None,
+) -> tuple[Comparison | None, int]:
+    """Both models on validation sequences, and how many the engine's own evaluation has; None without shards."""
+    try:
+        valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).valid
+    except DataError as error:
+        say(f"note: no validation sequences to run the model on ({error}).")
+        return None, 0
+    total = len(validation_sequences(len(valid), recipe.evaluation.sequences))
+    count = min(total, wanted) if wanted is not None else total
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted is None and device.type == "cpu":
+        operations = 2 * 2 * recipe.model.parameters * recipe.model.seq_len  # of both models, a sequence
+        count = max(1, min(count, int(_CPU_OPERATIONS / operations)))
+        if count < total:
+            say(
+                f"note: {count} of the {total} sequences of the run's evaluation are run here, without a GPU; "
+                f"--sequences {total} takes all."
+            )
+    if not count:
+        return None, total
+    # Those of the evaluation, or evenly spread ones of them.
+    chosen = validation_sequences(len(valid), recipe.evaluation.sequences)[validation_sequences(total, count)]
+    written = WrittenWeights(directory)
+    free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(config)
+    found = compare(
+        config,
+        _reader(weights),
+        lambda name, rows=None: written.tensor(name, rows).float(),
+        valid.batch(chosen),
+        free,
+        device,
+    )
+    return found, total
+
+
+def _reader(weights: Weights) -> Any:
+    def read(name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        shape = weights.shapes[name]
+        if rows is None:
+            return weights.read(name).view(shape)
+        width = shape[1]
+        return weights.read(name, start=rows[0] * width, stop=rows[1] * width).view(-1, width)
+
+    return read
+
+
+def _engine(checkpoints: Sequence[Checkpoint], compared: Comparison | None, total: int) -> dict[str, Any]:
+    """The loss that the engine measured in training, and why it is not compared where it is not."""
+    loss = checkpoints[-1].loss_valid
+    why = None
+    if len(checkpoints) > 1:
+        loss, why = None, "no engine has evaluated the mean of these checkpoints"
+    elif loss is None:
+        why = "this step was not evaluated in training"
+    elif compared is None:
+        why = "no validation sequences were run on"
+    elif compared.sequences < total:
+        why = f"it is over {total} sequences, and {compared.sequences} were run here"
+    return {"loss_valid": loss, "sequences": total, "not_compared": why}
+
+
+def _check_losses(checkpoint: Checkpoint, certificate: dict[str, Any], dtype: str) -> None:
+    """Raise CheckpointError unless the models agree, and agree with the engine."""
+    forward, engine = certificate["forward"], certificate["engine"]
+    if forward is None:
+        return
+    precision = _PRECISIONS[dtype]
+    pairs = [
+        (
+            "the checkpoint's weights give",
+            forward["loss_master"],
+            _SAME_WEIGHTS_TOLERANCE if precision == "fp32" else _LOSS_TOLERANCE[precision],
+        )
+    ]
+    if engine["not_compared"] is None:
+        tolerance = max(_LOSS_TOLERANCE[checkpoint.precision], _LOSS_TOLERANCE[precision])
+        pairs.append(("the engine's was", engine["loss_valid"], tolerance))
+    for what, expected, tolerance in pairs:
+        if not abs(forward["loss_written"] - expected) <= tolerance:  # so that NaN fails
+            raise CheckpointError(
+                f"{checkpoint.path}: the converted model's validation loss is {forward['loss_written']:.6f}, {what} "
+                f"{expected:.6f}; they may differ by {tolerance}. Nothing was written."
+            )
+
+
+def write_model_card(
+    directory: Path, run: RunDirectory, checkpoints: Sequence[Checkpoint], certificate: dict[str, Any]
+) -> None:
+    """README.md, which the Hub shows."""
+    newest, forward = checkpoints[-1], certificate["forward"]
+    recipe = load_recipe(run.recipe)
+    steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
+    rows = [
+        ("parameters", f"{certificate['parameters']:,}"),
+        ("layers, heads, width", f"{recipe.model.n_layer}, {recipe.model.n_head}, {recipe.model.n_embd}"),
+        ("vocabulary", f"{recipe.model.vocab_size:,} (byte-level BPE)"),
+        ("context", f"{recipe.model.seq_len:,} tokens"),
+        ("optimizer steps", steps if len(checkpoints) == 1 else f"the mean of the weights after {steps}"),
+        ("tokens seen", f"{newest.samples_seen * recipe.model.seq_len:,}"),
+        ("trained in", f"{newest.precision}, ZeRO stage {newest.zero_stage}, {newest.world_size} ranks"),
+        ("weights here", certificate["dtype"]),
+    ]
+    if forward is not None:
+        rows.append(
+            ("validation loss", f"{forward['loss_written']:.4f} nats a token, {forward['sequences']} sequences")
+        )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    (directory / "README.md").write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- code
+- gpt2
+- codeparrot-ds
+---
+
+# {recipe.name}
+
+A GPT-2 model of source code, trained from scratch with codeparrot-ds.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import pipeline
+
+complete = pipeline("text-generation", "PATH_OR_REPOSITORY")
+print(complete("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])
+```
+
+`{CERTIFICATE}` holds the digest of every tensor beside that of the fp32 weights in the checkpoint it was made from, and
+the losses of both. `codeparrot-ds convert --check DIRECTORY` holds these files against it.
+"""
+    )

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
-_LARGE_BYTES = 1 << 20  # of a tensor
 LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks of a host
 
 
@@ -120,26 +118,6 @@ def _prepare_cpu(local_world_size: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def manage_freed_memory(scarce: bool) -> None:
-    """Tell glibc what to do with the memory of tensors that are freed, for ranks that compute on CPU cores.
-
-    Left alone, it gives those above 32 MB back to the kernel and keeps the others for what is next. The first costs
-    a third of a step in page faults when tensors come and go; the second holds twice the weights of a model that was
-    built and partitioned, matrix by matrix.
-
-    Args:
-        scarce: give all of it back, for a model that barely fits; otherwise keep all.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    if scarce:
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    else:
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def leave() -> None:

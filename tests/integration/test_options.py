@@ -69,7 +69,7 @@ def test_fp16_where_there_is_none_is_one_message(
 
 
 def test_a_run_starts_from_other_weights(train_tiny: Train, baseline: Trained, tmp_path: Path) -> None:
-    convert(source_checkpoint(baseline.run.path), tmp_path / "hf", measure_loss=lambda *_: None)
+    convert([source_checkpoint(baseline.run.path)], tmp_path / "hf", memory_cap_bytes=8_000_000_000)
     options = [f"model.init_from={tmp_path / 'hf'}", "schedule.steps=3"]
     for stage in (1, 3):
         warm = train_tiny(f"warm{stage}", stage=stage, options=options)

@@ -15,7 +15,7 @@ PACKAGE = Path(codeparrot_ds.__file__).parent
 # In the order of docs/reading-the-code.md. A module imports from its own stage and from those above it.
 LAYERS = [
     ["errors"],
-    ["files"],
+    ["files", "memory"],
     ["storage"],
     ["jobs"],
     ["lifeline"],
@@ -24,6 +24,7 @@ LAYERS = [
     ["corpus"],
     ["tokenizer"],
     ["shards"],
+    ["stored"],
     ["zero"],
     ["training", "export", "evaluation"],  # side by side: they do not import one another
     ["cluster"],

@@ -1,6 +1,5 @@
 """Checkpoint directories: what counts as complete, and what is refused."""
 
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.export.convert import _check_loss
+from codeparrot_ds.export.convert import _check_losses
 from codeparrot_ds.files import digest_file
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.training.checkpoint import find_resume_point
@@ -127,8 +126,16 @@ def test_a_missing_file_is_named(run: RunDirectory) -> None:
 
 
 def test_a_conversion_whose_loss_differs_or_is_no_number_fails(run: RunDirectory) -> None:
-    checkpoint = dataclasses.replace(publish(run, 1), loss_valid=5.0)
-    _check_loss(checkpoint, 5.0005, "float32")
+    def losses(master: float, written: float) -> dict[str, Any]:
+        forward = {"loss_master": master, "loss_written": written}
+        return {"forward": forward, "engine": {"loss_valid": 5.0, "not_compared": None}}
+
+    checkpoint = publish(run, 1)
+    _check_losses(checkpoint, losses(5.0005, 5.0005), "float32")
+    _check_losses(checkpoint, losses(5.0, 5.01), "bfloat16")
     for loss in (5.002, math.nan, math.inf):
         with pytest.raises(CheckpointError, match="Nothing was written"):
-            _check_loss(checkpoint, loss, "float32")
+            _check_losses(checkpoint, losses(loss, loss), "float32")
+    for loss in (5.0001, math.nan):
+        with pytest.raises(CheckpointError, match=r"the checkpoint's weights give.*Nothing was written"):
+            _check_losses(checkpoint, losses(5.0, loss), "float32")

@@ -1,0 +1,157 @@
+"""Peak memory and time of `codeparrot-ds convert`, beside DeepSpeed's `zero_to_fp32` and a copy. Table and JSON.
+
+Usage: python benchmarks/convert.py [--directory DIR] [--n-layer 36] [--n-embd 1280]
+       python benchmarks/convert.py --run RUN      ours alone, on the newest checkpoint of a run that is there
+Needs no GPU. Without --run, two CPU ranks train a model of this size for one step at ZeRO-3 in fp32 and save it. Then
+each converter makes fp32 files of it, and a copy reads and writes no more than the bytes that a conversion must: the
+files with weights, and a result. Files are dropped from the page cache before each. DeepSpeed writes PyTorch's pickles:
+for safetensors it stops at the tied embeddings.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from checkpoint import make_shards
+from measure import Measurement, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+_PIECE_BYTES = 1 << 24
+
+
+def train(directory: Path, options: argparse.Namespace) -> Path:
+    """One step of a model, saved by two ranks. Returns its run directory."""
+    settings = {
+        "name": "converted",
+        "runs": directory / "runs",
+        "data.shards": make_shards(directory),
+        "model.vocab_size": 8192,
+        "model.seq_len": 128,
+        "model.n_layer": options.n_layer,
+        "model.n_embd": options.n_embd,
+        "model.n_head": options.n_embd // 64,
+        "batch.global_batch_size": 2,
+        "batch.micro_batch_size": 1,
+        "schedule.steps": 1,
+        "schedule.warmup_steps": 0,
+        "engine.deepspeed": ROOT / "ds_configs" / "zero3.json",
+        "engine.precision": "fp32",
+        "evaluation.sequences": 2,
+        "checkpoints.background": "false",
+    }
+    command = [BIN / "deepspeed", "--quiet", "--num_gpus", 2, "--module", "codeparrot_ds.train"]
+    command += [ROOT / "launch" / "recipes" / "quickstart.yaml"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, check=True, timeout=1800)
+    return directory / "runs" / "converted"
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Have every file below `directory` read from the disk the next time."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(read: list[Path], write_bytes: int, directory: Path) -> float:
+    """Seconds to read files whole, and to write so many bytes and flush them."""
+    piece = bytearray(_PIECE_BYTES)
+    started = time.monotonic()
+    with open(directory / "copy", "wb", buffering=0) as target:
+        for path in read:
+            with open(path, "rb", buffering=0) as source:
+                while size := source.readinto(piece):
+                    if write_bytes > 0:
+                        target.write(memoryview(piece)[: min(size, write_bytes)])
+                        write_bytes -= size
+        os.fsync(target.fileno())
+    seconds = time.monotonic() - started
+    (directory / "copy").unlink()
+    return seconds
+
+
+def row(name: str, taken: Measurement, copied: float) -> str:
+    """A line of the table."""
+    memory = f"{taken.peak_pss_bytes / 1e9:.2f}"
+    return f"{name:34}{memory:>10}{taken.wall_seconds:9.1f}{taken.cpu_seconds:9.1f}{taken.wall_seconds / copied:14.2f}"
+
+
+def main() -> None:
+    """Run, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--directory", type=Path, help="where everything goes; a new temporary directory by default")
+    parser.add_argument("--run", type=Path, help="a run directory to convert instead")
+    parser.add_argument("--n-layer", type=int, default=36)
+    parser.add_argument("--n-embd", type=int, default=1280)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="convert-", dir=options.directory)).resolve()
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    results: dict[str, Any] = {}
+    try:
+        run = options.run.resolve() if options.run else train(directory, options)
+        newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+        manifest = json.loads((newest / "manifest.json").read_text())
+        parameters = manifest["parameters"]
+        print(f"\n{parameters / 1e6:,.1f} M parameters, {manifest['world_size']} ranks, offload {manifest['offload']}")
+        print(f"{'':34}{'peak GB':>10}{'wall s':>9}{'CPU s':>9}{'x the copy':>14}")
+        weights = [newest / name for name in manifest["files"] if name.endswith(("optim_states.pt", ".swp"))]
+        for dtype in options.dtypes.split(","):
+            output = directory / dtype
+            needed = 4 * parameters
+            drop_from_cache(newest)
+            read = weights if manifest["offload"] != "nvme" else _of_weights(newest, needed)
+            copied = copy_seconds(read, needed if dtype == "float32" else needed // 2, directory)
+            drop_from_cache(newest)
+            command = [str(BIN / "codeparrot-ds"), "convert", str(run), str(output), "--dtype", dtype, "--sequences"]
+            for sequences in (0, 1):
+                shutil.rmtree(output, ignore_errors=True)
+                drop_from_cache(newest)
+                taken = measure([*command, str(sequences)], directory / "log", env=environment)
+                name = f"ours, {dtype}" + (", run on 1 sequence" if sequences else "")
+                print(row(name, taken, copied), flush=True)
+                results[name] = {**vars(taken), "copy_seconds": copied}
+            shutil.rmtree(output)
+            if dtype == "float32":
+                print(f"{'reading and writing the same bytes':34}{'':10}{copied:9.1f}", flush=True)
+        if not options.run:
+            drop_from_cache(newest)
+            script = [
+                sys.executable,
+                "-m",
+                "deepspeed.utils.zero_to_fp32",
+                str(newest.parent),
+                str(directory / "theirs"),
+            ]
+            taken = measure([*script, "-t", newest.name], directory / "log", env=environment)
+            copied = results["ours, float32"]["copy_seconds"]
+            print(row("DeepSpeed's zero_to_fp32", taken, copied))
+            results["zero_to_fp32"] = vars(taken)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    print(json.dumps(results))
+
+
+def _of_weights(checkpoint: Path, needed: int) -> list[Path]:
+    """Of the files that DeepSpeed offloaded: a third holds weights, the others AdamW's moments."""
+    found, total = [], 0
+    for path in sorted(checkpoint.rglob("*.swp")):
+        if total < needed:
+            found.append(path)
+            total += path.stat().st_size
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The certificate of a converted model: what it was made from, what was proved, and how to prove it again."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codeparrot_ds.errors import CheckpointError, DataError, list_problems
+from codeparrot_ds.files import FORMAT_VERSION, digest_bytes, digest_file, read_json
+
+CERTIFICATE = "certificate.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOADED = (".safetensors", ".bin", ".pt", ".py", ".json", ".h5", ".msgpack")  # by transformers, if it finds them
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a conversion rests on."""
+    names = ("codeparrot-ds", "torch", "transformers", "safetensors", "deepspeed")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def read_certificate(directory: Path) -> dict[str, Any]:
+    """The certificate of a converted model. Raises DataError when there is none, or it is not one of ours."""
+    body = read_json(directory / CERTIFICATE, "certificate")
+    wanted = {"files": dict, "tensors": dict, "tied": dict, "dtype": str, "source": list}
+    if (
+        not isinstance(body, dict)
+        or (body.get("kind"), body.get("format_version")) != ("certificate", FORMAT_VERSION)
+        or not all(isinstance(body.get(key), kind) for key, kind in wanted.items())
+        or body["dtype"] not in DTYPES
+    ):
+        raise DataError(f"{directory / CERTIFICATE}: not a certificate of this version. Convert the checkpoint again.")
+    return body
+
+
+def check(directory: Path) -> dict[str, Any]:
+    """Hold a converted model against its certificate, every file and every tensor, and return the certificate.
+
+    Raises:
+        DataError: it has no certificate.
+        CheckpointError: names each file and tensor that is not what was proved.
+    """
+    certificate = read_certificate(directory)
+    problems = _files(directory, certificate["files"])
+    if not problems:
+        problems = check_tensors(directory, certificate)
+    if problems:
+        mend = "Copy the directory again, or convert the checkpoint again."
+        raise CheckpointError(list_problems(str(directory), problems, mend))
+    return certificate
+
+
+def _files(directory: Path, expected: dict[str, Any]) -> list[str]:
+    problems = []
+    there = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    for name, digest in sorted(expected.items()):
+        if name not in there:  # what `there` names lies in the directory, whatever the certificate says
+            problems.append(f"{name} is missing")
+        elif digest_file(there[name]) != digest:
+            problems.append(f"{name}: its bytes are not those that were written (digests differ)")
+    added = sorted(name for name in there.keys() - expected.keys() - {CERTIFICATE} if name.endswith(_LOADED))
+    return problems + [f"{name} is not in the certificate, and might be loaded in place of what is" for name in added]
+
+
+def check_tensors(directory: Path, certificate: dict[str, Any]) -> list[str]:
+    """Read every tensor as transformers will, and name those that are not what the certificate says."""
+    written = WrittenWeights(directory)
+    tensors, dtype = certificate["tensors"], DTYPES[certificate["dtype"]]
+    problems = [f"tensor {name} is missing" for name in sorted(tensors.keys() - written.names)]
+    problems += [f"tensor {name} is not in the certificate" for name in sorted(written.names - tensors.keys())]
+    for name in sorted(tensors.keys() & written.names):
+        tensor = written.tensor(name)
+        if tensor.dtype != dtype or list(tensor.shape) != tensors[name]["shape"]:
+            problems.append(f"tensor {name}: {tensor.dtype} {list(tensor.shape)}, not as in the certificate")
+        elif digest_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensors[name]["written"]:
+            problems.append(f"tensor {name}: its values are not those that were proved (digests differ)")
+    config = read_json(directory / "config.json", "model configuration")
+    if certificate["tied"] and not config.get("tie_word_embeddings", True):
+        problems.append("config.json unties the embeddings, which were one tensor in training")
+    return problems
+
+
+class WrittenWeights:
+    """The weights in a Hugging Face directory's safetensors files.
+
+    Attributes:
+        names: of all tensors.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read the index. Raises DataError."""
+        from safetensors import SafetensorError, safe_open
+
+        index = directory / "model.safetensors.index.json"
+        self._files: dict[str, Path] = {}
+        try:
+            if index.exists():
+                weight_map = read_json(index, "index of weights")["weight_map"]
+                self._files = {name: directory / Path(file).name for name, file in weight_map.items()}
+            else:
+                with safe_open(directory / "model.safetensors", "pt") as file:
+                    self._files = dict.fromkeys(file.keys(), directory / "model.safetensors")
+        except (SafetensorError, OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"{directory}: its weights cannot be read ({error}). Convert the checkpoint again."
+            ) from None
+        self.names = set(self._files)
+
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A tensor as it was written, or rows `first` .. `last` - 1 of it. Raises DataError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._files[name], "pt") as file:  # opened each time: what is mapped counts as memory
+                found: torch.Tensor = file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{self._files[name]}: {name} cannot be read ({error}).") from None
+        return found

@@ -1,0 +1,144 @@
+"""Run GPT-2 with weights that are read when a layer needs them, so that a model larger than memory can be compared."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+_EMBEDDING = "transformer.wte.weight"
+_HEAD_ROWS = 4096  # of the vocabulary, whose logits are made at once
+
+
+class Reader(Protocol):
+    """Reads weights in fp32 on the CPU."""
+
+    def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A parameter in its shape, or rows `first` .. `last` - 1 of it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' outputs on the same sequences. Losses are nats per token.
+
+    Attributes:
+        sequences: compared.
+        tokens: targets in them.
+        loss_master: of the checkpoint's weights.
+        loss_written: of the weights that were written.
+        largest_logit_difference: over all positions and token ids.
+        same_prediction: share of positions at which both hold the same token most likely.
+    """
+
+    sequences: int
+    tokens: int
+    loss_master: float
+    loss_written: float
+    largest_logit_difference: float
+    same_prediction: float
+
+
+def compare(
+    config: Any, master: Reader, written: Reader, ids: np.ndarray, memory_bytes: int, device: torch.device
+) -> Comparison:
+    """Run both models over `ids` and compare logits and losses.
+
+    Args:
+        config: `transformers.GPT2Config` of both.
+        master: reads the checkpoint's weights.
+        written: reads the converted ones.
+        ids: [sequences, seq_len + 1] int64.
+        memory_bytes: what activations may take; at least one sequence is run at once.
+        device: to compute on, in fp32.
+    """
+    count, seq_len = len(ids), ids.shape[1] - 1
+    at_once = max(1, min(count, memory_bytes // (seq_len * activation_bytes_per_token(config))))
+    losses = torch.zeros(2, dtype=torch.float64)
+    largest, same = 0.0, 0
+    for start in range(0, count, at_once):
+        batch = torch.from_numpy(ids[start : start + at_once]).to(device)
+        hidden = [_hidden(config, read, batch[:, :-1]) for read in (master, written)]
+        found = _compare_heads(config, (master, written), hidden, batch[:, 1:].flatten())
+        losses += found[0]
+        largest = max(largest, found[1]) if not math.isnan(found[1]) else math.nan
+        same += found[2]
+    tokens = count * seq_len
+    loss_master, loss_written = (losses / tokens).tolist()
+    return Comparison(count, tokens, loss_master, loss_written, largest, same / tokens)
+
+
+def activation_bytes_per_token(config: Any) -> int:
+    """What a token takes while it passes a block: the residual stream of both models, and the wide layer's four."""
+    return 4 * (20 * int(config.n_embd) + 4 * _HEAD_ROWS)
+
+
+def largest_weight_bytes(config: Any) -> int:
+    """What the weights take that are in memory at once: the embedding, or two of a block's."""
+    return 4 * max(int(config.vocab_size) * int(config.n_embd), 8 * int(config.n_embd) ** 2)
+
+
+@torch.inference_mode()
+def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden state, [sequences, seq_len, n_embd]."""
+    from transformers import GPT2Model
+
+    with torch.device("meta"):
+        network = GPT2Model(config).eval()
+    for prefix, module in network.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            _read_when_called(module, f"transformer.{prefix}", read, ids.device)
+    hidden: torch.Tensor = network(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _read_when_called(module: nn.Module, prefix: str, read: Reader, device: torch.device) -> None:
+    empty = dict(module.named_parameters(recurse=False))
+
+    def fill(*_: Any) -> None:
+        for name in empty:
+            value = read(f"{prefix}.{name}").to(device)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def drop(*_: Any) -> None:
+        for name, parameter in empty.items():
+            module.register_parameter(name, parameter)
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
+
+
+@torch.inference_mode()
+def _compare_heads(
+    config: Any, readers: tuple[Reader, Reader], hidden: list[torch.Tensor], targets: torch.Tensor
+) -> tuple[torch.Tensor, float, int]:
+    """Summed losses of both [2], the largest difference of logits, and equal predictions; targets [tokens]."""
+    flat = [state.flatten(0, 1) for state in hidden]
+    tokens = len(targets)
+    normaliser = [torch.full((tokens,), -math.inf, dtype=torch.float64, device=targets.device) for _ in flat]
+    right = [torch.zeros(tokens, dtype=torch.float64, device=targets.device) for _ in flat]
+    best = [torch.full((tokens,), -math.inf, device=targets.device) for _ in flat]
+    predicted = [torch.zeros(tokens, dtype=torch.int64, device=targets.device) for _ in flat]
+    largest = torch.zeros((), device=targets.device)
+    for first, last in _rows(int(config.vocab_size)):
+        logits = [
+            state @ read(_EMBEDDING, (first, last)).to(state).T for read, state in zip(readers, flat, strict=True)
+        ]
+        largest = torch.maximum(largest, (logits[0] - logits[1]).abs().max())  # NaN stays NaN
+        here = (targets >= first) & (targets < last)
+        for number, part in enumerate(logits):
+            normaliser[number] = torch.logaddexp(normaliser[number], part.logsumexp(1).double())
+            right[number][here] = part[here].gather(1, targets[here, None] - first)[:, 0].double()
+            value, index = part.max(1)
+            better = value > best[number]
+            best[number] = torch.where(better, value, best[number])
+            predicted[number] = torch.where(better, index + first, predicted[number])
+    losses = torch.stack([(total - hit).sum() for total, hit in zip(normaliser, right, strict=True)])
+    return losses.cpu(), float(largest), int((predicted[0] == predicted[1]).sum())
+
+
+def _rows(vocab_size: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, vocab_size, _HEAD_ROWS):
+        yield first, min(vocab_size, first + _HEAD_ROWS)

@@ -1,0 +1,167 @@
+"""Write safetensors files block by block, with digests of what was meant and of what then lies on the disk.
+
+Format: an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes.
+Source: https://huggingface.co/docs/safetensors
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import xxhash
+
+from codeparrot_ds.errors import CheckpointError
+
+BLOCK_ELEMENTS = 1 << 22  # read, converted and written at once: 16 MB in fp32
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT = 8  # of the header's end, so that tensors can be mapped
+
+
+class Weights(Protocol):
+    """Where weights come from: one checkpoint, or the mean of several."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Parameter name -> shape; tied copies are left out."""
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Name of a tied copy -> name of the parameter that it shares."""
+
+    def read(self, name: str, what: str = "fp32", start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `start` .. `stop` - 1 of a parameter, flat, fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """Digests (xxh3-128) of one tensor. `master`: its fp32 bytes in the checkpoint; `written`: its bytes here."""
+
+    shape: list[int]
+    master: str
+    written: str
+
+    def as_json(self) -> dict[str, object]:
+        """As it lies in the certificate."""
+        return asdict(self)
+
+
+def write_weights(
+    directory: Path,
+    weights: Weights,
+    dtype: torch.dtype,
+    max_file_bytes: int,
+    progress: Callable[[Sequence[str]], Iterator[str]],
+) -> tuple[dict[str, TensorProof], dict[str, str]]:
+    """Write safetensors files and, for several, their index.
+
+    Args:
+        directory: exists; gets model.safetensors, or model-00001-of-…, and model.safetensors.index.json.
+        weights: read in blocks; no tensor is ever whole in memory.
+        dtype: to write; what does not fit its range is refused.
+        max_file_bytes: at which a new file is begun; a larger tensor has one of its own.
+        progress: passes the names on, and shows how far they are.
+
+    Returns:
+        Tensor name -> its proof, and file name -> its digest.
+
+    Raises:
+        CheckpointError: a weight is not finite, or not in the range of `dtype`.
+    """
+    plan = _plan(weights.shapes, dtype, max_file_bytes)
+    proofs: dict[str, TensorProof] = {}
+    digests: dict[str, str] = {}
+    remaining = progress(list(weights.shapes))
+    for file, names in plan.items():
+        digests[file] = _write_file(directory / file, names, weights, dtype, proofs, remaining)
+    if len(plan) > 1:
+        sizes = sum(shape.numel() for shape in weights.shapes.values()) * dtype.itemsize
+        index = {
+            "metadata": {"total_size": sizes},
+            "weight_map": {name: file for file, names in plan.items() for name in names},
+        }
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return proofs, digests
+
+
+def _plan(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors in it, in their order."""
+    parts: list[list[str]] = [[]]
+    held_bytes = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if parts[-1] and held_bytes + size > max_file_bytes:
+            parts.append([])
+            held_bytes = 0
+        parts[-1].append(name)
+        held_bytes += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": names for number, names in enumerate(parts, 1)}
+
+
+def _write_file(
+    path: Path,
+    names: list[str],
+    weights: Weights,
+    dtype: torch.dtype,
+    proofs: dict[str, TensorProof],
+    remaining: Iterator[str],
+) -> str:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        end = offset + weights.shapes[name].numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(weights.shapes[name]), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    whole = xxhash.xxh3_128()
+    with open(path, "wb") as file:
+        for piece in (len(encoded).to_bytes(8, "little"), encoded):
+            file.write(piece)
+            whole.update(piece)
+        for name in names:
+            assert next(remaining) == name
+            master, written = xxhash.xxh3_128(), xxhash.xxh3_128()
+            for block in blocks(weights, name):
+                master.update(_bytes(block))
+                converted = block.to(dtype)
+                _require_finite(block, converted, name, dtype)
+                data = _bytes(converted)
+                file.write(data)
+                whole.update(data)
+                if dtype != torch.float32:
+                    written.update(data)
+            digest = master.hexdigest()
+            shape = list(weights.shapes[name])
+            proofs[name] = TensorProof(shape, digest, digest if dtype == torch.float32 else written.hexdigest())
+    return whole.hexdigest()
+
+
+def blocks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
+    """A parameter's elements in order, some at a time, flat, fp32."""
+    numel = weights.shapes[name].numel()
+    for start in range(0, numel, BLOCK_ELEMENTS):
+        yield weights.read(name, start=start, stop=min(numel, start + BLOCK_ELEMENTS))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.contiguous().view(torch.uint8).numpy().data
+    return data
+
+
+def _require_finite(block: torch.Tensor, converted: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    if converted.isfinite().all():
+        return
+    if not block.isfinite().all():
+        raise CheckpointError(
+            f"{name}: holds weights that are not finite, so training had diverged. Nothing was written. Convert an "
+            "earlier checkpoint with --tag."
+        )
+    raise CheckpointError(
+        f"{name}: holds weights as large as {float(block.abs().max()):.3g}, beyond the range of "
+        f"{str(dtype).removeprefix('torch.')}. Nothing was written. Use --dtype bfloat16 or float32."
+    )
