@@ -447,6 +447,24 @@ def convert_command(
     _print_result(json_output, str(output), rows, certificate)
 
 
+@app.command("push")
+def push_command(
+    directory: Annotated[Path, typer.Argument(help="A converted model, a tokenizer, shards or a corpus.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it is not there.")],
+    branch: Annotated[str | None, typer.Option(help="Branch to send to, e.g. the run's name; main by default.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Bring the branch to main too.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made here.")] = True,
+    tries: Annotated[int, typer.Option(help="When the network or the Hub fails.", min=1)] = 6,
+    json_output: JsonOption = False,
+) -> None:
+    """Send a finished directory to the Hugging Face Hub, in one commit."""
+    from codeparrot_ds.export.hub import push
+
+    pushed = push(directory, repo, branch=branch, merge=merge, private=private, tries=tries)
+    rows = [("files", f"{pushed.files:,}"), *zip(pushed.branches, pushed.commits, strict=True)]
+    _print_result(json_output, f"{pushed.repo} ({pushed.repo_type})", rows, vars(pushed))
+
+
 @evaluate_app.command("loss")
 def evaluate_loss(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],

@@ -1,0 +1,209 @@
+"""A small Hugging Face Hub on the loopback: the HTTP calls that pushing makes, in memory, with faults on demand."""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+TOKEN = "hf_" + "T0kenOfThisTest" * 2
+
+
+@dataclass
+class Repository:
+    """Branch -> path -> content, and its commits' messages."""
+
+    private: bool
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    commits: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Fault:
+    """Of the next `times` requests that match: an answer with `status`, or a connection cut while it sends."""
+
+    method: str
+    path: str
+    times: int
+    status: int | None = None  # None: cut
+
+
+class Hub:
+    """What the server holds.
+
+    Attributes:
+        repositories: "models/owner/name" -> repository.
+        large_files: sha256 -> content that has arrived.
+        sent: sha256 of every upload of a large file that was taken whole.
+        requests: "METHOD path" of all.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.large_files: dict[str, bytes] = {}
+        self.sent: list[str] = []
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.url = ""
+
+    def fault_for(self, method: str, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times and fault.method == method and re.search(fault.path, path):
+                fault.times -= 1
+                return fault
+        return None
+
+
+def _git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self, status: int, body: Any = None) -> None:
+        data = json.dumps({} if body is None else body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _handle(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        length = int(self.headers.get("Content-Length") or 0)
+        fault = self.hub.fault_for(self.command, path)
+        if fault is not None and fault.status is None:
+            self.rfile.read(length // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return None
+        body = self.rfile.read(length)
+        if fault is not None and fault.status is not None:
+            return self._answer(fault.status, {"error": "a fault of the test"})
+        if not path.startswith("/store/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer(401, {"error": "Invalid username or password."})
+        for method, pattern, function in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if method == self.command and match:
+                return function(self, body, *match.groups())
+        return self._answer(404, {"error": f"no such call: {self.command} {path}"})
+
+    do_GET = do_POST = do_PUT = _handle  # noqa: N815 (names that the base class looks for)
+
+    def _create(self, body: bytes) -> None:
+        wanted = json.loads(body)
+        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        kind = wanted.get("type") or "model"
+        url = {"url": f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{name}"}
+        if f"{kind}s/{name}" in self.hub.repositories:
+            return self._answer(409, {"error": "You already created this repo", **url})
+        self.hub.repositories[f"{kind}s/{name}"] = Repository(wanted.get("visibility") == "private")
+        return self._answer(200, url)
+
+    def _branch(self, _: bytes, key: str, branch: str) -> None:
+        repository = self.hub.repositories[key]
+        if branch in repository.branches:
+            return self._answer(409, {"error": "Reference already exists"})
+        repository.branches[branch] = dict(repository.branches["main"])
+        return self._answer(200)
+
+    def _tree(self, _: bytes, key: str, branch: str) -> None:
+        files = self.hub.repositories[key].branches[branch]
+        self._answer(
+            200,
+            [{"type": "file", "path": path, "size": len(data), "oid": _git_oid(data)} for path, data in files.items()],
+        )
+
+    def _preupload(self, body: bytes, key: str, branch: str) -> None:
+        files = self.hub.repositories[key].branches[branch]
+        answer = []
+        for file in json.loads(body)["files"]:
+            large = file["path"].endswith((".safetensors", ".bin", ".parquet"))
+            there = files.get(file["path"])
+            oid = there and (hashlib.sha256(there).hexdigest() if large else _git_oid(there))
+            mode = "lfs" if large else "regular"
+            answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._answer(200, {"files": answer})
+
+    def _batch(self, body: bytes, _: str) -> None:
+        objects = []
+        for wanted in json.loads(body)["objects"]:
+            found: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.large_files:
+                found["actions"] = {"upload": {"href": f"{self.hub.url}/store/{wanted['oid']}"}}
+            objects.append(found)
+        self._answer(200, {"transfer": "basic", "objects": objects})
+
+    def _store(self, body: bytes, oid: str) -> None:
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.hub.large_files[oid] = body
+        self.hub.sent.append(oid)
+        self._answer(200)
+
+    def _commit(self, body: bytes, key: str, branch: str) -> None:
+        repository = self.hub.repositories[key]
+        files = dict(repository.branches[branch])
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                repository.commits.append(value["summary"])
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large_files[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
+        repository.branches[branch] = files
+        oid = f"{len(repository.commits):040x}"
+        place = key.removeprefix("models/")
+        self._answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{place}/commit/{oid}"})
+
+    def _info(self, _: bytes, key: str, branch: str) -> None:
+        self._answer(200, {"id": key.partition("/")[2], "sha": "0" * 40, "siblings": []})
+
+    def _yaml(self, _: bytes) -> None:
+        self._answer(200, {"errors": [], "warnings": []})
+
+
+_KEY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"
+_ROUTES: list[tuple[str, str, Any]] = [
+    ("POST", "/api/repos/create", _Handler._create),
+    ("POST", "/api/validate-yaml", _Handler._yaml),
+    ("POST", _KEY + "/branch/(.+)", _Handler._branch),
+    ("GET", _KEY + "/tree/([^/]+)", _Handler._tree),
+    ("GET", _KEY + "/revision/([^/]+)", _Handler._info),
+    ("POST", _KEY + "/preupload/(.+)", _Handler._preupload),
+    ("POST", _KEY + "/commit/(.+)", _Handler._commit),
+    ("POST", r"/(.+)\.git/info/lfs/objects/batch", _Handler._batch),
+    ("PUT", "/store/([0-9a-f]{64})", _Handler._store),
+]
+
+
+@contextmanager
+def serve() -> Iterator[Hub]:
+    """A Hub on a free port of the loopback, until the block ends."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,163 @@
+"""Pushing over real HTTP to a small Hub of our own, whole and with faults."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from codeparrot_ds.export.certificate import CERTIFICATE
+from codeparrot_ds.files import digest_bytes, digest_file, write_json
+from tests.conftest import ROOT
+from tests.hub_server import TOKEN, Fault, Hub, serve
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+def push(hub: Hub, *arguments: str | Path, token: str = TOKEN, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "codeparrot_ds.cli", "push", *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": token,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert token not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def model(directory: Path, value: float = 1.0, name: str = "model.safetensors") -> Path:
+    """A directory with a certificate that holds."""
+    directory.mkdir()
+    weight = torch.full((4, 2), value)
+    save_file({"weight": weight}, directory / name)
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+    (directory / "README.md").write_text("---\nlibrary_name: transformers\n---\n# a model\n")
+    digest = digest_bytes(weight.view(-1).view(torch.uint8).numpy().data)
+    if name != "model.safetensors":
+        index = {"metadata": {}, "weight_map": {"weight": name}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    certificate = {
+        "format_version": 1,
+        "kind": "certificate",
+        "dtype": "float32",
+        "source": [],
+        "tied": {},
+        "tensors": {"weight": {"shape": [4, 2], "master": digest, "written": digest}},
+        "files": {file.name: digest_file(file) for file in directory.iterdir()},
+    }
+    write_json(directory / CERTIFICATE, certificate)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_a_model_goes_to_a_branch_and_then_to_main(hub: Hub, tmp_path: Path) -> None:
+    first = model(tmp_path / "first", 1.0, "model-00001-of-00001.safetensors")
+    done = push(hub, first, "me/parrot")
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["models/me/parrot"]
+    assert repository.private
+    assert repository.branches == {"main": contents(first)}
+
+    second = model(tmp_path / "second", 2.0)
+    done = push(hub, second, "me/parrot", "--branch", "run-2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["branches"] == ["run-2"]
+    assert repository.branches == {"main": contents(first), "run-2": contents(second)}
+
+    done = push(hub, second, "me/parrot", "--branch", "run-2", "--merge")
+    assert done.returncode == 0, done.stderr
+    assert repository.branches == {"main": contents(second), "run-2": contents(second)}  # the first's weights are gone
+    assert len(hub.sent) == len(set(hub.sent)) == 2  # no large file twice
+    commits = len(repository.commits)
+    assert push(hub, second, "me/parrot", "--branch", "run-2", "--merge").returncode == 0
+    assert len(repository.commits) == commits  # nothing has changed
+
+
+def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
+    done = push(hub, data / "shards", "me/data", "--public")
+    assert done.returncode == 0, done.stderr
+    there = hub.repositories["datasets/me/data"]
+    assert not there.private
+    files = {path.relative_to(data / "shards").as_posix(): path.read_bytes() for path in (data / "shards").rglob("*.*")}
+    assert there.branches["main"] == {name: content for name, content in files.items() if not name.startswith(".")}
+    assert push(hub, data / "tokenizer", "me/tokenizer").returncode == 0
+    assert "tokenizer.json" in hub.repositories["models/me/tokenizer"].branches["main"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [503, None])
+def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, status: int | None) -> None:
+    """Every call fails twice: with an answer that says so, or cut in the middle."""
+    directory = model(tmp_path / "model")
+    calls = [
+        ("POST", "/api/repos/create"),
+        ("POST", "/branch/"),
+        ("GET", "/tree/"),
+        ("POST", "/preupload/"),
+        ("POST", "/batch"),
+        ("PUT", "/store/"),
+        ("POST", "/commit/"),
+    ]
+    hub.faults = [Fault(method, path, 2, status) for method, path in calls]
+    done = push(hub, directory, "me/parrot", "--branch", "run")
+    assert done.returncode == 0, done.stderr
+    assert not any(fault.times for fault in hub.faults)
+    repository = hub.repositories["models/me/parrot"]
+    assert repository.branches == {"main": {}, "run": contents(directory)}
+    assert len(repository.commits) == len(hub.sent) == 1
+
+
+def test_a_hub_that_stays_away_is_told_of_and_the_next_call_goes_on(hub: Hub, tmp_path: Path) -> None:
+    directory = model(tmp_path / "model")
+    hub.faults = [Fault("POST", "/commit/", 99, 500)]
+    done = push(hub, directory, "me/parrot", "--tries", "2")
+    assert done.returncode == 1
+    assert "note: me/parrot: try 1 of 2 failed" in done.stderr
+    assert "error: me/parrot: the Hub cannot be reached, or fails" in done.stderr
+    assert "run the same command again" in done.stderr
+    assert hub.repositories["models/me/parrot"].branches == {"main": {}}  # whole or not at all
+    hub.faults = []
+    assert push(hub, directory, "me/parrot").returncode == 0
+    assert hub.repositories["models/me/parrot"].branches == {"main": contents(directory)}
+    assert len(hub.sent) == 1  # it had arrived before
+
+
+def test_what_cannot_work_is_refused_at_once(hub: Hub, tmp_path: Path) -> None:
+    directory = model(tmp_path / "model")
+    secret = "hf_" + "Wr0ng" * 6
+    refused = [
+        (push(hub, directory, "me/parrot", token=secret), "the Hub refuses (401). Log in with `hf auth login`"),
+        (push(hub, directory, "no/such/name"), "not a name for a repository"),
+        (push(hub, tmp_path, "me/parrot"), "neither a converted model"),
+        (push(hub, directory, "me/parrot", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set"),
+    ]
+    (directory / "config.json").write_text("{}")
+    refused.append((push(hub, directory, "me/parrot"), "config.json: its bytes are not those that were written"))
+    for done, said in refused:
+        assert done.returncode == 1, said
+        assert done.stderr.count("error: ") == 1
+        assert said in done.stderr
+    assert all(not repository.commits for repository in hub.repositories.values())
