@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/convert.py [--directory DIR] [--n-layer 36] [--n-embd 1280]
        python benchmarks/convert.py --run RUN      ours alone, on the newest checkpoint of a run that is there
-Needs no GPU. Without --run, two CPU ranks train a model of this size for one step at ZeRO-3 in fp32 and save it. Then
-each converter makes fp32 files of it, and a copy reads and writes no more than the bytes that a conversion must: the
-files with weights, and a result. Files are dropped from the page cache before each. DeepSpeed writes PyTorch's pickles:
-for safetensors it stops at the tied embeddings.
+Needs no GPU. Without --run, two CPU ranks train a model of this size for one step (bf16, ZeRO-3 with offload to host
+memory) and save it. Then each converter makes fp32 files of it, and a copy reads and writes no more than the bytes that
+a conversion must: the files with weights, and a result. Files are dropped from the page cache before each. DeepSpeed
+writes PyTorch's pickles: for safetensors it stops at the tied embeddings.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def train(directory: Path, options: argparse.Namespace) -> Path:
         "batch.micro_batch_size": 1,
         "schedule.steps": 1,
         "schedule.warmup_steps": 0,
-        "engine.deepspeed": ROOT / "ds_configs" / "zero3.json",
-        "engine.precision": "fp32",
+        "engine.deepspeed": ROOT / "ds_configs" / "zero3_offload.json",
+        "engine.precision": "bf16",
         "evaluation.sequences": 2,
         "checkpoints.background": "false",
     }

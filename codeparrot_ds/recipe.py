@@ -255,6 +255,26 @@ class Checkpoints(_Section):
     background: bool = True
 
 
+class Export(_Section):
+    """Converting checkpoints while training goes on.
+
+    Attributes:
+        every_steps: checkpoints of a multiple of so many steps are exported; null for none.
+        dtype: of the weights.
+        sequences: validation sequences that an export is proved on, on one core of rank 0's host.
+        keep_last: of the exported directories.
+        hub: OWNER/NAME of a repository to push each to, on a branch named after the run; null for none.
+        private: whether it is for its owner alone, if it is made by the run.
+    """
+
+    every_steps: Positive | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    sequences: int | None = Field(1, ge=0)
+    keep_last: Positive = 2
+    hub: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")
+    private: bool = True
+
+
 class Guards(_Section):
     """What happens when a run goes wrong.
 
@@ -302,6 +322,7 @@ class Recipe(_Section):
     engine: Engine
     evaluation: Evaluation = Evaluation.model_validate({})
     checkpoints: Checkpoints = Checkpoints.model_validate({})
+    export: Export = Export.model_validate({})
     guards: Guards = Guards.model_validate({})
     logging: Logging = Logging.model_validate({})
 
@@ -310,6 +331,13 @@ class Recipe(_Section):
         tokens_per_step = self.batch.global_batch_size * self.model.seq_len
         # The section is frozen for its users; what they see is the schedule in steps.
         self.__dict__["schedule"] = self.schedule.in_steps(tokens_per_step)
+        return self
+
+    @model_validator(mode="after")
+    def _exports_are_checkpoints(self) -> "Recipe":
+        every, saved = self.export.every_steps, self.checkpoints.every_steps
+        if every is not None and every % saved:
+            raise ValueError(f"export.every_steps {every} is not a multiple of checkpoints.every_steps {saved}")
         return self
 
     @property

@@ -255,6 +255,7 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
 
 
 def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
+    from codeparrot_ds.export.background import BackgroundExport
     from codeparrot_ds.memory import manage_freed_memory
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.guards import StopRequests, Watchdog
@@ -298,6 +299,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     _check_space(plan, ranks, parameters, resume_from.step if resume_from else 0)
     engine = build_engine(network, recipe, ds_config)
+    export = BackgroundExport(run, recipe.export, recipe.name) if ranks.rank == 0 else None
     trainer = Trainer(
         recipe=recipe,
         ranks=ranks,
@@ -310,10 +312,13 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
         stop_requests=stop_requests,
         offload=offload_device(ds_config),
         left_out=ranks.gather(run.left_out() if ranks.rank == 0 else None)[0],
+        on_published=export.start if export is not None else None,
     )
     if resume_from is not None:
         trainer.load(resume_from)
         log.info("going on from %s", resume_from.path)
+        if export is not None:
+            export.start(resume_from.step)  # which the run before may not have come to
     log.info(
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
         recipe.name,
@@ -337,6 +342,8 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
             _write_finished(run, run.newest_checkpoint(), ranks)
         else:
             run.write_status("preempted", **facts, step=trainer.step, reason=stop_requests.reason)
+    if export is not None:
+        export.finish(wait=finished)
     return finished
 
 

@@ -174,7 +174,13 @@ class Trained:
 
 
 def train(
-    deepspeed: Deepspeed, body: dict[str, Any], *, ranks: int = 2, stage: int = 3, options: Sequence[str] = ()
+    deepspeed: Deepspeed,
+    body: dict[str, Any],
+    *,
+    ranks: int = 2,
+    stage: int = 3,
+    options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
 ) -> Trained:
     """Train a recipe with real ranks and read what it left."""
     ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
@@ -183,7 +189,7 @@ def train(
     runs.mkdir(exist_ok=True)
     path = save_recipe(body, runs / f"{body['name']}.yaml")
     overrides = [part for option in options for part in ("--set", option)]
-    done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks)
+    done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks, env=env)
     assert done.returncode == 0, done.output
     return read_run(runs / body["name"])
 

@@ -74,7 +74,6 @@ def convert(
         done = read_certificate(output)
         if (done["source"], done["dtype"]) == (source, dtype):
             return done
-    memory.manage_freed_memory(scarce=True)
     weights = _open(checkpoints)
     newest = checkpoints[-1]
     run = RunDirectory(newest.path.parent.parent)
@@ -101,6 +100,7 @@ def convert(
         problems = check_tensors(unfinished, certificate)
         if problems:
             raise CheckpointError(f"{newest.path}: the proof failed, nothing was written: {problems[0]}.")
+        memory.manage_freed_memory(scarce=True)  # while blocks pass, it is better kept for the next
         compared, total = _compare(weights, unfinished, config, recipe, memory_cap_bytes, sequences)
         certificate["forward"] = compared and asdict(compared)
         certificate["engine"] = _engine(checkpoints, compared, total)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class Trainer:
         offload: where the optimizer's state lives: "none", "cpu" or "nvme".
         step: optimizer steps taken.
         left_out: stretches of the order that are not trained on.
+        on_published: told the step of each checkpoint that is published; on rank 0 only.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Trainer:
     offload: str = "none"
     step: int = 0
     left_out: list[tuple[int, int]] = field(default_factory=list)
+    on_published: Callable[[int], None] | None = None
     loss_valid: float | None = None
     _unlogged: list[Step] = field(default_factory=list)
     _go_backs: int = 0
@@ -404,3 +406,5 @@ class Trainer:
         stalled = self._stalled_seconds + now - started
         where = self.run.checkpoint(step)
         log.info("step %d: checkpoint %s (%.1f s, training waited %.1f s)", step, where, now - self._saved_at, stalled)
+        if self.on_published is not None:
+            self.on_published(step)

@@ -25,9 +25,11 @@ from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import Checkpoint
 from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
 from tests.conftest import ROOT, Trained
+from tests.hub_server import TOKEN, Fault, serve
 
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
+Train = Callable[..., Trained]
 
 
 def newest(trained: Trained) -> Checkpoint:
@@ -202,3 +204,37 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(baseline: Trained, co
         assert done.returncode == 0, done.stderr
         assert whole == {file.name: file.read_bytes() for file in output.iterdir() if file.name != CERTIFICATE}
         assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+
+
+def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: Train) -> None:
+    with serve() as hub:
+        hub.faults = [Fault("PUT", "/store/", 1, 503)]
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        options = ["export.every_steps=3", "export.hub=me/parrot", "export.keep_last=1", "checkpoints.keep_last=1"]
+        trained = train_tiny("exporting", stage=1, options=options, env=environment)
+    said = trained.run.log(0).read_text()
+    assert TOKEN not in said
+    exported = sorted(path.name for path in trained.run.exports.iterdir())
+    # The first may still go on when the second is due.
+    if "not exported, for the export before it still goes on" in said:
+        assert exported == ["step-00000003"]
+    else:
+        assert exported == ["step-00000006"]
+    certificate = check(trained.run.exports / exported[0])
+    assert certificate["dtype"] == "bfloat16"
+    assert f"pushed to me/parrot, branch {trained.run.path.name}" in said
+    branches = hub.repositories["models/me/parrot"].branches
+    newest = {file.name: file.read_bytes() for file in (trained.run.exports / exported[0]).iterdir()}
+    assert branches == {"main": {}, "exporting": newest}
+
+
+def test_an_export_that_fails_is_told_of_and_training_goes_on(train_tiny: Train) -> None:
+    with serve() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_" + "Wr0ng" * 6, "HF_HUB_OFFLINE": "0"}
+        options = ["export.every_steps=3", "export.hub=me/parrot"]
+        trained = train_tiny("refused", stage=1, options=options, env=environment)
+    assert trained.run.read_status()["state"] == "finished"
+    said = trained.run.log(0).read_text()
+    assert "step 3: not pushed. Training goes on. error: me/parrot: the Hub refuses (401)" in said
+    assert environment["HF_TOKEN"] not in said
+    check(trained.run.export(3))
