@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,17 @@ def check_tensors(directory: Path, certificate: dict[str, Any]) -> list[str]:
     tensors, dtype = certificate["tensors"], DTYPES[certificate["dtype"]]
     problems = [f"tensor {name} is missing" for name in sorted(tensors.keys() - written.names)]
     problems += [f"tensor {name} is not in the certificate" for name in sorted(written.names - tensors.keys())]
-    for name in sorted(tensors.keys() & written.names):
+
+    def problem(name: str) -> str | None:
         tensor = written.tensor(name)
         if tensor.dtype != dtype or list(tensor.shape) != tensors[name]["shape"]:
-            problems.append(f"tensor {name}: {tensor.dtype} {list(tensor.shape)}, not as in the certificate")
-        elif digest_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensors[name]["written"]:
-            problems.append(f"tensor {name}: its values are not those that were proved (digests differ)")
+            return f"tensor {name}: {tensor.dtype} {list(tensor.shape)}, not as in the certificate"
+        if digest_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensors[name]["written"]:
+            return f"tensor {name}: its values are not those that were proved (digests differ)"
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        problems += filter(None, pool.map(problem, sorted(tensors.keys() & written.names)))
     config = read_json(directory / "config.json", "model configuration")
     if certificate["tied"] and not config.get("tie_word_embeddings", True):
         problems.append("config.json unties the embeddings, which were one tensor in training")

@@ -6,7 +6,9 @@ Source: https://huggingface.co/docs/safetensors
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -145,10 +147,17 @@ def _write_file(
 
 
 def blocks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
-    """A parameter's elements in order, some at a time, flat, fp32."""
+    """A parameter's elements in order, some at a time, flat, fp32; the next are read meanwhile."""
     numel = weights.shapes[name].numel()
-    for start in range(0, numel, BLOCK_ELEMENTS):
-        yield weights.read(name, start=start, stop=min(numel, start + BLOCK_ELEMENTS))
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque[Future[torch.Tensor]]()
+        for start in range(0, numel, BLOCK_ELEMENTS):
+            stop = min(numel, start + BLOCK_ELEMENTS)
+            ahead.append(reader.submit(weights.read, name, start=start, stop=stop))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

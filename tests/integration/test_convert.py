@@ -1,6 +1,7 @@
 """Conversion of real checkpoints: proofs that hold, and proofs that fail for what is wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from tests.hub_server import TOKEN, Fault, serve
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
 Train = Callable[..., Trained]
+Copy = Callable[[str], Trained]
 
 
 def newest(trained: Trained) -> Checkpoint:
@@ -174,6 +176,23 @@ def test_weights_that_do_not_fit_are_refused(
         with pytest.raises(CheckpointError, match=rf"h\.1\.mlp\.c_fc\.bias.*{said}"):
             convert([newest(baseline)], tmp_path / "hf", dtype=dtype, memory_cap_bytes=8 * GB)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_checkpoint_is_refused_by_name(copy_baseline: Copy, tmp_path: Path, damage: str) -> None:
+    checkpoint = newest(copy_baseline(damage))
+    file = sorted(checkpoint.path.glob("*_optim_states.pt"))[1]
+    if damage == "changed":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=re.escape(file.name)):
+        convert([checkpoint], tmp_path / "hf", memory_cap_bytes=8 * GB)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_cap_that_cannot_be_kept_is_refused_with_what_is_needed(baseline: Trained, tmp_path: Path) -> None:
