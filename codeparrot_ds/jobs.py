@@ -122,11 +122,9 @@ def _run_locally(
     finally:
         # Workers are idle now, or their tasks may be lost. They are not asked to end: one that was killed while it
         # waited for work has left the queue's lock held, and Python would wait for the others for ever.
-        alive = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in alive:
+        for worker in list((pool._processes or {}).values()):
             worker.kill()
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def _context(preload: str | None) -> BaseContext:
