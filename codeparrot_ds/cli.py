@@ -403,6 +403,9 @@ def convert_command(
         int | None,
         typer.Option(help="Validation sequences to prove it on; without a GPU what takes minutes, else all.", min=0),
     ] = None,
+    universal: Annotated[
+        bool, typer.Option("--to-universal", help="Make DeepSpeed's universal checkpoint, to train on from, instead.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Hold a converted model against its certificate.")] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -411,6 +414,19 @@ def convert_command(
 
     if check == (output is not None):
         raise ConfigError("name a run and the directory to make, or a converted model and --check.")
+    if output is not None and universal:
+        if (average, dtype) != (1, "float32"):
+            raise ConfigError("--to-universal keeps one checkpoint as it is: leave out --average and --dtype.")
+        from codeparrot_ds.export.universal import to_universal
+        from codeparrot_ds.zero import source_checkpoint
+
+        made = to_universal(source_checkpoint(source, tag), output, parse_size(memory_cap))
+        size = sum(file["bytes"] for file in made.files.values())
+        facts = {"step": made.step, "parameters": made.parameters, "files": len(made.files), "bytes": size}
+        rows = [("step", f"{made.step:,}"), ("parameters", f"{made.parameters:,}")]
+        rows += [("files", f"{len(made.files):,}"), ("size", f"{size / 1e9:.3f} GB")]
+        _print_result(json_output, str(output), rows, facts)
+        return
     if output is None:
         output = source
         certificate = certificates.check(source)
@@ -455,12 +471,13 @@ def push_command(
     merge: Annotated[bool, typer.Option("--merge", help="Bring the branch to main too.")] = False,
     private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made here.")] = True,
     tries: Annotated[int, typer.Option(help="When the network or the Hub fails.", min=1)] = 6,
+    timeout: Annotated[float, typer.Option(help="Seconds without a byte after which a try has failed.", min=1)] = 120,
     json_output: JsonOption = False,
 ) -> None:
     """Send a finished directory to the Hugging Face Hub, in one commit."""
     from codeparrot_ds.export.hub import push
 
-    pushed = push(directory, repo, branch=branch, merge=merge, private=private, tries=tries)
+    pushed = push(directory, repo, branch=branch, merge=merge, private=private, tries=tries, timeout_seconds=timeout)
     rows = [("files", f"{pushed.files:,}"), *zip(pushed.branches, pushed.commits, strict=True)]
     _print_result(json_output, f"{pushed.repo} ({pushed.repo_type})", rows, vars(pushed))
 

@@ -77,24 +77,34 @@ def write_json(path: Path, value: Any) -> None:
 def publish_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and goes otherwise.
 
-    Raises ConfigError when `path` already holds something, so that nothing of the user's is replaced.
+    Raises ConfigError when `path` already holds something, so that nothing of the user's is replaced, or another
+    process is making it.
     """
     path = path.resolve()  # "." has no name to put another beside
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
     beside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     make_directory(beside)
+    busy = f"{path}: another process is making it now. Wait for it, or name another directory."
+    descriptor = os.open(beside, os.O_RDONLY)
     try:
-        yield beside
-        for file in sorted(beside.rglob("*")):
-            flush_to_disk(file)
-        flush_to_disk(beside)
-        beside.replace(path)  # onto an empty directory at most
-        flush_to_disk(path.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        _hold(descriptor, beside, busy)
+        if not beside.exists() or not os.path.samestat(os.fstat(descriptor), beside.stat()):
+            raise ConfigError(busy)  # it was finished, or given up, in this moment
+        for leftover in beside.iterdir():  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        try:
+            yield beside
+            for file in sorted(beside.rglob("*")):
+                flush_to_disk(file)
+            flush_to_disk(beside)
+            beside.replace(path)  # onto an empty directory at most
+            flush_to_disk(path.parent)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def digest_bytes(data: bytes | memoryview) -> str:
@@ -209,29 +219,34 @@ def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None
         )
 
 
-def _lock(file: Any) -> None:
+def _lock(descriptor: int) -> None:
     """Take a lock. Who only looks whether it is held, as `codeparrot-ds status` does, holds it for a moment."""
     for _ in range(_LOCK_TRIES):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.02)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold an advisory lock on `path`; the kernel drops it with the process. Raises ConfigError(`busy`)."""
     with open(path, "w") as file:
-        try:
-            _lock(file)
-        except BlockingIOError:
-            raise ConfigError(busy) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            print(f"note: {path}: this file system has no locks; see that nobody else works here.", file=sys.stderr)
+        _hold(file.fileno(), path, busy)
         yield
+
+
+def _hold(descriptor: int, path: Path, busy: str) -> None:
+    try:
+        _lock(descriptor)
+    except BlockingIOError:
+        raise ConfigError(busy) from None
+    except OSError as error:
+        # EBADF: NFS locks only what is open for writing, which no directory can be.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF):
+            raise
+        print(f"note: {path}: this file system has no locks; see that nobody else works here.", file=sys.stderr)
 
 
 def explain_os_error(error: OSError) -> UserError | None:

@@ -199,6 +199,7 @@ class Checkpoint:
         files: name -> {"bytes", "xxh3_128"}.
         loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
         offload: where the optimizer's state lived: "none", "cpu" or "nvme".
+        universal: a file a tensor, as `convert --to-universal` writes; else as the ranks wrote it.
     """
 
     path: Path
@@ -212,6 +213,12 @@ class Checkpoint:
     files: dict[str, dict[str, Any]]
     loss_valid: float | None
     offload: str = "none"
+    universal: bool = False
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run that it is of. A universal checkpoint stands alone: it holds recipe and tokenizer itself."""
+        return RunDirectory(self.path if (self.path / "recipe.yaml").is_file() else self.path.parent.parent)
 
     def write(self, directory: Path) -> None:
         """Write the manifest into `directory`, which becomes `path` when it is renamed."""
@@ -223,7 +230,7 @@ class Checkpoint:
         """Read a checkpoint's manifest. Raises CheckpointError."""
         try:
             body = read_manifest(path, "checkpoint")
-            body.setdefault("offload", "none")  # of version 0.1.0, which did not write it
+            body = {"offload": "none", "universal": False, **body}  # version 0.1.0 did not write them
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
         except (DataError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -51,6 +51,14 @@ class StoredTensor:
 
 
 def load(path: Path) -> dict[str, Any]:
+    """What torch.save wrote to `path`, a dictionary, with a `StoredTensor` for each tensor. Raises CheckpointError."""
+    stored = load_value(path)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path}: damaged (it holds no dictionary).")
+    return stored
+
+
+def load_value(path: Path) -> Any:
     """What torch.save wrote to `path`, with a `StoredTensor` for each tensor.
 
     Raises CheckpointError when it is missing or damaged, or holds more than tensors, plain values and the few plain
@@ -63,9 +71,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with FakeTensorMode(), torch.serialization.safe_globals(classes_in_checkpoints()):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        stored = _stored(state, path)
-        if not isinstance(stored, dict):
-            raise CheckpointError(f"{path}: damaged (it holds no dictionary).")
+        return _stored(state, path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
     except pickle.UnpicklingError as error:
@@ -75,7 +81,6 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, OSError, EOFError) as error:  # RecursionError too: a pickle may hold itself
         raise CheckpointError(f"{path}: damaged ({(str(error) or type(error).__name__).splitlines()[0]}).") from None
-    return stored
 
 
 def _stored(value: Any, path: Path) -> Any:

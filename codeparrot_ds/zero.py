@@ -1,17 +1,19 @@
 """Read weights and optimizer state out of a DeepSpeed checkpoint, any stretch of any tensor, without running its code.
 
 Only what is asked for is read, and takes memory. Source of the layouts: DeepSpeed 0.19.8, `runtime/engine.py`
-(`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`:
+(`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`, `checkpoint/ds_to_universal.py`:
 
     stage 3     each rank holds every parameter's slice of ceil(numel / ranks), parameters end to end
     stage 1, 2  each parameter group is flattened whole, padded, and cut into one piece a rank
     stage 0     rank 0 holds the module's own tensors
+    universal   a directory a parameter, a file each for its weights and moments: zero/NAME/fp32.pt
 
 A tensor that was offloaded to NVMe is empty there, and lies in a raw file of its own, padded at the end
 (`runtime/swap_tensor/optimizer_utils.py`).
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -22,13 +24,20 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError
+from codeparrot_ds.files import MANIFEST, digest_file
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
-from codeparrot_ds.stored import StoredTensor, load
+from codeparrot_ds.stored import StoredTensor, load, load_value
 
 FP32, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+OPTIMIZER_STATE = "zero/optimizer_state.pt"  # of a universal checkpoint
 
 
-class ZeroCheckpoint:
+def model_states(zero_stage: int) -> str:
+    """Name of the file in which rank 0 keeps what is beside the partitions."""
+    return f"{'zero_pp_rank_0_' if zero_stage == 3 else ''}mp_rank_00_model_states.pt"
+
+
+class SavedState(ABC):
     """The fp32 master weights of a published checkpoint, and AdamW's moments.
 
     Attributes:
@@ -37,55 +46,15 @@ class ZeroCheckpoint:
         model_state: what DeepSpeed keeps beside the partitions: counters and, below stage 3, the module.
     """
 
+    shapes: dict[str, torch.Size]
+    tied: dict[str, str]
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Open the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
-        self._stage = checkpoint.zero_stage
         self._path = checkpoint.path
         self._files = checkpoint.files
-        self._flats_of: dict[str, list[_Flat]] = {}
-        ranks = checkpoint.world_size
-        first = "zero_pp_rank_0_mp_rank_00" if self._stage == 3 else "mp_rank_00"
-        self.model_state = self._load(f"{first}_model_states.pt")
-        self.tied: dict[str, str] = dict(self.model_state.get("shared_params") or {})
-        self._states: list[dict[str, Any]] = []  # of each rank
-        if self._stage == 0:
-            self._module: dict[str, StoredTensor] = {}
-            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their place
-            for name, tensor in self.model_state["module"].items():
-                owner = first_name.setdefault(tensor.offset, name)
-                if owner == name:
-                    self._module[name] = tensor
-                else:
-                    self.tied[name] = owner
-            self.shapes = {name: tensor.shape for name, tensor in self._module.items()}
-            return
-        groups: list[dict[str, torch.Size]] = list(self.model_state["param_shapes"])
-        self.shapes = {name: shape for group in groups for name, shape in group.items()}
-        prefix = "bf16_" if checkpoint.precision == "bf16" else ""
-        for rank in range(ranks):
-            state = self._load(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-            self._states.append(state["optimizer_state_dict"])
-        # Stage 3: a rank's elements of each group, all that a swapped tensor does not say itself.
-        self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
-        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, in a rank)
-        for number, group in enumerate(groups):
-            if self._stage != 3 or number == 0:
-                offset = 0
-            for name, shape in group.items():
-                self._places[name] = (0 if self._stage == 3 else number, offset)
-                offset += self._share(shape.numel()) if self._stage == 3 else shape.numel()
-
-    def _share(self, numel: int) -> int:
-        return math.ceil(numel / len(self._states))
-
-    def _load(self, name: str) -> dict[str, Any]:
-        return load(self._path / name)
-
-    def files(self, what: str) -> set[str]:
-        """Names of the files that hold the weights ("fp32") or a moment, as the manifest has them."""
-        if self._stage == 0:
-            return {"mp_rank_00_model_states.pt"}
-        return {file.relative_to(self._path).as_posix() for flat in self._flats(what) for file in flat.files()}
+        self.model_state = load(self._path / model_states(checkpoint.zero_stage))
+        self.tied = dict(self.model_state.get("shared_params") or {})
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
@@ -102,6 +71,80 @@ class ZeroCheckpoint:
         assert 0 <= start <= stop <= numel
         if what != FP32 and not self.step:
             return torch.zeros(stop - start)
+        return self._read(name, what, start, stop)
+
+    @abstractmethod
+    def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor: ...
+
+    @abstractmethod
+    def files(self, what: str) -> set[str]:
+        """Names of the files that hold the weights ("fp32") or a moment, as the manifest has them."""
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """AdamW's own count of steps; skipped ones are not in it. Raises CheckpointError when its groups differ."""
+
+    @abstractmethod
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Of AdamW's parameter groups: learning rate, weight decay, and what else it keeps of a group."""
+
+    @abstractmethod
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler under fp16, with its current scale; None where there is none."""
+
+
+def open_state(checkpoint: Checkpoint) -> SavedState:
+    """Open a checkpoint of whatever layout. Raises CheckpointError when it is incomplete or holds more than tensors."""
+    return UniversalCheckpoint(checkpoint) if checkpoint.universal else ZeroCheckpoint(checkpoint)
+
+
+class ZeroCheckpoint(SavedState):
+    """What the ranks of a training run wrote."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self._stage = checkpoint.zero_stage
+        self._flats_of: dict[str, list[_Flat]] = {}
+        ranks = checkpoint.world_size
+        self._states: list[dict[str, Any]] = []  # of each rank
+        if self._stage == 0:
+            self._module: dict[str, StoredTensor] = {}
+            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their place
+            for name, tensor in self.model_state["module"].items():
+                owner = first_name.setdefault(tensor.offset, name)
+                if owner == name:
+                    self._module[name] = tensor
+                else:
+                    self.tied[name] = owner
+            self.shapes = {name: tensor.shape for name, tensor in self._module.items()}
+            return
+        groups: list[dict[str, torch.Size]] = list(self.model_state["param_shapes"])
+        self.shapes = {name: shape for group in groups for name, shape in group.items()}
+        prefix = "bf16_" if checkpoint.precision == "bf16" else ""
+        for rank in range(ranks):
+            state = load(self._path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            self._states.append(state["optimizer_state_dict"])
+        # Stage 3: a rank's elements of each group, all that a swapped tensor does not say itself.
+        self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
+        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, in a rank)
+        for number, group in enumerate(groups):
+            if self._stage != 3 or number == 0:
+                offset = 0
+            for name, shape in group.items():
+                self._places[name] = (0 if self._stage == 3 else number, offset)
+                offset += self._share(shape.numel()) if self._stage == 3 else shape.numel()
+
+    def _share(self, numel: int) -> int:
+        return math.ceil(numel / len(self._states))
+
+    def files(self, what: str) -> set[str]:
+        """See `SavedState`."""
+        if self._stage == 0:
+            return {model_states(0)}
+        return {file.relative_to(self._path).as_posix() for flat in self._flats(what) for file in flat.files()}
+
+    def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor:
         if self._stage == 0:
             tensor = self._module[name] if what == FP32 else self._stage_0_state(name)[what]
             return tensor.read(start, stop).float()
@@ -109,7 +152,7 @@ class ZeroCheckpoint:
         group, offset = self._places[name]
         if self._stage != 3:
             return flats[group].read(offset + start, offset + stop)
-        share = self._share(numel)
+        share = self._share(self.shapes[name].numel())
         taken = []
         for rank in range(start // share, math.ceil(stop / share)):
             begin, end = max(start, rank * share), min(stop, (rank + 1) * share)
@@ -152,14 +195,18 @@ class ZeroCheckpoint:
         base: dict[str, Any] = state["optimizer_state_dict" if self._stage == 3 else "base_optimizer_state"]
         return base
 
+    def _bases(self) -> list[dict[str, Any]]:
+        return [self._base(state) for state in self._states] if self._stage else [self.model_state["optimizer"]]
+
     @cached_property
     def step(self) -> int:
-        """AdamW's own count of steps; skipped ones are not in it. Raises CheckpointError when its groups differ."""
-        bases = [self._base(state) for state in self._states] if self._stage else [self.model_state["optimizer"]]
-        steps = {_count(state["step"]) for base in bases for state in base["state"].values() if "step" in state}
-        if len(steps) > 1:
-            raise CheckpointError(f"{self._path}: its parameter groups have taken different numbers of steps: {steps}.")
-        return steps.pop() if steps else 0
+        """See `SavedState`."""
+        steps = {_count(state["step"]) for base in self._bases() for state in base["state"].values() if "step" in state}
+        return _only(steps, self._path)
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """See `SavedState`."""
+        return [_without_params(group) for group in self._bases()[0]["param_groups"]]
 
     def _stage_0_state(self, name: str) -> dict[str, StoredTensor]:
         optimizer = self.model_state["optimizer"]
@@ -170,8 +217,71 @@ class ZeroCheckpoint:
         return state
 
     def loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler under fp16, with its current scale; None where there is none."""
+        """See `SavedState`."""
         return self._states[0].get("loss_scaler") if self._states else None
+
+
+class UniversalCheckpoint(SavedState):
+    """What `convert --to-universal` or DeepSpeed's `ds_to_universal.py` made of one."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        groups: list[dict[str, torch.Size]] = list(self.model_state["param_shapes"])
+        self.shapes = {name: shape for group in groups for name, shape in group.items()}
+        self._optimizer = load(self._path / OPTIMIZER_STATE)
+
+    def files(self, what: str) -> set[str]:
+        """See `SavedState`."""
+        return {tensor_file(name, what) for name in self.shapes}
+
+    def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor:
+        value = self._value(tensor_file(name, what))
+        tensor = value["param"] if isinstance(value, dict) else value  # bare, where ZeRO-3's partitions were merged
+        if not isinstance(tensor, StoredTensor) or len(tensor) != self.shapes[name].numel():
+            raise CheckpointError(f"{self._path / tensor_file(name, what)}: not a tensor of its parameter's size.")
+        return tensor.read(start, stop).float()
+
+    def _value(self, file: str) -> Any:
+        if file not in self._files:  # the manifest's, so that no pickle can name any other
+            raise CheckpointError(f"{self._path / file}: missing, so this checkpoint is incomplete.")
+        return load_value(self._path / file)
+
+    def _base(self) -> dict[str, Any]:
+        """Of AdamW's state what concerns it whole; DeepSpeed's script puts it elsewhere below stage 3."""
+        base: dict[str, Any] = self._optimizer.get("optimizer_state_dict") or self._optimizer
+        return base
+
+    @cached_property
+    def step(self) -> int:
+        """See `SavedState`."""
+        steps = {_count(state["step"]) for state in self._base().get("state", {}).values() if "step" in state}
+        if not steps:
+            files = [file for name in self.shapes if (file := tensor_file(name, "step")) in self._files]
+            steps = {_count(self._value(file)) for file in files}
+        return _only(steps, self._path)
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """See `SavedState`."""
+        return [_without_params(group) for group in self._base()["param_groups"]]
+
+    def loss_scaler(self) -> Any:
+        """See `SavedState`."""
+        return self._optimizer.get("loss_scaler")
+
+
+def tensor_file(name: str, what: str) -> str:
+    """Where a universal checkpoint has a parameter's weights ("fp32"), one of its `MOMENTS`, or AdamW's "step"."""
+    return f"zero/{name}/{what}.pt"
+
+
+def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _only(steps: set[int], path: Path) -> int:
+    if len(steps) > 1:
+        raise CheckpointError(f"{path}: its parameters have taken different numbers of steps: {sorted(steps)}.")
+    return steps.pop() if steps else 0
 
 
 def _count(value: "StoredTensor | int") -> int:
@@ -209,7 +319,7 @@ def check_pickles(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a file of `checkpoint` holds more than tensors and plain values."""
     for name in checkpoint.files:
         if name.endswith(".pt"):
-            load(checkpoint.path / name)
+            load_value(checkpoint.path / name)
 
 
 def source_checkpoints(source: Path, step: int | None = None, last: int = 1) -> list[Checkpoint]:
@@ -220,7 +330,7 @@ def source_checkpoints(source: Path, step: int | None = None, last: int = 1) -> 
     newest = source_checkpoint(source, step)
     if last == 1:
         return [newest]
-    run = RunDirectory(newest.path.parent.parent)
+    run = newest.run
     found = [path for path in run.checkpoint_directories() if step_of(path) <= newest.step]
     if len(found) < last:
         raise CheckpointError(
@@ -241,4 +351,40 @@ def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
         return run.newest_checkpoint() if step is None else Checkpoint.read(run.checkpoint(step))
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such run or checkpoint directory.")
+    if (source / OPTIMIZER_STATE).is_file() and not (source / MANIFEST).exists():
+        return _describe_universal(source)
     return Checkpoint.read(source)
+
+
+def _describe_universal(path: Path) -> Checkpoint:
+    """The manifest that DeepSpeed's script did not write beside a universal checkpoint made from one of ours."""
+    found = [stage for stage in (3, 0) if (path / model_states(stage)).is_file()]
+    if not found:
+        raise CheckpointError(f"{path}: no {model_states(0)}, so this checkpoint is incomplete.")
+    state = load(path / model_states(found[0]))
+    try:
+        config = state["ds_config"]
+        zero_stage = int(config["zero_optimization"]["stage"])
+        enabled = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")]
+        names = {
+            *(model_states(zero_stage), OPTIMIZER_STATE),
+            *(file.relative_to(path).as_posix() for file in (path / "zero").glob("*/*.pt")),
+        }
+        return Checkpoint(
+            path=path,
+            step=int(state["step"]),
+            samples_seen=int(state["samples_seen"]),
+            parameters=sum(shape.numel() for group in state["param_shapes"] for shape in group.values()),
+            zero_stage=zero_stage,
+            world_size=int(state["dp_world_size"]),
+            precision=enabled[0] if enabled else "fp32",
+            identity={},
+            files={
+                name: {"bytes": (path / name).stat().st_size, "xxh3_128": digest_file(path / name)}
+                for name in sorted(names)
+            },
+            loss_valid=None,
+            universal=True,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not made from a checkpoint of this program ({error!r}).") from None

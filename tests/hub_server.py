@@ -27,12 +27,13 @@ class Repository:
 
 @dataclass
 class Fault:
-    """Of the next `times` requests that match: an answer with `status`, or a connection cut while it sends."""
+    """Of the next `times` requests that match: an answer with `status`, a connection cut while it sends, or silence."""
 
     method: str
     path: str
     times: int
     status: int | None = None  # None: cut
+    silent: bool = False
 
 
 class Hub:
@@ -52,6 +53,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.url = ""
+        self.closing = threading.Event()
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
@@ -85,6 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         length = int(self.headers.get("Content-Length") or 0)
         fault = self.hub.fault_for(self.command, path)
+        if fault is not None and fault.silent:
+            self.rfile.read(length)
+            self.hub.closing.wait()
+            self.close_connection = True
+            return None
         if fault is not None and fault.status is None:
             self.rfile.read(length // 2)
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -204,6 +211,7 @@ def serve() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -33,7 +33,7 @@ from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import validation_sequences
 from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
-from codeparrot_ds.zero import FP32, ZeroCheckpoint
+from codeparrot_ds.zero import FP32, OPTIMIZER_STATE, SavedState, open_state
 
 DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -76,7 +76,7 @@ def convert(
             return done
     weights = _open(checkpoints)
     newest = checkpoints[-1]
-    run = RunDirectory(newest.path.parent.parent)
+    run = newest.run
     recipe = load_recipe(run.recipe)
     parameters = sum(shape.numel() for shape in weights.shapes.values())
     make_directory(output.parent)
@@ -117,7 +117,7 @@ def convert(
 class _Mean:
     """The mean of several checkpoints' weights."""
 
-    def __init__(self, parts: Sequence[ZeroCheckpoint]) -> None:
+    def __init__(self, parts: Sequence[SavedState]) -> None:
         self._parts = parts
         self.shapes, self.tied = parts[0].shapes, parts[0].tied
 
@@ -133,11 +133,12 @@ def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
     """Verify what holds weights, and open it. Raises CheckpointError."""
     opened = []
     for checkpoint in checkpoints:
-        # AdamW's moments on NVMe are files of their own, and none of this result.
-        swapped = {name for name in checkpoint.files if name.startswith("offloaded_tensors/")}
-        checkpoint.verify(checkpoint.files.keys() - swapped)
-        weights = ZeroCheckpoint(checkpoint)
-        checkpoint.verify(weights.files(FP32) & swapped)
+        # AdamW's moments on NVMe and in universal checkpoints are files of their own, and none of this result.
+        apart = {name for name in checkpoint.files if name.startswith(("offloaded_tensors/", "zero/"))}
+        apart.discard(OPTIMIZER_STATE)
+        checkpoint.verify(checkpoint.files.keys() - apart)
+        weights = open_state(checkpoint)
+        checkpoint.verify(weights.files(FP32) & apart)
         opened.append(weights)
     for weights, checkpoint in zip(opened, checkpoints, strict=True):
         if weights.shapes != opened[0].shapes:
@@ -250,7 +251,7 @@ def _engine(checkpoints: Sequence[Checkpoint], compared: Comparison | None, tota
     if len(checkpoints) > 1:
         loss, why = None, "no engine has evaluated the mean of these checkpoints"
     elif loss is None:
-        why = "this step was not evaluated in training"
+        why = "no loss from training is known for this step"
     elif compared is None:
         why = "no validation sequences were run on"
     elif compared.sequences < total:

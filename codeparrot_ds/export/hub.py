@@ -16,7 +16,7 @@ from codeparrot_ds.export import certificate as certificates
 from codeparrot_ds.files import MANIFEST, read_json
 from codeparrot_ds.jobs import say
 
-DEFAULT_TRIES = 6
+DEFAULT_TRIES, DEFAULT_TIMEOUT_SECONDS = 6, 120.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 120.0
 _OF_MODELS = (".safetensors", ".bin", ".pt", ".index.json")  # from an earlier push; loaded in place of what is new
 _REPO_TYPES = {"shards": "dataset", "corpus": "dataset", "tokenizer": "model"}  # by the kind of their manifest
@@ -51,6 +51,7 @@ def push(
     merge: bool = False,
     private: bool = True,
     tries: int = DEFAULT_TRIES,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
 ) -> Pushed:
     """Send a converted model, a tokenizer, or finished shards or a corpus.
 
@@ -63,6 +64,7 @@ def push(
         merge: bring it to main too, where files of an earlier model go.
         private: whether a repository that is made here is for its owner alone.
         tries: in all, when the network or the Hub fails; pauses between them grow.
+        timeout_seconds: a connection on which nothing has moved for so long has failed.
 
     Raises:
         ConfigError: bad names, no token or no rights, or the Hub cannot be reached.
@@ -72,6 +74,7 @@ def push(
     from huggingface_hub.errors import HFValidationError
 
     repo_type, names = _contents(directory)
+    _limit_silence(timeout_seconds)
     api = HfApi(library_name="codeparrot-ds")
     targets = [branch or _MAIN, *([_MAIN] if merge and branch not in (None, _MAIN) else [])]
     hub = _Patient(repo, tries)
@@ -85,6 +88,22 @@ def push(
     except HFValidationError as error:
         raise ConfigError(f"{repo}: not a name for a repository ({hub.clean(error)}). Write OWNER/NAME.") from None
     return Pushed(url.repo_id, repo_type, targets, commits, len(names))
+
+
+def _limit_silence(seconds: float) -> None:
+    """Left alone, `huggingface_hub` waits for ever for a Hub that says nothing, and some of its calls insist on it."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit]}
+        return made
+
+    set_client_factory(client)
 
 
 def _contents(directory: Path) -> tuple[str, list[str]]:

@@ -256,7 +256,7 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
                 getattr(checkpoint, name),
                 getattr(like, name),
             )
-    if differing or checkpoint.offload == "nvme":
+    if differing or checkpoint.universal or checkpoint.offload == "nvme":
         reshard.load(engine, checkpoint, ranks)
         return
     torch.serialization.add_safe_globals(classes_in_checkpoints())

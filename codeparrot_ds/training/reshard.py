@@ -14,7 +14,7 @@ import torch
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.run_directory import Checkpoint
 from codeparrot_ds.training.ranks import Ranks
-from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
+from codeparrot_ds.zero import FP32, MOMENTS, SavedState, open_state
 
 
 @dataclass
@@ -32,7 +32,7 @@ def load(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
     The optimizer's hyperparameters stay those of the engine's own parameter groups. Raises CheckpointError.
     """
-    saved = ZeroCheckpoint(checkpoint)
+    saved = open_state(checkpoint)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     missing = set(names.values()) ^ set(saved.shapes)
     if missing:
@@ -56,7 +56,7 @@ def load(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
         engine.optimizer.loss_scaler = scaler
 
 
-def _read(saved: ZeroCheckpoint, flat: torch.Tensor, stretches: list[_Stretch], what: str) -> torch.Tensor:
+def _read(saved: SavedState, flat: torch.Tensor, stretches: list[_Stretch], what: str) -> torch.Tensor:
     """The saved values of a flat tensor: zeros where it only pads."""
     values = torch.zeros(flat.shape, dtype=torch.float32)
     for each in stretches:
@@ -66,7 +66,7 @@ def _read(saved: ZeroCheckpoint, flat: torch.Tensor, stretches: list[_Stretch], 
     return values
 
 
-def _set(optimizer: Any, flat: torch.Tensor, stretches: list[_Stretch], saved: ZeroCheckpoint) -> None:
+def _set(optimizer: Any, flat: torch.Tensor, stretches: list[_Stretch], saved: SavedState) -> None:
     """Set one flat tensor of master weights, and its state in the optimizer that DeepSpeed wraps."""
     flat.data.copy_(_read(saved, flat, stretches, FP32))
     if not saved.step:
@@ -85,7 +85,7 @@ def _set(optimizer: Any, flat: torch.Tensor, stretches: list[_Stretch], saved: Z
     }
 
 
-def _load_stage_3(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str], ranks: Ranks) -> None:
+def _load_stage_3(optimizer: Any, saved: SavedState, names: dict[int, str], ranks: Ranks) -> None:
     optimizer.checkpoint_event_prologue()  # partitions what is whole
     swapped = getattr(optimizer, "swap_optimizer", False)
     for number, group in enumerate(optimizer.fp16_groups):
@@ -107,7 +107,7 @@ def _load_stage_3(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str], 
     optimizer.checkpoint_event_epilogue()  # makes whole again what stays so
 
 
-def _load_stage_1_and_2(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str]) -> None:
+def _load_stage_1_and_2(optimizer: Any, saved: SavedState, names: dict[int, str]) -> None:
     bf16 = hasattr(optimizer, "fp32_groups_flat_partition")  # DeepSpeed's BF16_Optimizer: stage 1 under bf16
     flats = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
     groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
@@ -123,7 +123,7 @@ def _stretches(group: list[Any], names: dict[int, str]) -> Iterator[_Stretch]:
             yield _Stretch(names[id(parameter)], inside.start, inside.numel, place.start)
 
 
-def _load_stage_0(optimizer: Any, saved: ZeroCheckpoint, names: dict[int, str]) -> None:
+def _load_stage_0(optimizer: Any, saved: SavedState, names: dict[int, str]) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not saved.step:

@@ -25,6 +25,38 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from codeparrot_ds.files import publish_directory\n"
+        "with publish_directory(Path(sys.argv[1])) as unfinished:\n"
+        "    (unfinished / 'its').write_text('x'); print('held', flush=True); sys.stdin.read()"
+    )
+    target = tmp_path / "made"
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    first = start()
+    with pytest.raises(ConfigError, match="another process is making it now"), files.publish_directory(target):
+        pass
+    first.communicate()  # it ends
+    assert [path.name for path in target.iterdir()] == ["its"]
+    (target / "its").unlink()
+    killed = start()
+    killed.kill()
+    killed.communicate()
+    with files.publish_directory(target) as unfinished:
+        assert list(unfinished.iterdir()) == []
+        (unfinished / "ours").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["ours"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from codeparrot_ds.files import exclusive_lock\n"

@@ -108,9 +108,9 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", [503, None])
-def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, status: int | None) -> None:
-    """Every call fails twice: with an answer that says so, or cut in the middle."""
+@pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
+def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) -> None:
+    """Every call fails twice: with an answer that says so, cut in the middle, or without any answer."""
     directory = model(tmp_path / "model")
     calls = [
         ("POST", "/api/repos/create"),
@@ -121,8 +121,9 @@ def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, status: int 
         ("PUT", "/store/"),
         ("POST", "/commit/"),
     ]
-    hub.faults = [Fault(method, path, 2, status) for method, path in calls]
-    done = push(hub, directory, "me/parrot", "--branch", "run")
+    status = 503 if how == "unavailable" else None
+    hub.faults = [Fault(method, path, 2, status, silent=how == "silent") for method, path in calls]
+    done = push(hub, directory, "me/parrot", "--branch", "run", "--timeout", "1")
     assert done.returncode == 0, done.stderr
     assert not any(fault.times for fault in hub.faults)
     repository = hub.repositories["models/me/parrot"]
