@@ -365,6 +365,10 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
         # fp32 weights and two fp32 moments, below stage 3 the weights that are computed with, and some room
         bytes_each = parameters * (13 if zero_stage == 3 else 17)
         needs.append((plan.run.path, missing * bytes_each, f"{missing} more checkpoints"))
+        if recipe.export.every_steps is not None:
+            exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
+            bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)
+            needs.append((plan.run.path, exports * bytes_each, f"{exports} exported models"))
     if swap is not None and ranks.local_rank == 0:
         share = parameters * _local_world_size(ranks.world_size) // ranks.world_size
         needs.append((swap, share * swap_bytes_per_parameter(plan.ds_config), "what is offloaded"))

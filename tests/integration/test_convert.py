@@ -209,6 +209,7 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(baseline: Trained, co
     begun = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - begun
+    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the cap where none is given
     whole = {file.name: file.read_bytes() for file in output.iterdir() if file.name != CERTIFICATE}
     assert whole == {file.name: file.read_bytes() for file in converted.iterdir() if file.name != CERTIFICATE}
     for number in range(4):
