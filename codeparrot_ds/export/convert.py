@@ -101,7 +101,10 @@ def convert(
         if problems:
             raise CheckpointError(f"{newest.path}: the proof failed, nothing was written: {problems[0]}.")
         memory.manage_freed_memory(scarce=True)  # while blocks pass, it is better kept for the next
-        compared, total = _compare(weights, unfinished, config, recipe, memory_cap_bytes, sequences)
+        same_weights = all(proof.master == proof.written for proof in tensors.values())
+        compared, total = _compare(
+            None if same_weights else weights, unfinished, config, recipe, memory_cap_bytes, sequences
+        )
         certificate["forward"] = compared and asdict(compared)
         certificate["engine"] = _engine(checkpoints, compared, total)
         _check_losses(newest, certificate, dtype)
@@ -192,14 +195,17 @@ def _proof_bytes(config: Any) -> int:
 
 
 def _compare(
-    weights: Weights,
+    weights: Weights | None,
     directory: Path,
     config: Any,
     recipe: Recipe,
     memory_cap_bytes: int,
     wanted: int | None,
 ) -> tuple[Comparison | None, int]:
-    """Both models on validation sequences, and how many the engine's own evaluation has; None without shards."""
+    """Both models on validation sequences, and how many the engine's own evaluation has; None without shards.
+
+    Without `weights` the converted model alone, for it has all their bits.
+    """
     try:
         valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).valid
     except DataError as error:
@@ -209,7 +215,8 @@ def _compare(
     count = min(total, wanted) if wanted is not None else total
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted is None and device.type == "cpu":
-        operations = 2 * 2 * recipe.model.parameters * recipe.model.seq_len  # of both models, a sequence
+        models = 1 if weights is None else 2
+        operations = models * 2 * recipe.model.parameters * recipe.model.seq_len  # a sequence
         count = max(1, min(count, int(_CPU_OPERATIONS / operations)))
         if count < total:
             say(
@@ -224,7 +231,7 @@ def _compare(
     free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(config)
     found = compare(
         config,
-        _reader(weights),
+        None if weights is None else _reader(weights),
         lambda name, rows=None: written.tensor(name, rows).float(),
         valid.batch(chosen),
         free,

@@ -1,7 +1,9 @@
 """Run GPT-2 with weights that are read when a layer needs them, so that a model larger than memory can be compared."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ class Comparison:
     """Two models' outputs on the same sequences. Losses are nats per token.
 
     Attributes:
+        same_weights: all bits of both are equal, so they were run as one.
         sequences: compared.
         tokens: targets in them.
         loss_master: of the checkpoint's weights.
@@ -33,6 +36,7 @@ class Comparison:
         same_prediction: share of positions at which both hold the same token most likely.
     """
 
+    same_weights: bool
     sequences: int
     tokens: int
     loss_master: float
@@ -42,13 +46,13 @@ class Comparison:
 
 
 def compare(
-    config: Any, master: Reader, written: Reader, ids: np.ndarray, memory_bytes: int, device: torch.device
+    config: Any, master: Reader | None, written: Reader, ids: np.ndarray, memory_bytes: int, device: torch.device
 ) -> Comparison:
     """Run both models over `ids` and compare logits and losses.
 
     Args:
         config: `transformers.GPT2Config` of both.
-        master: reads the checkpoint's weights.
+        master: reads the checkpoint's weights; None where the converted ones have all their bits.
         written: reads the converted ones.
         ids: [sequences, seq_len + 1] int64.
         memory_bytes: what activations may take; at least one sequence is run at once.
@@ -56,18 +60,19 @@ def compare(
     """
     count, seq_len = len(ids), ids.shape[1] - 1
     at_once = max(1, min(count, memory_bytes // (seq_len * activation_bytes_per_token(config))))
-    losses = torch.zeros(2, dtype=torch.float64)
+    readers = [written] if master is None else [master, written]
+    losses = torch.zeros(len(readers), dtype=torch.float64)
     largest, same = 0.0, 0
     for start in range(0, count, at_once):
         batch = torch.from_numpy(ids[start : start + at_once]).to(device)
-        hidden = [_hidden(config, read, batch[:, :-1]) for read in (master, written)]
-        found = _compare_heads(config, (master, written), hidden, batch[:, 1:].flatten())
+        hidden = [_hidden(config, read, batch[:, :-1]) for read in readers]
+        found = _compare_heads(config, readers, hidden, batch[:, 1:].flatten())
         losses += found[0]
         largest = max(largest, found[1]) if not math.isnan(found[1]) else math.nan
         same += found[2]
     tokens = count * seq_len
-    loss_master, loss_written = (losses / tokens).tolist()
-    return Comparison(count, tokens, loss_master, loss_written, largest, same / tokens)
+    found_losses = (losses / tokens).tolist()
+    return Comparison(master is None, count, tokens, found_losses[0], found_losses[-1], largest, same / tokens)
 
 
 def activation_bytes_per_token(config: Any) -> int:
@@ -76,8 +81,10 @@ def activation_bytes_per_token(config: Any) -> int:
 
 
 def largest_weight_bytes(config: Any) -> int:
-    """What the weights take that are in memory at once: the embedding, or two of a block's."""
-    return 4 * max(int(config.vocab_size) * int(config.n_embd), 8 * int(config.n_embd) ** 2)
+    """What the weights take that are in memory at once: the embedding, or two of a block's, and one read ahead."""
+    return 4 * (
+        max(int(config.vocab_size) * int(config.n_embd), 8 * int(config.n_embd) ** 2) + 4 * int(config.n_embd) ** 2
+    )
 
 
 @torch.inference_mode()
@@ -87,19 +94,38 @@ def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
 
     with torch.device("meta"):
         network = GPT2Model(config).eval()
-    for prefix, module in network.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            _read_when_called(module, f"transformer.{prefix}", read, ids.device)
-    hidden: torch.Tensor = network(input_ids=ids, use_cache=False).last_hidden_state
+    with ThreadPoolExecutor(1) as reader:
+        ahead = _Ahead(read, [f"transformer.{name}" for name, _ in network.named_parameters()], reader)
+        for prefix, module in network.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                _read_when_called(module, f"transformer.{prefix}", ahead, ids.device)
+        hidden: torch.Tensor = network(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
 
 
-def _read_when_called(module: nn.Module, prefix: str, read: Reader, device: torch.device) -> None:
+class _Ahead:
+    """Reads a weight while the one before it is computed with. Their order here is the one in which they are used."""
+
+    def __init__(self, read: Reader, names: Sequence[str], reader: ThreadPoolExecutor) -> None:
+        self._read, self._reader = read, reader
+        self._next = dict(itertools.pairwise(names))
+        self._waiting: dict[str, Future[torch.Tensor]] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        found = self._waiting.pop(name, None)
+        value = found.result() if found is not None else self._read(name)
+        following = self._next.get(name)
+        if following is not None and not self._waiting:
+            self._waiting[following] = self._reader.submit(self._read, following)
+        return value
+
+
+def _read_when_called(module: nn.Module, prefix: str, ahead: _Ahead, device: torch.device) -> None:
     empty = dict(module.named_parameters(recurse=False))
 
     def fill(*_: Any) -> None:
         for name in empty:
-            value = read(f"{prefix}.{name}").to(device)
+            value = ahead.read(f"{prefix}.{name}").to(device)
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def drop(*_: Any) -> None:
@@ -112,9 +138,9 @@ def _read_when_called(module: nn.Module, prefix: str, read: Reader, device: torc
 
 @torch.inference_mode()
 def _compare_heads(
-    config: Any, readers: tuple[Reader, Reader], hidden: list[torch.Tensor], targets: torch.Tensor
+    config: Any, readers: Sequence[Reader], hidden: list[torch.Tensor], targets: torch.Tensor
 ) -> tuple[torch.Tensor, float, int]:
-    """Summed losses of both [2], the largest difference of logits, and equal predictions; targets [tokens]."""
+    """Summed losses of each, the largest difference of logits, and equal predictions; targets [tokens]."""
     flat = [state.flatten(0, 1) for state in hidden]
     tokens = len(targets)
     normaliser = [torch.full((tokens,), -math.inf, dtype=torch.float64, device=targets.device) for _ in flat]
@@ -126,7 +152,7 @@ def _compare_heads(
         logits = [
             state @ read(_EMBEDDING, (first, last)).to(state).T for read, state in zip(readers, flat, strict=True)
         ]
-        largest = torch.maximum(largest, (logits[0] - logits[1]).abs().max())  # NaN stays NaN
+        largest = torch.maximum(largest, (logits[0] - logits[-1]).abs().max())  # NaN stays NaN
         here = (targets >= first) & (targets < last)
         for number, part in enumerate(logits):
             normaliser[number] = torch.logaddexp(normaliser[number], part.logsumexp(1).double())
@@ -136,7 +162,7 @@ def _compare_heads(
             best[number] = torch.where(better, value, best[number])
             predicted[number] = torch.where(better, index + first, predicted[number])
     losses = torch.stack([(total - hit).sum() for total, hit in zip(normaliser, right, strict=True)])
-    return losses.cpu(), float(largest), int((predicted[0] == predicted[1]).sum())
+    return losses.cpu(), float(largest), int((predicted[0] == predicted[-1]).sum())
 
 
 def _rows(vocab_size: int) -> Iterator[tuple[int, int]]:

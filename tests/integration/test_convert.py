@@ -22,7 +22,7 @@ from codeparrot_ds.export import write as writing
 from codeparrot_ds.export.certificate import CERTIFICATE, check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.files import digest_file
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.recipe import Model, load_recipe
 from codeparrot_ds.run_directory import Checkpoint
 from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
 from tests.conftest import ROOT, Trained
@@ -48,6 +48,7 @@ def converted(baseline: Trained, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_certificate_says_what_transformers_computes(baseline: Trained, converted: Path) -> None:
     certificate = check(converted)
     forward = certificate["forward"]
+    assert forward["same_weights"]
     assert forward["loss_master"] == forward["loss_written"]
     assert (forward["largest_logit_difference"], forward["same_prediction"]) == (0.0, 1.0)
     assert certificate["engine"]["not_compared"] is None
@@ -67,6 +68,7 @@ def test_a_result_in_another_type_is_compared_with_the_masters(baseline: Trained
     for dtype in ("bfloat16", "float16"):
         certificate = convert([newest(baseline)], tmp_path / dtype, dtype=dtype, memory_cap_bytes=8 * GB)
         forward = certificate["forward"]
+        assert not forward["same_weights"]
         assert 0 < abs(forward["loss_master"] - forward["loss_written"]) < 2e-2
         assert 0 < forward["largest_logit_difference"] < 1
         tensors = load_file(tmp_path / dtype / "model.safetensors")
@@ -150,6 +152,21 @@ def test_a_model_that_computes_something_else_is_refused(
 
     monkeypatch.setattr(converting, "_reader", wrong)
     with pytest.raises(CheckpointError, match=r"validation loss is .* the checkpoint's weights give"):
+        convert([newest(baseline)], tmp_path / "hf", dtype="bfloat16", memory_cap_bytes=8 * GB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_what_the_engine_trained_is_refused(
+    baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bit of the weights is right, but its configuration has transformers compute something else."""
+    right = Model.hugging_face_config
+
+    def wrong(self: Model, eos_id: int) -> dict[str, Any]:
+        return {**right(self, eos_id), "activation_function": "relu"}
+
+    monkeypatch.setattr(Model, "hugging_face_config", wrong)
+    with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, the engine's was \d\.\d+"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=8 * GB)
     assert list(tmp_path.iterdir()) == []
 
