@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from codeparrot_ds.export.certificate import read_certificate
+from codeparrot_ds.export.convert import convert
 from codeparrot_ds.files import read_json
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.training.metrics import read_metrics
@@ -43,6 +45,28 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     assert two.valid_losses() == baseline.valid_losses()
     assert two.digests() == baseline.digests()
 
+    # As if the run had been lost after step 3: the same command goes on from there, and ends where the first did.
+    newest = run.newest_checkpoint()
+    shutil.rmtree(newest.path)
+    again = launch(real_hosts, tmp_path / "tiny.yaml", tmp_path)
+    assert again.returncode == 0, again.output
+    assert f"going on from {run.checkpoint(3)}" in run.log(0).read_text()
+    resumed = Trained(run, read_metrics(run.metrics))
+    assert resumed.losses() == baseline.losses()
+    assert resumed.valid_losses() == baseline.valid_losses()
+    saved = run.newest_checkpoint()
+    assert (saved.step, saved.loss_valid) == (newest.step, newest.loss_valid)
+
+    # What both hosts wrote is the model that two ranks on one host wrote.
+    converted = real_hosts.run(
+        [Path(sys.executable).with_name("codeparrot-ds"), "convert", run.path, tmp_path / "hf"], timeout=120
+    )
+    assert converted.returncode == 0, converted.output
+    ours = read_certificate(tmp_path / "hf")
+    assert ours["engine"]["not_compared"] is None
+    its = convert([baseline.run.newest_checkpoint()], tmp_path / "its", memory_cap_bytes=8_000_000_000)
+    assert ours["tensors"] == its["tensors"]
+
 
 def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path
@@ -73,7 +97,7 @@ def launch(real_hosts: RealHosts, recipe: Path, directory: Path) -> Launched:
     }
     # sshd gives the ranks a bare environment; DeepSpeed hands them what this file says.
     home = directory / "home"
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
     deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     command = [deepspeed, "--hostfile", hostfile, "--launcher", "pdsh", "--master_addr", real_hosts.addresses[0]]
