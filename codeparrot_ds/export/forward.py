@@ -112,6 +112,7 @@ class _Ahead:
         self._waiting: dict[str, Future[torch.Tensor]] = {}
 
     def read(self, name: str) -> torch.Tensor:
+        """A weight; the one that follows is begun."""
         found = self._waiting.pop(name, None)
         value = found.result() if found is not None else self._read(name)
         following = self._next.get(name)
