@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from checkpoint import make_shards
@@ -81,10 +82,16 @@ def copy_seconds(read: list[Path], write_bytes: int, directory: Path) -> float:
     return seconds
 
 
-def row(name: str, taken: Measurement, copied: float) -> str:
-    """A line of the table."""
-    memory = f"{taken.peak_pss_bytes / 1e9:.2f}"
-    return f"{name:34}{memory:>10}{taken.wall_seconds:9.1f}{taken.cpu_seconds:9.1f}{taken.wall_seconds / copied:14.2f}"
+def row(name: str, taken: list[Measurement], copied: list[float]) -> str:
+    """A line of the table: medians of some rounds, and the range of the ratios."""
+    ratios = [each.wall_seconds / seconds for each, seconds in zip(taken, copied, strict=True)]
+    cells = [
+        f"{max(each.peak_pss_bytes for each in taken) / 1e9:10.2f}",
+        f"{median(each.wall_seconds for each in taken):9.1f}",
+        f"{median(each.cpu_seconds for each in taken):9.1f}",
+        f"{median(ratios):14.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+    ]
+    return f"{name:34}{''.join(cells)}"
 
 
 def main() -> None:
@@ -95,6 +102,7 @@ def main() -> None:
     parser.add_argument("--n-layer", type=int, default=36)
     parser.add_argument("--n-embd", type=int, default=1280)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="convert-", dir=options.directory)).resolve()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -110,21 +118,23 @@ def main() -> None:
         for dtype in options.dtypes.split(","):
             output = directory / dtype
             needed = 4 * parameters
-            drop_from_cache(newest)
             read = weights if manifest["offload"] != "nvme" else _of_weights(newest, needed)
-            copied = copy_seconds(read, needed if dtype == "float32" else needed // 2, directory)
-            drop_from_cache(newest)
             command = [str(BIN / "codeparrot-ds"), "convert", str(run), str(output), "--dtype", dtype, "--sequences"]
-            for sequences in (0, 1):
-                shutil.rmtree(output, ignore_errors=True)
+            copied: list[float] = []
+            names = [f"ours, {dtype}", f"ours, {dtype}, run on 1 sequence"]
+            taken: dict[str, list[Measurement]] = {name: [] for name in names}
+            for _ in range(options.rounds):
                 drop_from_cache(newest)
-                taken = measure([*command, str(sequences)], directory / "log", env=environment)
-                name = f"ours, {dtype}" + (", run on 1 sequence" if sequences else "")
-                print(row(name, taken, copied), flush=True)
-                results[name] = {**vars(taken), "copy_seconds": copied}
-            shutil.rmtree(output)
-            if dtype == "float32":
-                print(f"{'reading and writing the same bytes':34}{'':10}{copied:9.1f}", flush=True)
+                copied.append(copy_seconds(read, needed if dtype == "float32" else needed // 2, directory))
+                for sequences, name in enumerate(names):
+                    drop_from_cache(newest)
+                    taken[name].append(measure([*command, str(sequences)], directory / "log", env=environment))
+                    shutil.rmtree(output)
+            for name in names:
+                print(row(name, taken[name], copied), flush=True)
+                results[name] = [vars(each) for each in taken[name]]
+            results[f"copy for {dtype}"] = copied
+            print(f"{f'reading and writing the same, {dtype}':44}{median(copied):9.1f}", flush=True)
         if not options.run:
             drop_from_cache(newest)
             script = [
@@ -134,10 +144,9 @@ def main() -> None:
                 str(newest.parent),
                 str(directory / "theirs"),
             ]
-            taken = measure([*script, "-t", newest.name], directory / "log", env=environment)
-            copied = results["ours, float32"]["copy_seconds"]
-            print(row("DeepSpeed's zero_to_fp32", taken, copied))
-            results["zero_to_fp32"] = vars(taken)
+            theirs = measure([*script, "-t", newest.name], directory / "log", env=environment)
+            print(row("DeepSpeed's zero_to_fp32", [theirs], [median(results["copy for float32"])]))
+            results["zero_to_fp32"] = vars(theirs)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     print(json.dumps(results))

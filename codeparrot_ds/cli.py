@@ -306,7 +306,7 @@ def launch(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
-    launcher: Annotated[str | None, typer.Option(help="pdsh or ssh; srun inside a Slurm allocation.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; srun inside a Slurm allocation.")] = None,
     min_hosts: Annotated[int | None, typer.Option(help="Go on with so few when hosts are lost.", min=1)] = None,
     spare_hosts: Annotated[int, typer.Option(help="So many, the last of the file, replace others.", min=0)] = 0,
     regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
@@ -321,10 +321,10 @@ def launch(
     from codeparrot_ds.cluster.place import Hosts
     from codeparrot_ds.cluster.supervise import Restarts
 
-    if launcher not in (None, "pdsh", "ssh", "srun"):
-        raise ConfigError(f"--launcher {launcher}: pdsh, ssh or srun.")
+    if launcher not in (None, "pdsh", "ssh", "mpirun", "srun"):
+        raise ConfigError(f"--launcher {launcher}: pdsh, ssh, mpirun or srun.")
     if (launcher == "srun") == (hostfile is not None) and launcher is not None:
-        raise ConfigError("--launcher srun takes the hosts of its Slurm allocation; pdsh and ssh need a --hostfile.")
+        raise ConfigError("--launcher srun takes the hosts of its Slurm allocation; the others need a --hostfile.")
     hosts = None
     if hostfile is not None or launcher == "srun":
         hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor, launcher, ranks)
@@ -403,6 +403,9 @@ def convert_command(
         int | None,
         typer.Option(help="Validation sequences to prove it on; without a GPU what takes minutes, else all.", min=0),
     ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hosts of a run without a shared disk: bring what they wrote here first.")
+    ] = None,
     universal: Annotated[
         bool, typer.Option("--to-universal", help="Make DeepSpeed's universal checkpoint, to train on from, instead.")
     ] = False,
@@ -414,6 +417,13 @@ def convert_command(
 
     if check == (output is not None):
         raise ConfigError("name a run and the directory to make, or a converted model and --check.")
+    if hostfile is not None and not check:
+        from codeparrot_ds.cluster.gather import gather
+        from codeparrot_ds.cluster.hostfile import read_hostfile
+        from codeparrot_ds.zero import source_checkpoints
+
+        for each in source_checkpoints(source, tag, average):
+            gather(each, list(read_hostfile(hostfile)))
     if output is not None and universal:
         if (average, dtype) != (1, "float32"):
             raise ConfigError("--to-universal keeps one checkpoint as it is: leave out --average and --dtype.")
@@ -487,12 +497,23 @@ def evaluate_loss(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     shards: Annotated[Path, typer.Argument(help="Shard directory.")],
     sequences: Annotated[int, typer.Option(help="At most so many validation sequences.", min=1)] = 512,
+    part: Annotated[str | None, typer.Option("--slice", help="I/N: this part of them only.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="A slice on each of these hosts, over ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Validation loss and perplexity, beside those of the unigram distribution of the same tokens."""
-    from codeparrot_ds.evaluation.loss import validation_loss
+    from codeparrot_ds.evaluation.loss import ValidationLoss, validation_loss
+    from codeparrot_ds.jobs import Slice
 
-    result = validation_loss(model, shards, sequences)
+    if hostfile is not None:
+        from codeparrot_ds.cluster.slices import run_slices
+
+        words = [word for word in without_option(sys.argv[1:], "--hostfile") if word != "--json"]
+        result = ValidationLoss.merge(
+            [ValidationLoss(**json.loads(it)) for it in run_slices(hostfile, [*words, "--json"])]
+        )
+    else:
+        result = validation_loss(model, shards, sequences, part=Slice.parse(part) if part else None)
     rows = [
         ("validation loss", f"{result.loss_valid:.4f} (unigram {result.loss_unigram:.4f})"),
         ("perplexity", f"{result.perplexity_valid:,.1f} (unigram {result.perplexity_unigram:,.1f})"),

@@ -46,6 +46,14 @@ def start_write_back(file: BinaryIO) -> None:
         _libc().sync_file_range(file.fileno(), start, end, _SYNC_FILE_RANGE_WRITE)
 
 
+def drop_from_cache(path: Path) -> None:
+    """Have the kernel forget what it has cached of a file that will not be read again soon, so that it need not drop
+    what others need, and has clean memory at hand."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)

@@ -51,6 +51,13 @@ class Model(_Section):
         width = self.n_embd
         return (self.vocab_size + self.seq_len) * width + self.n_layer * (12 * width**2 + 13 * width) + 2 * width
 
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward for a token, recomputation not counted: 6 for each parameter that multiplies,
+        and attention. Source: PaLM (Chowdhery et al., 2022), appendix B."""
+        positions = self.seq_len * self.n_embd  # are looked up, and multiply nothing; the token embedding is the head
+        return 6.0 * (self.parameters - positions) + 12.0 * self.n_layer * self.n_embd * self.seq_len
+
     def hugging_face_config(self, eos_id: int) -> dict[str, Any]:
         """Arguments of `transformers.GPT2Config`, the same for training and for the converted model."""
         return {
@@ -246,6 +253,7 @@ class Checkpoints(_Section):
         keep_every_steps: those of a multiple of so many steps are kept for good; null for none.
         background: copy what is to be saved to host memory and write it while training goes on. Without room for the
             copy, and with the optimizer on NVMe, training waits for the disk.
+        shared_disk: all hosts see one run directory. If false, each host keeps what its ranks write on its own disk.
     """
 
     every_steps: Positive = 1000
@@ -253,6 +261,7 @@ class Checkpoints(_Section):
     keep_last: Positive = 3
     keep_every_steps: Positive | None = None
     background: bool = True
+    shared_disk: bool = True
 
 
 class Export(_Section):
@@ -338,6 +347,11 @@ class Recipe(_Section):
         every, saved = self.export.every_steps, self.checkpoints.every_steps
         if every is not None and every % saved:
             raise ValueError(f"export.every_steps {every} is not a multiple of checkpoints.every_steps {saved}")
+        if every is not None and not self.checkpoints.shared_disk:
+            raise ValueError(
+                "export.every_steps needs all files of a checkpoint on one disk, and checkpoints.shared_disk is false: "
+                "use `codeparrot-ds convert --hostfile` afterwards"
+            )
         return self
 
     @property

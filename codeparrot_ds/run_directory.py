@@ -7,7 +7,8 @@ A checkpoint is complete when its directory has its final name; `manifest.json` 
 """
 
 import re
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from codeparrot_ds.files import (
     MANIFEST,
     digest_file,
     exclusive_lock,
+    flush_to_disk,
     read_json,
     read_manifest,
     write_atomically,
@@ -158,6 +160,25 @@ class RunDirectory:
         """Directory of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def unfinished(self, step: int) -> Path:
+        """Where that checkpoint is before it is whole."""
+        return self.checkpoints / f"step-{step:08d}.tmp"
+
+    def publish(self, step: int) -> None:
+        """Give the checkpoint after `step` steps its name, when all its files and its manifest are on disk."""
+        final = self.checkpoint(step)
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a fall-back
+        self.unfinished(step).rename(final)
+        flush_to_disk(self.checkpoints)
+        self.point_latest_at(final)
+
+    def set_aside(self, checkpoint: Path) -> None:
+        """Rename a damaged checkpoint, so that nobody goes on from it or counts it. Nothing where there is none."""
+        if checkpoint.exists():
+            aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged for a second time
+            checkpoint.rename(aside)
+
     def checkpoint_directories(self, *, whole: bool = True) -> list[Path]:
         """Every published checkpoint, oldest first, damaged or not. Those still being written have other names.
 
@@ -196,7 +217,7 @@ class Checkpoint:
         world_size: ranks that wrote it.
         precision: "bf16", "fp16" or "fp32".
         identity: what a run must have in common with this checkpoint to go on from it.
-        files: name -> {"bytes", "xxh3_128"}.
+        files: name -> {"bytes", "xxh3_128"}, and "host", which wrote it, where each keeps its own on its own disk.
         loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
         offload: where the optimizer's state lived: "none", "cpu" or "nvme".
         universal: a file a tensor, as `convert --to-universal` writes; else as the ranks wrote it.
@@ -232,6 +253,9 @@ class Checkpoint:
             body = read_manifest(path, "checkpoint")
             body = {"offload": "none", "universal": False, **body}  # version 0.1.0 did not write them
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
+            for name in fields["files"]:  # some are fetched from other hosts, to be written here
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise DataError(f"{name!r} is no file of a checkpoint")
         except (DataError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: no readable manifest ({error}), so this is no complete checkpoint."
@@ -243,22 +267,30 @@ class Checkpoint:
 
         Raises CheckpointError naming each that differs.
         """
+        problems = self.problems(self.files, names)
+        if problems:
+            mend = "Training goes on from the checkpoint before it."
+            if any("host" in self.files[name] and not (self.path / name).exists() for name in problems):
+                mend = "Each host has what its ranks wrote: name them with --hostfile to bring all files here."
+            raise CheckpointError(list_problems(str(self.path), list(problems.values()), mend))
+
+    def problems(self, names: Iterable[str], to_digest: Collection[str] | None = None) -> dict[str, str]:
+        """What is wrong with these files, by name. Digests are compared of those in `to_digest`, or of all."""
 
         def problem(name: str) -> str | None:
             file, expected = self.path / name, self.files[name]
             if not file.is_file():
-                return f"{name} is missing"
+                return f"{name} is missing" + (f": {expected['host']} wrote it" if "host" in expected else "")
             if (size := file.stat().st_size) != expected["bytes"]:
                 return f"{name}: {size:,} bytes, the manifest says {expected['bytes']:,}"
-            if (names is None or name in names) and digest_file(file) != expected["xxh3_128"]:
+            if (to_digest is None or name in to_digest) and digest_file(file) != expected["xxh3_128"]:
                 return f"{name}: its bytes are not those that were written (digests differ)"
             return None
 
+        names = list(names)
         with ThreadPoolExecutor(_READERS) as pool:
-            problems = list(filter(None, pool.map(problem, self.files)))
-        if problems:
-            mend = "Training goes on from the checkpoint before it."
-            raise CheckpointError(list_problems(str(self.path), problems, mend))
+            found = zip(names, pool.map(problem, names), strict=True)
+            return {name: text for name, text in found if text is not None}
 
 
 def classes_in_checkpoints() -> list[Any]:

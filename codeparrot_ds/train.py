@@ -156,6 +156,8 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     assert plan is not None
     with contextlib.ExitStack() as stack:
         resume_from = None
+        if _spans_hosts(world_size):
+            ranks = rank_module.find_disks(ranks, plan.run.path)
         try:
             resume_from = _accept(plan, ranks, stack)
         except (UserError, OSError) as error:
@@ -163,6 +165,8 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
             if failure is None:
                 raise
         _agree(ranks, failure)
+        if not plan.recipe.checkpoints.shared_disk:
+            resume_from = _find_on_all_disks(plan, ranks)
         resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
         try:
             finished = _train_on_rank(plan, ranks, resume_from, lifeline)
@@ -229,13 +233,18 @@ def _agree(ranks: "Ranks", failure: UserError | None) -> None:
 
 
 def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
-    """Take the run directory for this run and find where it goes on from, which rank 0 returns."""
+    """Take the run directory for this run and find where it goes on from, which rank 0 of a shared one returns."""
     from codeparrot_ds.training.checkpoint import find_resume_point
     from codeparrot_ds.training.metrics import open_log
     from codeparrot_ds.zero import check_pickles
 
     run, recipe = plan.run, plan.recipe
-    if ranks.rank == 0:
+    if not ranks.shares_disk(0) and recipe.checkpoints.shared_disk:
+        raise ConfigError(
+            f"{run.path}: is another directory than on the host of rank 0. Mount the disk that all hosts share, or let "
+            "each keep what its ranks write on its own: --set checkpoints.shared_disk=false."
+        )
+    if ranks.sees_to_disk:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
         stack.enter_context(exclusive_lock(run.lock, busy))
     swap = swap_directory(plan.ds_config)
@@ -243,14 +252,35 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
         stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
     check_precision(recipe.engine.precision)
-    if ranks.rank > 0:
+    if not ranks.sees_to_disk:
         return None
-    resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
+    resume_from = None
+    if recipe.checkpoints.shared_disk:
+        resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
     if resume_from is not None:
         check_pickles(resume_from)
     write_json(run.ds_config, plan.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
     copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
+    return resume_from
+
+
+def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
+    """Where the run goes on from when each host has its own part of the checkpoints. All ranks must call."""
+    from codeparrot_ds.training.checkpoint import check_identity
+    from codeparrot_ds.training.disks import find_resume_point
+    from codeparrot_ds.zero import check_pickles
+
+    resume_from = find_resume_point(plan.run, ranks)
+    failure = None
+    if resume_from is not None:
+        check_identity(resume_from, plan.recipe.identity(plan.data.digest))
+        try:
+            if ranks.sees_to_disk:
+                check_pickles(resume_from)
+        except UserError as error:
+            failure = error
+    _agree(ranks, failure)
     return resume_from
 
 
@@ -311,7 +341,8 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
         watchdog=watchdog,
         stop_requests=stop_requests,
         offload=offload_device(ds_config),
-        left_out=ranks.gather(run.left_out() if ranks.rank == 0 else None)[0],
+        # Rank 0's host may be another than before: what was left out later is at the end of the list.
+        left_out=max(ranks.gather(run.left_out() if ranks.sees_to_disk else []), key=len),
         on_published=export.start if export is not None else None,
     )
     if resume_from is not None:
@@ -352,7 +383,8 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
     recipe, zero_stage = plan.recipe, plan.ds_config["zero_optimization"]["stage"]
     swap = swap_directory(plan.ds_config)
     needs: list[tuple[Path, int, str]] = []
-    if ranks.rank == 0:
+    if ranks.sees_to_disk:
+        writers = sum(map(ranks.shares_disk, range(ranks.world_size)))
         keep, left = recipe.checkpoints, recipe.schedule.last_step - step
         # One more than are kept, while it is written.
         missing = max(1, keep.keep_last + 1 - len(plan.run.checkpoint_directories()))
@@ -363,7 +395,7 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
             moved = on_nvme is not None and on_nvme.stat().st_dev == plan.run.path.stat().st_dev
             missing = to_come - 1 if moved else to_come
         # fp32 weights and two fp32 moments, below stage 3 the weights that are computed with, and some room
-        bytes_each = parameters * (13 if zero_stage == 3 else 17)
+        bytes_each = parameters * (13 if zero_stage == 3 else 17) * writers // ranks.world_size
         needs.append((plan.run.path, missing * bytes_each, f"{missing} more checkpoints"))
         if recipe.export.every_steps is not None:
             exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)

@@ -13,6 +13,7 @@ A tensor that was offloaded to NVMe is empty there, and lies in a raw file of it
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,21 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.files import MANIFEST, digest_file
+from codeparrot_ds.files import MANIFEST, digest_file, drop_from_cache
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
 from codeparrot_ds.stored import StoredTensor, load, load_value
 
 FP32, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 OPTIMIZER_STATE = "zero/optimizer_state.pt"  # of a universal checkpoint
+
+
+_RANK_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_|offloaded_tensors/rank(\d+)/)")
+
+
+def rank_of_file(name: str) -> int | None:
+    """The rank whose part of a checkpoint is in this file; None for what concerns all, which rank 0 writes."""
+    match = _RANK_FILE.search(name)
+    return int(match[1] or match[2]) if match else None
 
 
 def model_states(zero_stage: int) -> str:
@@ -75,6 +85,11 @@ class SavedState(ABC):
 
     @abstractmethod
     def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def leave_cache(self) -> None:
+        """Have the kernel forget the files that hold weights, as far as they have been read."""
+        for name in self.files(FP32):
+            drop_from_cache(self._path / name)
 
     @abstractmethod
     def files(self, what: str) -> set[str]:
@@ -316,9 +331,9 @@ class _Flat:
 
 
 def check_pickles(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a file of `checkpoint` holds more than tensors and plain values."""
+    """Raise CheckpointError when a file of `checkpoint` that is here holds more than tensors and plain values."""
     for name in checkpoint.files:
-        if name.endswith(".pt"):
+        if name.endswith(".pt") and (checkpoint.path / name).exists():
             load_value(checkpoint.path / name)
 
 

@@ -25,6 +25,7 @@ TEST_PACKAGES = {
     "sshd": "openssh-server",
     "ip": "iproute2",
     "header:libaio.h": "libaio-dev",
+    "mpirun": "openmpi-bin",
     "slurmctld": "slurm-wlm",
     "munged": "munge",
 }

@@ -122,6 +122,7 @@ class Expected:
         ops: DeepSpeed operators that will be compiled.
         disk_bytes: needed in "runs" and "swap".
         token: a file was put into the run directory for the hosts to see.
+        shared_disk: they must see it.
     """
 
     here: Mapping[str, Any]
@@ -130,6 +131,7 @@ class Expected:
     ops: Sequence[str] = ()
     disk_bytes: Mapping[str, int] = field(default_factory=dict)
     token: bool = False
+    shared_disk: bool = True
     cpu: bool = False
 
 
@@ -160,7 +162,8 @@ def examine(
         ops += required_ops(ds_config)
         parameters = recipe.model.parameters
         share = -(-parameters * max(slots.values()) // sum(slots.values()))
-        needs = {"runs": 2 * 17 * parameters, "swap": share * swap_bytes_per_parameter(ds_config)}
+        written = parameters if recipe.checkpoints.shared_disk else share
+        needs = {"runs": 2 * 17 * written, "swap": share * swap_bytes_per_parameter(ds_config)}
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
         wanted["runs"] = str(recipe.run_directory.resolve())
         wanted["swap"] = str(recipe.swap_directory) if recipe.swap_directory else None
@@ -176,7 +179,8 @@ def examine(
                     stack.callback(each.end)
                 answers = list(pool.map(lambda each: each.ask("facts", wanted, _FACTS_SECONDS), probes))
             here = probe.facts(wanted)
-            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, cpu)
+            shared_disk = recipe is None or recipe.checkpoints.shared_disk
+            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, shared_disk, cpu)
             report = Report([judge(each.host, answer, expected) for each, answer in zip(probes, answers, strict=True)])
             alive = [each for each, answer in zip(probes, answers, strict=True) if "error" not in answer]
             _measure_links(report, alive)
@@ -288,10 +292,12 @@ def _judge_data(report: HostReport, facts: Mapping[str, Any], expected: Expected
         report.bad("data", "differs", f"{'; '.join(problems)}: put the same shards at the same path.")
     else:
         report.good("data", "same" if expected.shards else "")
-    if expected.token and not facts["sees"]:
-        report.bad("shared", "no", "it does not see the run directory of this machine: put `runs` on a shared disk.")
+    sees = facts["sees"] if expected.token else None
+    if sees is False and expected.shared_disk:
+        mend = "put `runs` on a shared disk, or set checkpoints.shared_disk=false"
+        report.bad("shared", "no", f"it does not see the run directory of this machine: {mend}.")
     else:
-        report.good("shared", "yes" if expected.token else "")
+        report.good("shared", {True: "yes", False: "own disk", None: ""}[sees])
 
 
 class _Probe:

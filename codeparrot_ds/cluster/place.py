@@ -11,7 +11,7 @@ from pathlib import Path
 
 from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
-from codeparrot_ds.cluster.reach import Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
+from codeparrot_ds.cluster.reach import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.jobs import say
 from codeparrot_ds.recipe import Batch, Recipe
@@ -33,7 +33,7 @@ class Hosts:
         address: of this machine, as the hosts reach it; found out by default.
         master_addr: of the first host, as the others reach it; its name, resolved here, by default.
         doctor: look at all hosts first, over ssh; what is not fit is left out, or refused.
-        launcher: "pdsh", "ssh" or "srun"; pdsh if it is installed, else ssh, by default.
+        launcher: "pdsh", "ssh", "mpirun" or "srun"; pdsh if it is installed, else ssh, by default.
         ranks: on each host, with srun.
     """
 
@@ -110,11 +110,8 @@ class ManyHosts:
             self._reach, self._slots = Srun(), slurm_slots(hosts.ranks)
             self._from = "this Slurm allocation"
         else:
-            self._reach, self._slots, self._from = (
-                Ssh(hosts.launcher),
-                read_hostfile(hosts.hostfile),
-                str(hosts.hostfile),
-            )
+            self._reach = Mpirun() if hosts.launcher == "mpirun" else Ssh(hosts.launcher)
+            self._slots, self._from = read_hostfile(hosts.hostfile), str(hosts.hostfile)
         self._wanted = len(self._slots) - hosts.spare_hosts
         self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
         if not 1 <= self._fewest <= self._wanted:

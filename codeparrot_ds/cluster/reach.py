@@ -1,4 +1,4 @@
-"""The ways to other hosts: ssh, with pdsh or alone, and Slurm's srun. Each starts DeepSpeed's launcher on all hosts."""
+"""The ways to other hosts: ssh, with pdsh or alone, mpirun, and srun. Each starts DeepSpeed's launcher on all hosts."""
 
 import base64
 import json
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from codeparrot_ds.cluster import fan_out
-from codeparrot_ds.cluster.ssh import find_unreachable, kill_on
+from codeparrot_ds.cluster.ssh import find_unreachable, kill_on, ssh_options
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.files import write_atomically
 from codeparrot_ds.run_directory import RunDirectory
 
-LAUNCHERS = ("pdsh", "ssh", "srun")
 _SRUN_SECONDS = 15.0
 # What ranks on other hosts need of this environment. Never a secret: the values stand on command lines there.
 _FORWARDED = re.compile(
@@ -96,6 +95,31 @@ class Ssh:
 def _escape(text: str, but: str = "") -> str:
     """`text` for between double quotes of a shell, but for what is escaped later."""
     return re.sub(r'["$\\`]', lambda found: found[0] if found[0] in but else f"\\{found[0]}", text)
+
+
+class Mpirun(Ssh):
+    """Open MPI's mpirun, which reaches the hosts by ssh or by what a cluster has built into it: a process a host."""
+
+    def __init__(self) -> None:
+        if shutil.which("mpirun") is None:
+            raise ConfigError("mpirun is not installed here. Install it (Debian: apt-get install openmpi-bin).")
+
+    def command(self, run: RunDirectory, active: Mapping[str, int], master: str, port: int) -> Command:
+        """What starts ranks on the `active` hosts with their slots."""
+        hostfile = run.path / "hostfile"
+        write_atomically(hostfile, "".join(f"{host}\n" for host in active))
+        script = f'exec {shlex.join(launcher_command(active, master, port))} --node_rank="$OMPI_COMM_WORLD_RANK" "$@"'
+        # "seq" keeps the order of the file: other mappings begin with the host of mpirun itself.
+        options = ["-n", str(len(active)), "--hostfile", str(hostfile), "--map-by", "seq", "--bind-to", "none"]
+        options += ["--mca", "plm_rsh_args", shlex.join(ssh_options())]
+        options += [part for name, value in forwarded(os.environ).items() for part in ("-x", f"{name}={value}")]
+        if os.geteuid() == 0:  # as in a container
+            options.append("--allow-run-as-root")
+        return ["mpirun", *options, "bash", "-c", script, "deepspeed"], {}
+
+    def quote(self, argument: str) -> str:
+        """No shell reads it."""
+        return argument
 
 
 class Srun:

@@ -1,4 +1,4 @@
-"""`shards build` on all hosts of a hostfile: each takes slices of the work; those of a lost host go to others."""
+"""A verb on all hosts of a hostfile: each takes slices of the work; those of a lost host go to others."""
 
 import os
 import shlex
@@ -20,10 +20,11 @@ _USAGE = 2
 _LOST = 255  # ssh's own
 
 
-def run_slices(hostfile: Path, arguments: Sequence[str]) -> None:
+def run_slices(hostfile: Path, arguments: Sequence[str]) -> list[str]:
     """Run `codeparrot-ds ARGUMENTS --slice I/N` for every I on the N hosts. What they read and write, all must see.
 
-    Raises ClusterError: a slice failed by something to mend, or no host is left for it. What is finished is kept.
+    Returns the standard output of each slice. Raises ClusterError: a slice failed by something to mend, or no host is
+    left for it. What is finished is kept.
     """
     hosts = list(read_hostfile(hostfile))
     work = _Work(len(hosts), list(range(len(hosts))))
@@ -41,6 +42,7 @@ def run_slices(hostfile: Path, arguments: Sequence[str]) -> None:
             f"{len(work.waiting)} of {work.total} slices are left, and no host for them ({'; '.join(work.lost)}). "
             "What is finished is kept: run the same command again."
         )
+    return [work.outputs[part] for part in range(work.total)]
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Work:
     total: int
     waiting: list[int]
     running: int = 0
+    outputs: dict[int, str] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -64,10 +67,11 @@ class _Work:
             self.running += 1
             return self.waiting.pop(0)
 
-    def give_back(self, part: int, host: str, code: int) -> None:
+    def give_back(self, part: int, host: str, code: int, output: str) -> None:
         """A slice has ended."""
         with self.changed:
             self.running -= 1
+            self.outputs[part] = output
             if code in (EXIT_USER_ERROR, _USAGE):
                 self.refused.append(f"{host}: slice {part}/{self.total} was refused, see above")
             elif code != 0:
@@ -82,19 +86,22 @@ def _serve(host: str, work: _Work, arguments: Sequence[str]) -> None:
     while (part := work.take()) is not None:
         command = shlex.join([program, *arguments, "--slice", f"{part}/{work.total}"])
         script = f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {command}"
-        code = _LOST
+        code, output = _LOST, ""
         try:
             process = subprocess.Popen(
                 [*ssh_command(host), script],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.PIPE,
             )
-            assert process.stdout is not None
-            pass_on(host, process.stdout, sys.stderr)  # standard output is for the result
+            assert process.stdout is not None and process.stderr is not None
+            notes = threading.Thread(target=pass_on, args=(host, process.stderr, sys.stderr))
+            notes.start()
+            output = process.stdout.read().decode(errors="replace")
+            notes.join()
             code = process.wait()
         finally:
-            work.give_back(part, host, code)
+            work.give_back(part, host, code, output)
         if code != 0:
             say(f"{host}: slice {part}/{work.total} ended with exit code {code}")
             return

@@ -34,13 +34,17 @@ class Answer:
         return lines[-1].strip() if lines else f"exit code {self.code}"
 
 
-def ssh_command(host: str, *options: str) -> list[str]:
-    """`ssh HOST`, which never asks and gives up soon; what is to run there follows."""
-    appended = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    given = [*appended, *options]
+def ssh_options() -> list[str]:
+    """The user's own, and others so that ssh never asks and gives up soon."""
+    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     for option in ("BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "ServerAliveInterval=5"):
         given += ["-o", option]  # the first of a kind counts: the user's
-    return ["ssh", *given, "--", host]
+    return given
+
+
+def ssh_command(host: str) -> list[str]:
+    """`ssh HOST`; what is to run there follows."""
+    return ["ssh", *ssh_options(), "--", host]
 
 
 def run_on(host: str, command: Sequence[str], timeout: float, stdin: str | None = None) -> Answer:

@@ -1,14 +1,14 @@
 """Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.evaluation.pretrained import load_pretrained
-from codeparrot_ds.jobs import progress
+from codeparrot_ds.jobs import Slice, progress
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 
@@ -24,9 +24,25 @@ class ValidationLoss:
     sequences: int
     tokens: int
 
+    @classmethod
+    def merge(cls, parts: Sequence["ValidationLoss"]) -> "ValidationLoss":
+        """The loss over all slices of the same sequences. Raises DataError for those of different ones."""
+        unigram = {part.loss_unigram for part in parts}
+        if len(unigram) != 1:
+            raise DataError("the hosts have evaluated different sequences: put the same shards at the same path.")
+        tokens = sum(part.tokens for part in parts)
+        loss = sum(part.loss_valid * part.tokens for part in parts) / tokens
+        unigram_loss = unigram.pop()
+        sequences = sum(part.sequences for part in parts)
+        return cls(loss, perplexity(loss), unigram_loss, perplexity(unigram_loss), sequences, tokens)
+
 
 def validation_loss(
-    model_directory: Path, shards: Path | Mapping[Path, float], sequences: int, batch_size: int = 8
+    model_directory: Path,
+    shards: Path | Mapping[Path, float],
+    sequences: int,
+    batch_size: int = 8,
+    part: Slice | None = None,
 ) -> ValidationLoss:
     """Loss of a converted model on the validation split of `shards`, beside the unigram model's.
 
@@ -35,6 +51,7 @@ def validation_loss(
         shards: a shard directory made with the same tokenizer, or a recipe's with their weights.
         sequences: at most this many, evenly spread; each as long as the model's context.
         batch_size: sequences per forward.
+        part: only this slice of them; the unigram model is that of all. All of its losses are 0 when it is empty.
     """
     model, _, device = load_pretrained(model_directory)
     sources = {shards: 1.0} if isinstance(shards, Path) else shards
@@ -46,13 +63,13 @@ def validation_loss(
             f"{', '.join(map(str, sources))}: holds ids beyond the model's {model.config.vocab_size:,} tokens. "
             "Name the shards that were made with the model's tokenizer."
         )
-    total = 0.0
-    batches = ids.split(batch_size)
+    unigram = unigram_loss(ids[:, 1:].numpy(), model.config.vocab_size)
+    total, ids = 0.0, ids if part is None else ids[part.index :: part.count]
+    batches = ids.split(batch_size) if len(ids) else ()
     with torch.no_grad():
         for batch in progress(batches, "evaluating", len(batches), "batch"):
             logits = model(input_ids=batch[:, :-1].to(device)).logits.float()
             targets = batch[:, 1:].to(device)
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-    loss = total / (len(ids) * valid.seq_len)
-    unigram = unigram_loss(ids[:, 1:].numpy(), model.config.vocab_size)
+    loss = total / max(1, len(ids) * valid.seq_len)
     return ValidationLoss(loss, perplexity(loss), unigram, perplexity(unigram), len(ids), len(ids) * valid.seq_len)

@@ -131,6 +131,11 @@ class _Mean:
             total = total + part.read(name, what, start, stop)
         return (total / len(self._parts)).float()
 
+    def leave_cache(self) -> None:
+        """As of one checkpoint."""
+        for part in self._parts:
+            part.leave_cache()
+
 
 def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
     """Verify what holds weights, and open it. Raises CheckpointError."""

@@ -20,6 +20,7 @@ from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.files import start_write_back
 
 BLOCK_ELEMENTS = 1 << 22  # read, converted and written at once: 16 MB in fp32
+_CACHED_ELEMENTS = 1 << 26  # after so many, the kernel may forget them: a run that trains beside this needs its cache
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8  # of the header's end, so that tensors can be mapped
 
@@ -37,6 +38,9 @@ class Weights(Protocol):
 
     def read(self, name: str, what: str = "fp32", start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements `start` .. `stop` - 1 of a parameter, flat, fp32 on the CPU."""
+
+    def leave_cache(self) -> None:
+        """Have the kernel forget what has been read."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def write_weights(
     remaining = progress(list(weights.shapes))
     for file, names in plan.items():
         digests[file] = _write_file(directory / file, names, weights, dtype, proofs, remaining)
+        weights.leave_cache()
     if len(plan) > 1:
         sizes = sum(shape.numel() for shape in weights.shapes.values()) * dtype.itemsize
         index = {
@@ -122,7 +127,7 @@ def _write_file(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    whole = xxhash.xxh3_128()
+    whole, cached_elements = xxhash.xxh3_128(), 0
     with open(path, "wb") as file:
         for piece in (len(encoded).to_bytes(8, "little"), encoded):
             file.write(piece)
@@ -140,6 +145,10 @@ def _write_file(
                 if dtype != torch.float32:
                     written.update(data)
             start_write_back(file)
+            cached_elements += weights.shapes[name].numel()
+            if cached_elements > _CACHED_ELEMENTS:
+                weights.leave_cache()
+                cached_elements = 0
             digest = master.hexdigest()
             shape = list(weights.shapes[name])
             proofs[name] = TensorProof(shape, digest, digest if dtype == torch.float32 else written.hexdigest())

@@ -4,14 +4,17 @@ The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes 
 (3) all meet, which they do only if all went well; (4) rank 0 writes the manifest; (5) renames the directory;
 (6) replaces `latest`; (7) removes old ones.
 DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are down.
+
+Where hosts keep what their ranks write each on its own disk, one rank of each does what rank 0 does here, with the
+same manifest of all files, and all meet again between (4) and (5): see disks.py.
 """
 
 import contextlib
 import dataclasses
-import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,11 @@ import torch
 from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.files import digest_file, flush_to_disk
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints, step_of
-from codeparrot_ds.training import reshard
+from codeparrot_ds.training import disks, reshard
 from codeparrot_ds.training.engine import silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
-
-_RANK_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_|offloaded_tensors/rank(\d+)/)")  # the rest is rank 0's
+from codeparrot_ds.zero import rank_of_file
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Saving:
         waiting in DeepSpeed's own barrier.
         """
         saving = cls(engine, run, checkpoint, ranks)
-        if ranks.rank == 0:
+        if ranks.sees_to_disk:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
                 shutil.rmtree(leftover, ignore_errors=True)
-        ranks.gather(None)  # nobody writes before rank 0 has cleared the place
+        ranks.gather(None)  # nobody writes before the place is cleared
         with saving._explained():
             engine.checkpoint_engine.begin(background)
             state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
@@ -81,7 +83,7 @@ class Saving:
 
     @property
     def _unfinished(self) -> Path:
-        return self.checkpoint.path.with_name(f"{self.checkpoint.path.name}.tmp")
+        return self.run.unfinished(self.checkpoint.step)
 
     @property
     def busy(self) -> bool:
@@ -99,14 +101,24 @@ class Saving:
                 writer = self.engine.checkpoint_engine
                 writer.wait()
                 files = _list_files(self._unfinished, self.ranks.rank, writer.files)
+                if self.ranks.on_many_disks:
+                    files = {name: {**entry, "host": socket.gethostname()} for name, entry in files.items()}
         except CheckpointError as error:
             failure = str(error)
         failures, files_of_all_ranks = zip(*self.ranks.gather((failure, files)), strict=True)
-        if any(failures):
-            raise CheckpointError(next(filter(None, failures)))
-        if self.ranks.rank == 0:
-            merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
-            _publish(self.run, dataclasses.replace(self.checkpoint, files=merged), self._unfinished)
+        _raise_first(failures)
+        merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
+        if self.ranks.sees_to_disk:
+            here = [files for rank, files in enumerate(files_of_all_ranks) if self.ranks.shares_disk(rank)]
+            try:
+                with self._explained():
+                    checkpoint = dataclasses.replace(self.checkpoint, files=merged)
+                    _prepare(checkpoint, self._unfinished, [name for files in here for name in files])
+            except CheckpointError as error:
+                failure = str(error)
+        _raise_first(self.ranks.gather(failure))  # no disk has it under its name before all have the manifest
+        if self.ranks.sees_to_disk:
+            self.run.publish(self.checkpoint.step)
             # DeepSpeed's own converters: they load pickles, and nothing here runs them.
             for script in self.run.checkpoints.glob("zero_to_*.py"):
                 script.unlink()
@@ -129,16 +141,21 @@ class Saving:
             raise CheckpointError(message) from error
 
 
+def _raise_first(failures: Sequence[str | None]) -> None:
+    for failure in filter(None, failures):
+        raise CheckpointError(failure)
+
+
 def _remove(directory: Path) -> None:
     """Remove a published checkpoint: a crash leaves it whole, or under a name that the next save clears away."""
-    doomed = directory.with_name(f"{directory.name}.tmp")
+    doomed = directory.with_name(f"{directory.name}.removed.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def abandon_after(run: RunDirectory, newest: Path) -> None:
-    """Remove the checkpoints that are later than `newest`, from which the run goes another way. For rank 0 alone."""
+    """Remove the checkpoints that are later than `newest`, from which the run goes another way. For one rank a disk."""
     run.point_latest_at(newest)
     for directory in reversed(run.checkpoint_directories()):
         if step_of(directory) > step_of(newest):
@@ -164,9 +181,9 @@ def _save_engine(engine: Any, directory: Path, state: dict[str, Any], rank: int,
             shutil.move(file, directory / "offloaded_tensors" / f"rank{rank:02d}" / file.name)
 
 
-def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> None:
-    """Make a checkpoint visible. Raises CheckpointError when a rank's files did not arrive in this directory."""
-    absent = [name for name in checkpoint.files if not (unfinished / name).is_file()]
+def _prepare(checkpoint: Checkpoint, unfinished: Path, here: Collection[str]) -> None:
+    """Write the manifest. Raises CheckpointError when one of the files that must be `here` did not arrive."""
+    absent = [name for name in here if not (unfinished / name).is_file()]
     if absent:
         raise CheckpointError(
             list_problems(
@@ -178,10 +195,6 @@ def _publish(run: RunDirectory, checkpoint: Checkpoint, unfinished: Path) -> Non
     checkpoint.write(unfinished)
     for directory in (*filter(Path.is_dir, unfinished.rglob("*")), unfinished):
         flush_to_disk(directory)
-    shutil.rmtree(checkpoint.path, ignore_errors=True)  # the same step, saved again after a fall-back
-    unfinished.rename(checkpoint.path)
-    flush_to_disk(run.checkpoints)
-    run.point_latest_at(checkpoint.path)
 
 
 def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -189,17 +202,16 @@ def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        match = _RANK_FILE.search(name)
         if path in digested:
             files[name] = digested[path]
-        elif path.is_file() and (int(match[1] or match[2]) if match else 0) == rank:
+        elif path.is_file() and (rank_of_file(name) or 0) == rank:
             flush_to_disk(path)
             files[name] = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
     return files
 
 
 def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint | None:
-    """The newest undamaged checkpoint to go on from, or None when the run has none yet. For rank 0 alone.
+    """The newest undamaged checkpoint to go on from, or None when the run has none yet. For rank 0, on a shared disk.
 
     Damaged ones are reported and passed over, and renamed so that retention never counts them. Raises
     CheckpointError when all are damaged (never silently back to step 0), or when the newest good one is of another
@@ -214,11 +226,9 @@ def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint
             log.warning("%s", error)
             damaged.append(directory)
             continue
-        _check_identity(checkpoint, identity)
+        check_identity(checkpoint, identity)
         for path in damaged:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged for a second time
-            path.rename(aside)
+            run.set_aside(path)
         return checkpoint
     if damaged:
         raise CheckpointError(
@@ -228,7 +238,8 @@ def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint
     return None
 
 
-def _check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
+def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `checkpoint` is of the `wanted` model, data, …: `Recipe.identity`."""
     saved = checkpoint.identity
     problems = [
         f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
@@ -256,7 +267,11 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
                 getattr(checkpoint, name),
                 getattr(like, name),
             )
-    if differing or checkpoint.universal or checkpoint.offload == "nvme":
+    by_parameter = bool(differing) or checkpoint.universal or checkpoint.offload == "nvme"
+    if ranks.on_many_disks:
+        needed = [name for name in checkpoint.files if by_parameter or rank_of_file(name) in (None, ranks.rank)]
+        disks.fetch(checkpoint, ranks, needed)
+    if by_parameter:
         reshard.load(engine, checkpoint, ranks)
         return
     torch.serialization.add_safe_globals(classes_in_checkpoints())

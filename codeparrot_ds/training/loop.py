@@ -29,7 +29,7 @@ from codeparrot_ds.training.guards import (
     drop_gradients_unless_finite,
     replicas_differ,
 )
-from codeparrot_ds.training.metrics import Metrics, flops_per_token, log, peak_memory_bytes
+from codeparrot_ds.training.metrics import Metrics, log, peak_memory_bytes
 from codeparrot_ds.training.ranks import Ranks
 
 _GO_BACK_STEPS = 8  # before a spike whose samples may have caused it
@@ -212,7 +212,7 @@ class Trainer:
     ) -> None:
         batch_size, seq_len = self.recipe.batch.global_batch_size, self.recipe.model.seq_len
         tokens_per_step = batch_size * seq_len
-        flops_per_step = tokens_per_step * flops_per_token(self.recipe.model, self.parameters)
+        flops_per_step = tokens_per_step * self.recipe.model.flops_per_token
         for step, loss, digest in zip(steps, losses, digests, strict=True):
             metrics.step(
                 {
@@ -271,9 +271,10 @@ class Trainer:
         places = np.concatenate([self._places(each) for each in suspects])
         self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
         checkpoint = Checkpoint.read(chosen)
-        if self.metrics is not None:
+        if self.ranks.sees_to_disk:
             checkpoints.abandon_after(self.run, checkpoint.path)  # first: nobody is to go on from those, with the list
             write_json(self.run.left_out_file, self.left_out)
+        if self.metrics is not None:
             self.metrics.go_back(checkpoint.step)
         log.warning(
             "going back to step %d, and leaving the samples of steps %d to %d out", checkpoint.step, first, step

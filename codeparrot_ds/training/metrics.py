@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.files import digest_json, write_atomically
-from codeparrot_ds.recipe import Model, Recipe
+from codeparrot_ds.recipe import Recipe
 from codeparrot_ds.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -159,13 +159,6 @@ def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
     )
     started.define_metric("*", step_metric="step")  # steps taken again are written again
     return started
-
-
-def flops_per_token(model: Model, parameters: int) -> float:
-    """FLOPs of forward and backward for a token, recomputation not counted: 6 for each parameter that multiplies, and
-    attention. Source: PaLM (Chowdhery et al., 2022), appendix B."""
-    positions = model.seq_len * model.n_embd  # are looked up, and multiply nothing; the token embedding is the head
-    return 6.0 * (parameters - positions) + 12.0 * model.n_layer * model.n_embd * model.seq_len
 
 
 # Dense TFLOP/s in bf16 by the makers' data sheets, for the first name that the device's holds.

@@ -3,11 +3,13 @@
 import ctypes
 import logging
 import os
+import secrets
 import signal
 import socket
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,6 +30,9 @@ class Ranks:
         local_rank: rank on this host.
         device: where this rank computes.
         control: process group over the CPU, whose collectives wait for no device and mix with none of DeepSpeed's.
+        disk_of: for every rank, the lowest rank that sees the same run directory as it does: it sees to that disk.
+            All zeros where hosts share one; empty means the same.
+        disks: process group, over the CPU, of those that see to a disk, where there are several.
     """
 
     rank: int
@@ -35,6 +40,22 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: Any = None
+    disk_of: tuple[int, ...] = ()
+    disks: Any = None
+
+    @property
+    def sees_to_disk(self) -> bool:
+        """Whether this rank alone makes, names and removes what lies in the run directory that it sees."""
+        return self.rank == (self.disk_of[self.rank] if self.disk_of else 0)
+
+    @property
+    def on_many_disks(self) -> bool:
+        """Whether hosts keep what their ranks write each on its own disk."""
+        return any(self.disk_of)
+
+    def shares_disk(self, rank: int) -> bool:
+        """Whether what that rank writes is seen by this one."""
+        return not self.disk_of or self.disk_of[rank] == self.disk_of[self.rank]
 
     def slice(self, share: int) -> slice:
         """This rank's part of a global array dealt out `share` items a rank, in rank order."""
@@ -118,6 +139,24 @@ def _prepare_cpu(local_world_size: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def find_disks(ranks: Ranks, directory: Path) -> Ranks:
+    """`ranks`, which know then who shares `directory` with whom. All ranks must call."""
+    token = None
+    if ranks.local_rank == 0:
+        token = directory / f".seen-by-{secrets.token_hex(8)}"  # a new name: no cache of a file server answers for it
+        token.touch()
+    try:
+        seen = [each is not None and each.exists() for each in ranks.gather(token)]
+        disk_of = tuple(ranks.gather(seen.index(True)))
+    finally:
+        if token is not None:
+            token.unlink(missing_ok=True)
+    several = len(set(disk_of)) > 1
+    return replace(
+        ranks, disk_of=disk_of, disks=dist.new_group(sorted(set(disk_of)), backend="gloo") if several else None
+    )
 
 
 def leave() -> None:

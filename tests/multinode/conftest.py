@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import IO, Any, NoReturn
 import psutil
 import pytest
 
-from tests.conftest import Launched
+from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched
 
 TOOLS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip are not on everyone's PATH
@@ -172,6 +173,13 @@ class RealHosts:
 
 @pytest.fixture(scope="module")
 def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
+    """Three hosts with an sshd each."""
+    with make_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+@contextlib.contextmanager
+def make_hosts(directory: Path) -> Iterator[RealHosts]:
     """Three hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
     if os.geteuid() != 0:
         unavailable("only root can make network namespaces")
@@ -179,7 +187,7 @@ def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
     if missing:
         unavailable(f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server pdsh util-linux")
     with contextlib.ExitStack() as undo:
-        yield _start_hosts(tmp_path_factory.mktemp("hosts"), undo)
+        yield _start_hosts(directory, undo)
 
 
 def unavailable(reason: str) -> NoReturn:
@@ -187,6 +195,40 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(f"hosts cannot be made here: {reason}")
     pytest.skip(f"hosts cannot be made here: {reason}")
+
+
+def run_deepspeed(
+    real_hosts: RealHosts, recipe: Path, directory: Path, *settings: str, hosts: Sequence[int] = (0, 1)
+) -> Launched:
+    """Run `deepspeed` on the first of `hosts` for one rank on each, with its hostfile and home in `directory`."""
+    hostfile = directory / "hostfile"
+    hostfile.write_text("".join(f"{real_hosts.hosts[host]} slots=1\n" for host in hosts))
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
+    }
+    # sshd gives the ranks a bare environment; DeepSpeed hands them what this file says.
+    home = directory / "home"
+    home.mkdir(exist_ok=True)
+    (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
+    deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
+    command: list[str | Path] = [
+        deepspeed,
+        "--hostfile",
+        hostfile,
+        "--launcher",
+        "pdsh",
+        "--master_addr",
+        real_hosts.addresses[hosts[0]],
+    ]
+    command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
+    command += [part for setting in settings for part in ("--set", setting)]
+    return real_hosts.run(
+        command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT, host=hosts[0]
+    )
 
 
 def _start_hosts(directory: Path, undo: contextlib.ExitStack) -> RealHosts:

@@ -1,13 +1,16 @@
-"""`codeparrot-ds shards build --hostfile` over three real hosts (see conftest.py)."""
+"""`codeparrot-ds shards build --hostfile` and `evaluate loss --hostfile` over three real hosts (see conftest.py)."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from codeparrot_ds.evaluation.loss import validation_loss
+from codeparrot_ds.export.convert import convert
 from codeparrot_ds.shards.verify import verify
-from tests.conftest import ROOT, Launched
+from tests.conftest import ROOT, Launched, Trained
 from tests.multinode.conftest import TOOLS_PATH, RealHosts
 from tests.shard_commands import Corpus, write_corpus
 
@@ -53,3 +56,21 @@ def test_what_a_user_must_mend_is_said_and_not_tried_elsewhere(
     assert done.returncode == 1
     assert "was refused, see above" in done.output and "Traceback" not in done.output
     assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_a_loss_over_three_hosts_is_that_of_one(
+    real_hosts: RealHosts, baseline: Trained, data: Path, tmp_path: Path
+) -> None:
+    model, sequences = tmp_path / "hf", 7  # the third host has fewer than the others
+    convert([baseline.run.newest_checkpoint()], model, memory_cap_bytes=8_000_000_000, sequences=0)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts))
+    program = Path(sys.executable).with_name("codeparrot-ds")
+    command = [program, "evaluate", "loss", model, data / "shards", "--sequences", str(sequences), "--json"]
+    environment = {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": TOOLS_PATH}
+    done = real_hosts.run([*command, "--hostfile", hostfile], timeout=200, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.output
+    found = json.loads(done.output[done.output.index("{\n") :])
+    expected = vars(validation_loss(model, data / "shards", sequences))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (found["sequences"], found["loss_unigram"]) == (sequences, expected["loss_unigram"])

@@ -135,6 +135,19 @@ def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) 
     assert read_run(job.directory.path).losses() == baseline.losses()
 
 
+def test_mpirun_does_as_well_and_ends_with_its_ranks(launch: Launch, real_hosts: RealHosts, baseline: Trained) -> None:
+    job = launch("mpi", 2, "--launcher", "mpirun", "--no-doctor", faults=["hold:0:4"])
+    job.wait_for("held-4")
+    (victim,) = real_hosts.ranks(1)
+    victim.kill()
+    job.wait_to_say("was killed, or its host was lost")
+    (job.marks / "go-4").touch()
+    assert job.end() == 0, job.output()
+    assert "$ mpirun -n 2 " in job.output()
+    assert [each["state"] for each in job.attempts()] == ["failed", "finished"]
+    assert read_run(job.directory.path).losses() == baseline.losses()
+
+
 def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
 ) -> None:

@@ -13,8 +13,8 @@ from codeparrot_ds.export.convert import convert
 from codeparrot_ds.files import read_json
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.training.metrics import read_metrics
-from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched, Trained, save_recipe
-from tests.multinode.conftest import TOOLS_PATH, RealHosts
+from tests.conftest import Trained, save_recipe
+from tests.multinode.conftest import RealHosts, run_deepspeed
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,8 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     real_hosts: RealHosts, baseline: Trained, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     received_before = [received_bytes(real_hosts, host) for host in (0, 1)]
-    launched = launch(real_hosts, save_recipe({**tiny_recipe, "name": "two-hosts"}, tmp_path / "tiny.yaml"), tmp_path)
+    recipe = save_recipe({**tiny_recipe, "name": "two-hosts"}, tmp_path / "tiny.yaml")
+    launched = run_deepspeed(real_hosts, recipe, tmp_path)
     assert launched.returncode == 0, launched.output
     received = [received_bytes(real_hosts, host) - received_before[host] for host in (0, 1)]
 
@@ -48,7 +49,7 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     # As if the run had been lost after step 3: the same command goes on from there, and ends where the first did.
     newest = run.newest_checkpoint()
     shutil.rmtree(newest.path)
-    again = launch(real_hosts, tmp_path / "tiny.yaml", tmp_path)
+    again = run_deepspeed(real_hosts, recipe, tmp_path)
     assert again.returncode == 0, again.output
     assert f"going on from {run.checkpoint(3)}" in run.log(0).read_text()
     resumed = Trained(run, read_metrics(run.metrics))
@@ -76,33 +77,12 @@ def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
     tiny_recipe["data"]["shards"] = str(shards)
     hidden = real_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # seen by that host alone
     assert hidden.returncode == 0, hidden.output
-    launched = launch(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
+    launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
     assert f"host {real_hosts.hosts[1]}: {shards}" in launched.output
     assert f"host {real_hosts.hosts[0]}:" not in launched.output
     assert "Traceback" not in launched.output
     assert not (Path(tiny_recipe["runs"]) / "tiny" / "checkpoints").exists()
-
-
-def launch(real_hosts: RealHosts, recipe: Path, directory: Path) -> Launched:
-    """Run `deepspeed` on the first host for one rank a host, with its hostfile and environment file in `directory`."""
-    hostfile = directory / "hostfile"
-    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:2]))
-    environment = {
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
-    }
-    # sshd gives the ranks a bare environment; DeepSpeed hands them what this file says.
-    home = directory / "home"
-    home.mkdir(exist_ok=True)
-    (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
-    deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
-    command = [deepspeed, "--hostfile", hostfile, "--launcher", "pdsh", "--master_addr", real_hosts.addresses[0]]
-    command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
-    return real_hosts.run(command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT)
 
 
 def received_bytes(real_hosts: RealHosts, host: int) -> int:

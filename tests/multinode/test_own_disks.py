@@ -1,0 +1,156 @@
+"""Hosts without a shared disk: each keeps what its ranks write on its own (see conftest.py for the hosts)."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.errors import EXIT_USER_ERROR
+from codeparrot_ds.export.certificate import read_certificate
+from codeparrot_ds.export.convert import convert
+from codeparrot_ds.recipe import Recipe
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.training.metrics import read_metrics
+from tests.conftest import ROOT, Launched, Trained, save_recipe
+from tests.multinode.conftest import TOOLS_PATH, RealHosts, run_deepspeed
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(sys.executable).with_name("codeparrot-ds")
+
+
+def files_on(real_hosts: RealHosts, host: int, directory: Path) -> set[str]:
+    """Names of the files below `directory` that a host sees."""
+    found = real_hosts.run(["find", directory, "-type", "f", "-printf", "%P\n"], timeout=10, host=host)
+    assert found.returncode == 0, found.output
+    return set(found.output.split())
+
+
+def on(real_hosts: RealHosts, host: int, *command: str | Path) -> None:
+    """Run a command on one host."""
+    done = real_hosts.run(command, timeout=10, host=host)
+    assert done.returncode == 0, done.output
+
+
+@pytest.fixture
+def runs(real_hosts: RealHosts, tiny_recipe: dict[str, Any]) -> Path:
+    """The directory of runs, which the second host has for itself."""
+    directory = Path(tiny_recipe["runs"])
+    directory.mkdir()
+    on(real_hosts, 1, "mount", "-t", "tmpfs", "tmpfs", directory)
+    return directory
+
+
+def call(real_hosts: RealHosts, directory: Path, *command: str | Path) -> Launched:
+    """Run `codeparrot-ds` on the first host."""
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(directory),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
+    }
+    return real_hosts.run([PROGRAM, *command], timeout=240, env=environment, cwd=ROOT)
+
+
+def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_trained(
+    real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
+) -> None:
+    """A shared disk that one host has not mounted: what its ranks write would go astray."""
+    launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
+    assert launched.returncode != 0
+    assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: is another directory than on the host of rank 0" in (
+        launched.output
+    )
+    assert "checkpoints.shared_disk=false" in launched.output and "Traceback" not in launched.output
+    assert not (runs / "tiny" / "checkpoints").exists()
+
+
+def test_two_hosts_train_resume_and_convert_with_a_disk_each(
+    real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, baseline: Trained, tmp_path: Path
+) -> None:
+    """In any order of the hosts, at another ZeRO stage, and after a crash between the two hosts' publishing."""
+    tiny_recipe["checkpoints"]["shared_disk"] = False
+    recipe, run = save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), RunDirectory(runs / "tiny")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:2]))
+    launched = call(real_hosts, tmp_path, "launch", recipe, "--hostfile", hostfile)
+    assert launched.returncode == 0, launched.output
+    assert "own disk" in launched.output  # says the doctor
+    trained = Trained(run, read_metrics(run.metrics))
+    assert trained.losses() == baseline.losses()
+
+    last = run.newest_checkpoint()
+    of_rank = {rank: {name for name in last.files if f"_rank_{rank}_" in name} for rank in (0, 1)}
+    assert files_on(real_hosts, 0, last.path) == of_rank[0] | {"manifest.json"}
+    assert files_on(real_hosts, 1, last.path) == of_rank[1] | {"manifest.json"}
+
+    # Rank 0 is now where rank 1 was, and what it needs lies on the other host. That host lost power as it published.
+    resumed_at = run.checkpoint(3)
+    for host in (0, 1):
+        on(real_hosts, host, "rm", "-r", last.path)
+    on(real_hosts, 1, "mv", resumed_at, run.unfinished(3))
+    again = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(1, 0))
+    assert again.returncode == 0, again.output
+    assert f"going on from {resumed_at}" in again.output
+    rows = real_hosts.run(["cat", run.metrics], timeout=10, host=1).output.splitlines()
+    resumed = Trained(run, [json.loads(line) for line in rows])
+    assert resumed.losses() == baseline.losses()[3:]
+    assert resumed.valid_losses() == {6: baseline.valid_losses()[6]}
+    assert files_on(real_hosts, 0, last.path) == of_rank[1] | {"manifest.json"}
+
+    # Another ZeRO stage reads from all old partitions: every host gets all files, and one that was damaged on the way
+    # is taken from the other.
+    for host in (0, 1):
+        on(real_hosts, host, "rm", "-r", last.path)
+    assert files_on(real_hosts, 0, resumed_at) == files_on(real_hosts, 1, resumed_at)
+    damaged = resumed_at / sorted(of_rank[0])[0]
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    stage_1 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero1.json'}"
+    other = run_deepspeed(real_hosts, recipe, tmp_path, stage_1)
+    assert other.returncode == 0, other.output
+    assert "saved with zero stage 3, now 1" in other.output
+    Checkpoint.read(resumed_at).verify()
+    losses = [float.fromhex(loss) for loss in Trained(run, read_metrics(run.metrics)).losses()]
+    assert losses == pytest.approx([float.fromhex(loss) for loss in baseline.losses()], rel=1e-5)
+
+    # Conversion looks for what is elsewhere only when it is told where.
+    refused = call(real_hosts, tmp_path, "convert", run.path, tmp_path / "hf")
+    assert refused.returncode == EXIT_USER_ERROR
+    assert f"is missing: {real_hosts.hosts[1]} wrote it" in refused.output and "--hostfile" in refused.output
+    converted = call(real_hosts, tmp_path, "convert", run.path, tmp_path / "hf", "--hostfile", hostfile)
+    assert converted.returncode == 0, converted.output
+    ours = read_certificate(tmp_path / "hf")
+    assert ours["engine"]["not_compared"] is None
+    shutil.rmtree(tmp_path / "hf")
+    its = convert([run.newest_checkpoint()], tmp_path / "hf", memory_cap_bytes=8_000_000_000)
+    assert ours["tensors"] == its["tensors"]
+
+
+def test_what_a_host_took_with_it_is_named(
+    real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
+) -> None:
+    tiny_recipe["checkpoints"]["shared_disk"] = False
+    recipe, run = save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), RunDirectory(runs / "tiny")
+    launched = run_deepspeed(real_hosts, recipe, tmp_path, "schedule.steps=3")
+    assert launched.returncode == 0, launched.output
+    directory = files_on(real_hosts, 0, run.checkpoint(3))
+    without = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(0, 2))
+    assert without.returncode != 0
+    assert f"files that {real_hosts.hosts[1]} wrote are on none of these hosts" in without.output
+    assert "Traceback" not in without.output
+    # Nothing was touched: with that host they are whole again.
+    assert files_on(real_hosts, 0, run.checkpoint(3)) == directory
+    back = run_deepspeed(real_hosts, recipe, tmp_path)
+    assert back.returncode == 0, back.output
+    assert run.newest_checkpoint().step == tiny_recipe["schedule"]["steps"]
+
+
+def test_exports_while_training_need_a_shared_disk(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["checkpoints"]["shared_disk"] = False
+    tiny_recipe["export"] = {"every_steps": 3}
+    with pytest.raises(ValueError, match="codeparrot-ds convert --hostfile"):
+        Recipe.model_validate(tiny_recipe)

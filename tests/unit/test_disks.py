@@ -1,0 +1,44 @@
+"""Which checkpoint is whole when every host has its own part: all of it must be somewhere, as it was written."""
+
+from pathlib import Path
+
+from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.training import disks
+
+FILES = {name: {"bytes": 1, "xxh3_128": "", "host": f"host-{name[-1]}"} for name in ("part-a", "part-b", "part-c")}
+
+
+def copy(*good: str, manifest: str = "one", **problems: str) -> "disks._Copy":
+    """What a disk has."""
+    checkpoint = Checkpoint(Path("step-00000003"), 3, 12, 5, 3, 3, "fp32", {}, FILES, None)
+    return disks._Copy(
+        checkpoint, manifest, frozenset(good), {name.replace("_", "-"): it for name, it in problems.items()}
+    )
+
+
+def test_parts_that_make_a_whole_do() -> None:
+    copies = [copy("part-a"), None, copy("part-b"), copy("part-b", "part-c")]
+    assert disks._choose(copies) == (copies[0], [])
+
+
+def test_a_damaged_part_is_taken_from_another_disk_or_named() -> None:
+    damaged = copy("part-a", "part-c", part_b="part-b: its bytes are not those that were written")
+    assert disks._choose([damaged, copy("part-b")])[0] is damaged
+    assert disks._choose([damaged]) == (None, ["part-b: its bytes are not those that were written"])
+
+
+def test_the_host_of_a_missing_part_is_named() -> None:
+    chosen, problems = disks._choose([copy("part-a"), copy("part-c")])
+    assert chosen is None
+    assert problems == ["1 files that host-b wrote are on none of these hosts, such as part-b"]
+
+
+def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
+    chosen, problems = disks._choose([copy("part-a", "part-b"), copy("part-c", manifest="another")])
+    assert chosen is None and len(problems) == 3
+    whole = copy("part-a", "part-b", "part-c", manifest="another")
+    assert disks._choose([copy("part-a"), copy("part-b"), whole])[0] is whole
+
+
+def test_a_disk_without_any_manifest_has_nothing() -> None:
+    assert disks._choose([None, None]) == (None, ["its manifest is missing"])
