@@ -6,8 +6,9 @@ Python's standard library when left out. --model-only leaves the hosts out.
 
 Each host is a set of namespaces on this machine, joined by virtual cables whose speed `tc` limits to --link Mb/s, and
 may use the same share of the machine's cores (a control group), so that three compute no slower than one. Ranks
-train in bf16, one a host. What each host has sent is read from its network interface; a step with more than one host
-should take what it takes on one, plus what the model says is sent, divided by the speed of the link.
+train in bf16, one a host. What each host has sent is read from its network interface. With a limit, a step should take
+what it takes without, and besides what the model says is sent, divided by the speed of the link: gloo on a CPU core
+overlaps nothing.
 """
 
 import argparse
@@ -179,20 +180,22 @@ def measure_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
     print("stage  hosts  link Mb/s  tokens/s  of one host's  sent a step  model  predicted tokens/s", flush=True)
     with make_hosts(work / "hosts") as hosts, equal_shares(hosts) as cores:
         for stage in options.stages:
-            alone = measure(hosts, shards, stage, 1, None, options.steps)
+            unlimited: dict[int, Measured] = {}
             for count, mbits in ((1, None), *((count, mbits) for count in (2, 3) for mbits in (None, options.link))):
-                found = alone if count == 1 else measure(hosts, shards, stage, count, mbits, options.steps)
+                found = measure(hosts, shards, stage, count, mbits, options.steps)
+                if mbits is None:
+                    unlimited[count] = found
                 sent = traffic(model, stage, ACCUMULATION)
                 row = {
                     **asdict(found),
                     "cores_per_host": cores,
                     "tokens_per_second": found.tokens_per_second,
-                    "scaling": found.tokens_per_second / count / alone.tokens_per_second,
+                    "scaling": found.tokens_per_second / count / unlimited[1].tokens_per_second,
                     "model_sent_bytes": sent.link_bytes(count),
                     "model_tokens_per_second": None,
                 }
                 if mbits is not None:
-                    seconds = alone.step_seconds + sent.link_bytes(count) * 8 / mbits / 1e6
+                    seconds = unlimited[count].step_seconds + sent.link_bytes(count) * 8 / mbits / 1e6
                     row["model_tokens_per_second"] = count * tokens_per_host() / seconds
                 rows.append(row)
                 predicted = row["model_tokens_per_second"]

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 rows = json.load(sys.stdin)["projected"]
 stages = sorted({row["stage"] for row in rows})
-figure, axes = plt.subplots(1, len(stages), figsize=(10, 3.2), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, len(stages), figsize=(10, 3.5), sharey=True, layout="constrained")
 for stage, axis in zip(stages, axes, strict=True):
     for number, gbits in enumerate(sorted({row["host_gbits"] for row in rows})):
         of_link = [row for row in rows if (row["stage"], row["host_gbits"]) == (stage, gbits)]
@@ -24,5 +24,5 @@ for stage, axis in zip(stages, axes, strict=True):
     axis.minorticks_off()
     axis.grid(alpha=0.3)
 axes[0].set_ylabel("share of a step that computes")
-axes[0].legend(loc="lower left", fontsize="small")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 figure.savefig(sys.argv[1], metadata={"Date": None})
