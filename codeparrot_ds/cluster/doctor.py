@@ -131,8 +131,8 @@ class Expected:
     ops: Sequence[str] = ()
     disk_bytes: Mapping[str, int] = field(default_factory=dict)
     token: bool = False
-    shared_disk: bool = True
     cpu: bool = False
+    shared_disk: bool = True
 
 
 def examine(
@@ -180,7 +180,7 @@ def examine(
                 answers = list(pool.map(lambda each: each.ask("facts", wanted, _FACTS_SECONDS), probes))
             here = probe.facts(wanted)
             shared_disk = recipe is None or recipe.checkpoints.shared_disk
-            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, shared_disk, cpu)
+            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, cpu, shared_disk)
             report = Report([judge(each.host, answer, expected) for each, answer in zip(probes, answers, strict=True)])
             alive = [each for each, answer in zip(probes, answers, strict=True) if "error" not in answer]
             _measure_links(report, alive)

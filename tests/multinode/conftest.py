@@ -79,6 +79,8 @@ class RealHosts:
     def processes(self, host: int) -> list[psutil.Process]:
         """All that runs on a host but its first process, its sshd, and what is about to be reaped."""
         found = []
+        if not psutil.pid_exists(self.first_processes[host]):  # its end was that of all others
+            return []
         for process in psutil.Process(self.first_processes[host]).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.name() not in ("sshd", "sleep") and process.status() != psutil.STATUS_ZOMBIE:

@@ -33,9 +33,9 @@ HERE: dict[str, Any] = {
 }
 
 
-def row(cpu: bool = False, **facts: Any) -> Any:
+def row(cpu: bool = False, shared_disk: bool = True, **facts: Any) -> Any:
     """The row of a host that differs from this machine in `facts`."""
-    expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu)
+    expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu, shared_disk)
     return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
 
 
@@ -77,6 +77,8 @@ def test_what_is_no_fault_stays_green() -> None:
     assert row(compiler=None, ops={"cpu_adam": True}).red == {}  # built already
     assert row(cpu=True, gpus=[], packages=HERE["packages"]).red.keys() <= {"software"}  # no driver there
     assert row(skew_seconds=1.9).red == {}
+    own = row(shared_disk=False, sees=False)
+    assert (own.red, own.cells["shared"]) == ({}, "own disk")
 
 
 def test_a_host_that_cannot_be_asked_has_one_red_cell() -> None:
