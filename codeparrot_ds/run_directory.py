@@ -164,6 +164,11 @@ class RunDirectory:
         """Where that checkpoint is before it is whole."""
         return self.checkpoints / f"step-{step:08d}.tmp"
 
+    def prepared_steps(self) -> set[int]:
+        """Steps whose checkpoint has its manifest, and not yet its name."""
+        found = [path for path in self.checkpoints.glob("step-*.tmp") if (path / MANIFEST).is_file()]
+        return {int(match[1]) for path in found if (match := _STEP_DIRECTORY.fullmatch(path.stem))}
+
     def publish(self, step: int) -> None:
         """Give the checkpoint after `step` steps its name, when all its files and its manifest are on disk."""
         final = self.checkpoint(step)
@@ -283,8 +288,11 @@ class Checkpoint:
                 return f"{name} is missing" + (f": {expected['host']} wrote it" if "host" in expected else "")
             if (size := file.stat().st_size) != expected["bytes"]:
                 return f"{name}: {size:,} bytes, the manifest says {expected['bytes']:,}"
-            if (to_digest is None or name in to_digest) and digest_file(file) != expected["xxh3_128"]:
-                return f"{name}: its bytes are not those that were written (digests differ)"
+            try:
+                if (to_digest is None or name in to_digest) and digest_file(file) != expected["xxh3_128"]:
+                    return f"{name}: its bytes are not those that were written (digests differ)"
+            except OSError as error:
+                return f"{name}: cannot be read ({error.strerror})"
             return None
 
         names = list(names)

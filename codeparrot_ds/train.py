@@ -274,8 +274,8 @@ def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
     resume_from = find_resume_point(plan.run, ranks)
     failure = None
     if resume_from is not None:
-        check_identity(resume_from, plan.recipe.identity(plan.data.digest))
         try:
+            check_identity(resume_from, plan.recipe.identity(plan.data.digest))
             if ranks.sees_to_disk:
                 check_pickles(resume_from)
         except UserError as error:
@@ -341,8 +341,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
         watchdog=watchdog,
         stop_requests=stop_requests,
         offload=offload_device(ds_config),
-        # Rank 0's host may be another than before: what was left out later is at the end of the list.
-        left_out=max(ranks.gather(run.left_out() if ranks.sees_to_disk else []), key=len),
+        left_out=_left_out(run, ranks),
         on_published=export.start if export is not None else None,
     )
     if resume_from is not None:
@@ -378,6 +377,16 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
     return finished
 
 
+def _left_out(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
+    """What no rank is to train on, which every disk knows then. All ranks must call."""
+    mine = run.left_out() if ranks.sees_to_disk else []
+    # Rank 0's host may be another than before. The list only grows.
+    longest: list[tuple[int, int]] = max(ranks.gather(mine), key=len)
+    if ranks.sees_to_disk and mine != longest:
+        write_json(run.left_out_file, longest)
+    return longest
+
+
 def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None:
     """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
     recipe, zero_stage = plan.recipe, plan.ds_config["zero_optimization"]["stage"]
@@ -394,8 +403,11 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
             on_nvme = swap if offload_device(plan.ds_config) == "nvme" else None
             moved = on_nvme is not None and on_nvme.stat().st_dev == plan.run.path.stat().st_dev
             missing = to_come - 1 if moved else to_come
-        # fp32 weights and two fp32 moments, below stage 3 the weights that are computed with, and some room
-        bytes_each = parameters * (13 if zero_stage == 3 else 17) * writers // ranks.world_size
+        # fp32 weights and two fp32 moments, of each rank's part, and some room; of rank 0 alone the weights that are
+        # computed with below stage 3, and all at stage 0
+        share = parameters * writers // ranks.world_size
+        bytes_each = 13 * (share if zero_stage else parameters * ranks.shares_disk(0))
+        bytes_each += 4 * parameters * (zero_stage < 3 and ranks.shares_disk(0))
         needs.append((plan.run.path, missing * bytes_each, f"{missing} more checkpoints"))
         if recipe.export.every_steps is not None:
             exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)

@@ -162,8 +162,8 @@ def examine(
         ops += required_ops(ds_config)
         parameters = recipe.model.parameters
         share = -(-parameters * max(slots.values()) // sum(slots.values()))
-        written = parameters if recipe.checkpoints.shared_disk else share
-        needs = {"runs": 2 * 17 * written, "swap": share * swap_bytes_per_parameter(ds_config)}
+        written = 13 * (parameters if recipe.checkpoints.shared_disk else share) + 4 * parameters
+        needs = {"runs": 2 * written, "swap": share * swap_bytes_per_parameter(ds_config)}
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
         wanted["runs"] = str(recipe.run_directory.resolve())
         wanted["swap"] = str(recipe.swap_directory) if recipe.swap_directory else None

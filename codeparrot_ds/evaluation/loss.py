@@ -1,5 +1,6 @@
 """Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,11 @@ class ValidationLoss:
     @classmethod
     def merge(cls, parts: Sequence["ValidationLoss"]) -> "ValidationLoss":
         """The loss over all slices of the same sequences. Raises DataError for those of different ones."""
-        unigram = {part.loss_unigram for part in parts}
-        if len(unigram) != 1:
+        unigram_loss = parts[0].loss_unigram
+        if not all(math.isclose(part.loss_unigram, unigram_loss, rel_tol=1e-9) for part in parts):
             raise DataError("the hosts have evaluated different sequences: put the same shards at the same path.")
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss_valid * part.tokens for part in parts) / tokens
-        unigram_loss = unigram.pop()
         sequences = sum(part.sequences for part in parts)
         return cls(loss, perplexity(loss), unigram_loss, perplexity(unigram_loss), sequences, tokens)
 

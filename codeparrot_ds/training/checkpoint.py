@@ -119,6 +119,9 @@ class Saving:
         _raise_first(self.ranks.gather(failure))  # no disk has it under its name before all have the manifest
         if self.ranks.sees_to_disk:
             self.run.publish(self.checkpoint.step)
+        if self.ranks.on_many_disks:  # no disk removes its part of an old one before all have this one
+            self.ranks.gather(None)
+        if self.ranks.sees_to_disk:
             # DeepSpeed's own converters: they load pickles, and nothing here runs them.
             for script in self.run.checkpoints.glob("zero_to_*.py"):
                 script.unlink()
@@ -193,7 +196,7 @@ def _prepare(checkpoint: Checkpoint, unfinished: Path, here: Collection[str]) ->
             )
         )
     checkpoint.write(unfinished)
-    for directory in (*filter(Path.is_dir, unfinished.rglob("*")), unfinished):
+    for directory in (*filter(Path.is_dir, unfinished.rglob("*")), unfinished, unfinished.parent):
         flush_to_disk(directory)
 
 

@@ -7,18 +7,21 @@ hold all its files between them; what a rank needs and its own disk lacks is the
 """
 
 import contextlib
+import math
 import shutil
+import socket
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
 
-from codeparrot_ds.errors import CheckpointError, list_problems
-from codeparrot_ds.files import MANIFEST, digest_file, flush_to_disk
+from codeparrot_ds.errors import CheckpointError, ConfigError, list_problems
+from codeparrot_ds.files import MANIFEST, digest_file, flush_to_disk, require_free_space
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
@@ -55,26 +58,33 @@ class _Copy:
         return None
 
 
-def find_resume_point(run: RunDirectory, ranks: Ranks) -> Checkpoint | None:
+def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.inf) -> Checkpoint | None:
     """The newest checkpoint that is whole on all disks together, or None when no disk has any. All ranks must call.
 
-    Newer ones are reported and passed over, and set aside on every disk so that retention never counts them. Raises
-    CheckpointError when there are some and none is whole.
+    Newer ones are reported and passed over, and set aside on every disk so that retention never counts them. Only those
+    of up to `last_step` steps are looked at. Raises CheckpointError when there are some and none is whole.
     """
     looks, passed_over = ranks.sees_to_disk, dict[int, list[str]]()
-    for step in sorted(set().union(*ranks.gather(_steps(run) if looks else set())), reverse=True):
+    here = ({step_of(path) for path in run.checkpoint_directories(whole=False)}, run.prepared_steps())
+    named, prepared = (set[int]().union(*sets) for sets in zip(*ranks.gather(here), strict=True))
+    for step in sorted((step for step in named | prepared if step <= last_step), reverse=True):
         copies: list[_Copy | None] = ranks.gather(_Copy.look(run, step) if looks else None)
         chosen, problems = _choose(copies)
         if chosen is None:
-            passed_over[step] = problems
-            if ranks.rank == 0:
-                log.warning("%s", list_problems(str(run.checkpoint(step)), problems))
+            if step in named:  # else its saving was never finished anywhere
+                passed_over[step] = problems
+                if ranks.rank == 0:
+                    log.warning("%s", list_problems(str(run.checkpoint(step)), problems))
             continue
+        failure = None
         if looks:
-            for passed in passed_over:
-                run.set_aside(run.checkpoint(passed))
-            _complete(run, chosen, copies[ranks.rank])
-        ranks.gather(None)
+            try:
+                for passed in passed_over:
+                    run.set_aside(run.checkpoint(passed))
+                _complete(run, chosen, copies[ranks.rank])
+            except OSError as error:
+                failure = f"{error.filename or run.checkpoints}: {error.strerror}"
+        _agree(ranks, failure)
         return Checkpoint.read(run.checkpoint(step))
     if passed_over:
         raise CheckpointError(
@@ -86,13 +96,6 @@ def find_resume_point(run: RunDirectory, ranks: Ranks) -> Checkpoint | None:
             )
         )
     return None
-
-
-def _steps(run: RunDirectory) -> set[int]:
-    """Steps of which this disk has a manifest."""
-    unfinished = [path.with_suffix("") for path in run.checkpoints.glob("step-*.tmp") if (path / MANIFEST).is_file()]
-    named = [path for path in unfinished if path == run.checkpoint(step_of(path))]
-    return {step_of(path) for path in (*named, *run.checkpoint_directories(whole=False))}
 
 
 def _choose(copies: Sequence[_Copy | None]) -> tuple[_Copy | None, list[str]]:
@@ -145,14 +148,28 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
     there = {name for name in checkpoint.files if (checkpoint.path / name).is_file()}
     everyone = ranks.gather((there, set(needed) - there))
     failure = None
+    lacking_here = set().union(*(lacking for rank, (_, lacking) in enumerate(everyone) if ranks.shares_disk(rank)))
+    try:
+        needed_bytes = sum(checkpoint.files[name]["bytes"] for name in lacking_here)
+        require_free_space(checkpoint.path, needed_bytes, "what other hosts have of this checkpoint")
+    except ConfigError as error:
+        failure = str(error)
+    _agree(ranks, failure)
     if ranks.sees_to_disk:
-        lacking_here = set().union(*(lacking for rank, (_, lacking) in enumerate(everyone) if ranks.shares_disk(rank)))
         for name in sorted(set().union(*(lacking for _, lacking in everyone))):
-            source = next(rank for rank in sorted(set(ranks.disk_of)) if name in everyone[rank][0])
-            failure = _transfer(checkpoint, name, source, ranks, name in lacking_here) or failure
-    failures = list(filter(None, ranks.gather(failure)))
+            sources = [rank for rank in sorted(set(ranks.disk_of)) if name in everyone[rank][0]]
+            if sources:
+                failure = _transfer(checkpoint, name, sources[0], ranks, name in lacking_here) or failure
+            else:
+                failure = f"{checkpoint.path / name}: is gone from all disks since it was looked at"
+    _agree(ranks, failure)
+
+
+def _agree(ranks: Ranks, failure: str | None) -> None:
+    """Raise CheckpointError on all ranks when one has failed."""
+    failures = [f"host {host}: {text}" for host, text in ranks.gather((socket.gethostname(), failure)) if text]
     if failures:
-        raise CheckpointError(failures[0])
+        raise CheckpointError("; ".join(failures))
 
 
 def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, wanted: bool) -> str | None:
@@ -162,30 +179,36 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
     """
     path, entry = checkpoint.path / name, checkpoint.files[name]
     beside, digest, failure = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), None
-    with contextlib.ExitStack() as stack:
-        file = None
-        try:
-            if wanted:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            if wanted or source == ranks.rank:
-                file = stack.enter_context(beside.open("wb") if wanted else path.open("rb"))
-        except OSError as error:
-            failure = f"{path}: {error.strerror}"
-        for start in range(0, entry["bytes"], _PIECE_BYTES):
-            piece = np.zeros(min(_PIECE_BYTES, entry["bytes"] - start), dtype=np.uint8)
-            if source == ranks.rank and file is not None:
-                with contextlib.suppress(OSError):  # what arrives is then not what was written, and is refused
-                    file.readinto(piece.data)
-            dist.broadcast(torch.from_numpy(piece), source, group=ranks.disks)
-            if wanted and failure is None and file is not None:
-                digest.update(piece.data)
-                try:
-                    file.write(piece.data)
-                except OSError as error:
-                    failure = f"{path}: {error.strerror}"
-    if wanted and failure is None:
-        if digest.hexdigest() != entry["xxh3_128"]:
-            return f"{path}: did not arrive as it was written. Run the same command again."
-        flush_to_disk(beside)
-        beside.rename(path)
+    file: Any = None
+    with contextlib.suppress(OSError):  # a file that was not read does not arrive as it was written, and is refused
+        if wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = beside.open("wb", buffering=0)
+        elif source == ranks.rank:
+            file = path.open("rb", buffering=0)
+    for start in range(0, entry["bytes"], _PIECE_BYTES):
+        piece = np.zeros(min(_PIECE_BYTES, entry["bytes"] - start), dtype=np.uint8)
+        if source == ranks.rank and file is not None:
+            with contextlib.suppress(OSError):
+                file.readinto(piece.data)
+        dist.broadcast(torch.from_numpy(piece), source, group=ranks.disks)
+        if wanted and file is not None and failure is None:
+            digest.update(piece.data)
+            try:
+                file.write(piece.data)
+            except OSError as error:
+                failure = f"{path}: {error.strerror}"
+    if file is not None:
+        file.close()
+    if not wanted:
+        return None
+    try:
+        if failure is None and (file is None or digest.hexdigest() != entry["xxh3_128"]):
+            failure = f"{path}: could not be written here, or not be read there"
+        if failure is None:
+            flush_to_disk(beside)
+            beside.rename(path)
+        beside.unlink(missing_ok=True)
+    except OSError as error:
+        failure = f"{path}: {error.strerror}"
     return failure

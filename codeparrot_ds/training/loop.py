@@ -5,12 +5,13 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from codeparrot_ds.errors import TrainingError
+from codeparrot_ds.errors import CheckpointError, TrainingError
 from codeparrot_ds.files import write_json
 from codeparrot_ds.recipe import Recipe
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
@@ -20,6 +21,7 @@ from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
+from codeparrot_ds.training import disks
 from codeparrot_ds.training.engine import forget_forward_only_trace
 from codeparrot_ds.training.guards import (
     SkippedSteps,
@@ -262,8 +264,7 @@ class Trainer:
                 "To go on, set guards.spike=go_back, which leaves them out, or guards.spike=warn."
             )
         self.publish()
-        before = [path for path in self.run.checkpoint_directories() if step_of(path) <= first]
-        chosen = self.ranks.gather(before[-1] if before else None)[0]
+        chosen = self._newest_checkpoint_up_to(first)
         self._go_backs += 1
         if chosen is None or self._go_backs > _MOST_GO_BACKS:
             why = "there is no checkpoint from before it" if chosen is None else f"it is spike {self._go_backs}"
@@ -272,7 +273,9 @@ class Trainer:
         self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
         checkpoint = Checkpoint.read(chosen)
         if self.ranks.sees_to_disk:
-            checkpoints.abandon_after(self.run, checkpoint.path)  # first: nobody is to go on from those, with the list
+            checkpoints.abandon_after(self.run, checkpoint.path)
+        self.ranks.gather(None)  # nobody is to go on from those, with the list
+        if self.ranks.sees_to_disk:
             write_json(self.run.left_out_file, self.left_out)
         if self.metrics is not None:
             self.metrics.go_back(checkpoint.step)
@@ -281,6 +284,18 @@ class Trainer:
         )
         self.load(checkpoint)
         return True
+
+    def _newest_checkpoint_up_to(self, step: int) -> Path | None:
+        """Directory of the newest checkpoint of at most `step` steps to go back to, if there is one. All ranks call."""
+        if not self.recipe.checkpoints.shared_disk:
+            try:
+                found = disks.find_resume_point(self.run, self.ranks, step)
+            except CheckpointError:
+                return None
+            return None if found is None else found.path
+        before = [path for path in self.run.checkpoint_directories() if step_of(path) <= step]
+        chosen: Path | None = self.ranks.gather(before[-1] if before else None)[0]
+        return chosen
 
     def _name_samples(self, steps: Iterable[int], reason: str) -> None:
         """List in the run directory where the samples of `steps` come from. On rank 0 alone."""

@@ -16,6 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from codeparrot_ds.errors import ClusterError
+
 _PR_SET_PDEATHSIG = 1
 LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks of a host
 
@@ -142,13 +144,20 @@ def _prepare_cpu(local_world_size: int) -> None:
 
 
 def find_disks(ranks: Ranks, directory: Path) -> Ranks:
-    """`ranks`, which know then who shares `directory` with whom. All ranks must call."""
-    token = None
+    """`ranks`, which know then who shares `directory` with whom. All ranks must call, and raise ClusterError when one
+    cannot write there."""
+    token, failure = None, None
     if ranks.local_rank == 0:
         token = directory / f".seen-by-{secrets.token_hex(8)}"  # a new name: no cache of a file server answers for it
-        token.touch()
+        try:
+            token.touch()
+        except OSError as error:
+            failure = f"host {socket.gethostname()}: {directory}: cannot write here ({error.strerror})"
     try:
-        seen = [each is not None and each.exists() for each in ranks.gather(token)]
+        tokens, failures = zip(*ranks.gather((token, failure)), strict=True)
+        if any(failures):
+            raise ClusterError("; ".join(filter(None, failures)))
+        seen = [each is not None and each.exists() for each in tokens]
         disk_of = tuple(ranks.gather(seen.index(True)))
     finally:
         if token is not None:

@@ -200,11 +200,16 @@ def unavailable(reason: str) -> NoReturn:
 
 
 def run_deepspeed(
-    real_hosts: RealHosts, recipe: Path, directory: Path, *settings: str, hosts: Sequence[int] = (0, 1)
+    real_hosts: RealHosts,
+    recipe: Path,
+    directory: Path,
+    *settings: str,
+    hosts: Sequence[int] = (0, 1),
+    slots: int = 1,
 ) -> Launched:
-    """Run `deepspeed` on the first of `hosts` for one rank on each, with its hostfile and home in `directory`."""
+    """Run `deepspeed` on the first of `hosts` for `slots` ranks on each, with hostfile and home in `directory`."""
     hostfile = directory / "hostfile"
-    hostfile.write_text("".join(f"{real_hosts.hosts[host]} slots=1\n" for host in hosts))
+    hostfile.write_text("".join(f"{real_hosts.hosts[host]} slots={slots}\n" for host in hosts))
     environment = {
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "eth0",

@@ -135,15 +135,19 @@ def test_what_a_host_took_with_it_is_named(
 ) -> None:
     tiny_recipe["checkpoints"]["shared_disk"] = False
     recipe, run = save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), RunDirectory(runs / "tiny")
-    launched = run_deepspeed(real_hosts, recipe, tmp_path, "schedule.steps=3")
+    on(real_hosts, 2, "mount", "-t", "tmpfs", "tmpfs", runs)
+    launched = run_deepspeed(real_hosts, recipe, tmp_path, "schedule.steps=3", slots=2)
     assert launched.returncode == 0, launched.output
     directory = files_on(real_hosts, 0, run.checkpoint(3))
     without = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(0, 2))
     assert without.returncode != 0
     assert f"files that {real_hosts.hosts[1]} wrote are on none of these hosts" in without.output
     assert "Traceback" not in without.output
-    # Nothing was touched: with that host they are whole again.
+    # Nothing was touched: with that host they are whole again, for half as many ranks too.
     assert files_on(real_hosts, 0, run.checkpoint(3)) == directory
+    # What was being saved when all was lost, and is nowhere whole, is not in the way.
+    on(real_hosts, 0, "cp", "-r", run.checkpoint(3), run.unfinished(5))
+    on(real_hosts, 0, "sed", "-i", 's/"step": 3/"step": 5/', run.unfinished(5) / "manifest.json")
     back = run_deepspeed(real_hosts, recipe, tmp_path)
     assert back.returncode == 0, back.output
     assert run.newest_checkpoint().step == tiny_recipe["schedule"]["steps"]

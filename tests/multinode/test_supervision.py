@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from codeparrot_ds.errors import EXIT_USER_ERROR
+from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.training.ranks import LAUNCHER
 from tests.conftest import ROOT, Trained, read_run, save_recipe, train
 from tests.faults.jobs import batches, until
 from tests.multinode.conftest import TOOLS_PATH, RealHosts
@@ -190,6 +191,30 @@ def test_when_the_supervisor_is_killed_no_rank_lives_on_anywhere(
     again = launch("headless", 2)
     assert again.end() == 0, again.output()
     assert read_run(again.directory.path).losses() == baseline.losses()
+
+
+@pytest.mark.parametrize("victim", ["launcher of the second host", "deepspeed", "terminal"])
+def test_whatever_is_lost_between_a_user_and_the_ranks_none_of_them_lives_on(
+    launch: Launch, real_hosts: RealHosts, victim: str
+) -> None:
+    job = launch("orphans", 2, "--no-doctor", "--max-restarts", "0", faults=["hold:0:4"])
+    job.wait_for("held-4")
+    ranks = [rank for host in (0, 1) for rank in real_hosts.ranks(host)]
+    assert len(ranks) == 2
+    if victim == "terminal":
+        job.supervisor().send_signal(signal.SIGHUP)
+        job.wait_to_say("SIGHUP: the job saves a checkpoint and stops")
+        (job.marks / "go-4").touch()
+    elif victim == "deepspeed":
+        (runner,) = job.supervisor().children()
+        assert "--hostfile" in runner.cmdline()
+        runner.kill()
+    else:
+        (launcher,) = [each for each in real_hosts.processes(1) if LAUNCHER in each.cmdline()]
+        launcher.kill()
+    assert until(lambda: not any(rank.is_running() for rank in ranks), 30), job.output()
+    assert job.end() == (EXIT_PREEMPTED if victim == "terminal" else EXIT_CRASHED), job.output()
+    assert not job.directory.in_use()
 
 
 def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_hosts: RealHosts) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.training import disks
 
 FILES = {name: {"bytes": 1, "xxh3_128": "", "host": f"host-{name[-1]}"} for name in ("part-a", "part-b", "part-c")}
@@ -42,3 +42,14 @@ def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
 
 def test_a_disk_without_any_manifest_has_nothing() -> None:
     assert disks._choose([None, None]) == (None, ["its manifest is missing"])
+
+
+def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
+    """A crash while an old checkpoint was removed leaves its manifest, under a name that is cleared away later."""
+    run = RunDirectory(tmp_path)
+    for name in ("step-00000003", "step-00000006.tmp", "step-00000009.removed.tmp", "step-00000012.damaged"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").touch()
+    (run.checkpoints / "step-00000015.tmp").mkdir()
+    assert run.prepared_steps() == {6}
+    assert run.checkpoint_directories() == [run.checkpoint(3)]
