@@ -218,8 +218,8 @@ def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> It
             try:
                 yield ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                for left in waiting:
-                    ray.cancel(left)
+                # No ray.cancel for the others: Ray 2.60 aborts this process when one of them ends at that moment. They
+                # end with this process's connection to the cluster.
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise ClusterError(
