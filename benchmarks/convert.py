@@ -4,8 +4,9 @@ Usage: python benchmarks/convert.py [--directory DIR] [--n-layer 36] [--n-embd 1
        python benchmarks/convert.py --run RUN      ours alone, on the newest checkpoint of a run that is there
 Needs no GPU. Without --run, two CPU ranks train a model of this size for one step (bf16, ZeRO-3 with offload to host
 memory) and save it. Then each converter makes fp32 files of it, and a copy reads and writes no more than the bytes that
-a conversion must: the files with weights, and a result. Files are dropped from the page cache before each. DeepSpeed
-writes PyTorch's pickles: for safetensors it stops at the tied embeddings.
+a conversion must: the files with weights, and a result. Files are dropped from the page cache before each, and ours and
+the copy are timed in turn, --rounds times: medians, and the range of ratios. DeepSpeed writes PyTorch's pickles: for
+safetensors it stops at the tied embeddings.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any
 
 from checkpoint import make_shards
 from measure import Measurement, measure
+
+from codeparrot_ds.files import drop_from_cache, flush_to_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -56,13 +59,11 @@ def train(directory: Path, options: argparse.Namespace) -> Path:
     return directory / "runs" / "converted"
 
 
-def drop_from_cache(directory: Path) -> None:
+def drop_all_from_cache(directory: Path) -> None:
     """Have every file below `directory` read from the disk the next time."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in filter(Path.is_file, directory.rglob("*")):
+        flush_to_disk(path)
+        drop_from_cache(path)
 
 
 def copy_seconds(read: list[Path], write_bytes: int, directory: Path) -> float:
@@ -124,10 +125,10 @@ def main() -> None:
             names = [f"ours, {dtype}", f"ours, {dtype}, run on 1 sequence"]
             taken: dict[str, list[Measurement]] = {name: [] for name in names}
             for _ in range(options.rounds):
-                drop_from_cache(newest)
+                drop_all_from_cache(newest)
                 copied.append(copy_seconds(read, needed if dtype == "float32" else needed // 2, directory))
                 for sequences, name in enumerate(names):
-                    drop_from_cache(newest)
+                    drop_all_from_cache(newest)
                     taken[name].append(measure([*command, str(sequences)], directory / "log", env=environment))
                     shutil.rmtree(output)
             for name in names:
@@ -136,7 +137,7 @@ def main() -> None:
             results[f"copy for {dtype}"] = copied
             print(f"{f'reading and writing the same, {dtype}':44}{median(copied):9.1f}", flush=True)
         if not options.run:
-            drop_from_cache(newest)
+            drop_all_from_cache(newest)
             script = [
                 sys.executable,
                 "-m",

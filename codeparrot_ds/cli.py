@@ -417,7 +417,9 @@ def convert_command(
 
     if check == (output is not None):
         raise ConfigError("name a run and the directory to make, or a converted model and --check.")
-    if hostfile is not None and not check:
+    if hostfile is not None and check:
+        raise ConfigError("--check looks at what is here alone: leave --hostfile out.")
+    if hostfile is not None:
         from codeparrot_ds.cluster.gather import gather
         from codeparrot_ds.cluster.hostfile import read_hostfile
         from codeparrot_ds.zero import source_checkpoints
@@ -509,9 +511,7 @@ def evaluate_loss(
         from codeparrot_ds.cluster.slices import run_slices
 
         words = [word for word in without_option(sys.argv[1:], "--hostfile") if word != "--json"]
-        result = ValidationLoss.merge(
-            [ValidationLoss(**json.loads(it)) for it in run_slices(hostfile, [*words, "--json"])]
-        )
+        result = ValidationLoss.merge([ValidationLoss.parse(it) for it in run_slices(hostfile, [*words, "--json"])])
     else:
         result = validation_loss(model, shards, sequences, part=Slice.parse(part) if part else None)
     rows = [

@@ -1,5 +1,6 @@
 """Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class ValidationLoss:
     perplexity_unigram: float
     sequences: int
     tokens: int
+
+    @classmethod
+    def parse(cls, output: str) -> "ValidationLoss":
+        """Of what `evaluate loss --json` printed on another host. Raises DataError."""
+        try:
+            return cls(**json.loads(output[output.rindex("{") :]))  # a host's shell may greet before it
+        except (ValueError, TypeError):
+            raise DataError(f"a host did not answer with a loss, but with {output[-200:]!r}.") from None
 
     @classmethod
     def merge(cls, parts: Sequence["ValidationLoss"]) -> "ValidationLoss":

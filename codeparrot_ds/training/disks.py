@@ -183,9 +183,9 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
     with contextlib.suppress(OSError):  # a file that was not read does not arrive as it was written, and is refused
         if wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = beside.open("wb", buffering=0)
+            file = beside.open("wb")
         elif source == ranks.rank:
-            file = path.open("rb", buffering=0)
+            file = path.open("rb")
     for start in range(0, entry["bytes"], _PIECE_BYTES):
         piece = np.zeros(min(_PIECE_BYTES, entry["bytes"] - start), dtype=np.uint8)
         if source == ranks.rank and file is not None:
@@ -198,11 +198,11 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
                 file.write(piece.data)
             except OSError as error:
                 failure = f"{path}: {error.strerror}"
-    if file is not None:
-        file.close()
-    if not wanted:
-        return None
     try:
+        if file is not None:
+            file.close()
+        if not wanted:
+            return None
         if failure is None and (file is None or digest.hexdigest() != entry["xxh3_128"]):
             failure = f"{path}: could not be written here, or not be read there"
         if failure is None:

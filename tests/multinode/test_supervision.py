@@ -108,17 +108,21 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
         real_hosts.end_commands(job.process)
 
 
+@pytest.mark.parametrize(
+    ("options", "command"), [((), "deepspeed --quiet --hostfile "), (("--launcher", "mpirun"), "$ mpirun -n 2 ")]
+)
 def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
-    launch: Launch, real_hosts: RealHosts, baseline: Trained
+    launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
 ) -> None:
     """FAULTS.md 23. Losses are those of two ranks on one host, bit for bit."""
-    job = launch("killed", 2, faults=["hold:0:4"])
+    job = launch("killed", 2, *options, faults=["hold:0:4"])
     job.wait_for("held-4")
     (victim,) = real_hosts.ranks(1)
     victim.kill()
     job.wait_to_say("was killed, or its host was lost")
     (job.marks / "go-4").touch()
     assert job.end() == 0, job.output()
+    assert job.output().count(command) == 2, job.output()
     first, second = job.attempts()
     assert (first["state"], first["host"], first["to_step"]) == ("failed", real_hosts.hosts[1], 3)
     assert first["hosts"] == second["hosts"] == list(real_hosts.hosts[:2])
@@ -133,19 +137,6 @@ def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) 
     job = launch("plain", 2, "--launcher", "ssh", "--no-doctor")
     assert job.end() == 0, job.output()
     assert "codeparrot_ds.cluster.fan_out" in job.output()
-    assert read_run(job.directory.path).losses() == baseline.losses()
-
-
-def test_mpirun_does_as_well_and_ends_with_its_ranks(launch: Launch, real_hosts: RealHosts, baseline: Trained) -> None:
-    job = launch("mpi", 2, "--launcher", "mpirun", "--no-doctor", faults=["hold:0:4"])
-    job.wait_for("held-4")
-    (victim,) = real_hosts.ranks(1)
-    victim.kill()
-    job.wait_to_say("was killed, or its host was lost")
-    (job.marks / "go-4").touch()
-    assert job.end() == 0, job.output()
-    assert "$ mpirun -n 2 " in job.output()
-    assert [each["state"] for each in job.attempts()] == ["failed", "finished"]
     assert read_run(job.directory.path).losses() == baseline.losses()
 
 
