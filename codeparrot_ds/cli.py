@@ -82,6 +82,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second from "200Gb" or "800Mb" (bits per second, as networks are named). Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])(?:b|bps|b/s|bit|bit/s)", text.strip())
+    if match is None:
+        raise ConfigError(f"network {text!r}: write it in bits per second, like 200Gb or 800Mb.")
+    return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]] / 8
+
+
 def parse_steps(text: str) -> tuple[int, int | None]:
     """(first, end) from "100:200", "100:", ":200" or ":"; no end is None. Raises ConfigError."""
     match = re.fullmatch(r"(\d*):(\d*)", text.strip())
@@ -298,6 +306,101 @@ def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None 
         "digest": manifest.digest,
     }
     _print_result(json_output, str(manifest.directory), rows, result)
+
+
+GpusOption = Annotated[int | None, typer.Option(help="How many; those of this machine by default.", min=1)]
+MfuOption = Annotated[float, typer.Option(help="Share of its peak that a GPU reaches while nothing is sent.")]
+
+
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/codeparrot-xl.yaml.")],
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots, instead of --gpus.")] = None,
+    gpus: GpusOption = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each, as its name says: 80GB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Its name, for its speed; H100 if it is not here.")] = None,
+    gpus_per_host: Annotated[int, typer.Option(min=1)] = 8,
+    host_memory: Annotated[str | None, typer.Option(help="Of each host, e.g. 1TB.")] = None,
+    interconnect: Annotated[str, typer.Option(help="Between hosts, all network cards of one together.")] = "200Gb",
+    mfu: MfuOption = 0.4,
+    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.", min=0)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take three steps here, and compare.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Memory, time, cost and disk of a run before it is started. Exits with 1 if it cannot fit."""
+    from codeparrot_ds.cluster.hostfile import read_hostfile
+    from codeparrot_ds.cluster.plan import compare_with, find_machine, make_plan, require_fit
+    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.report.plan import as_text, comparison_text
+
+    if hostfile is not None and (gpus is not None or measure):
+        raise ConfigError(
+            "--hostfile counts the GPUs, and --measure takes steps on this machine: leave one of them out."
+        )
+    slots = None if hostfile is None else list(read_hostfile(hostfile).values())
+    loaded = load_recipe(recipe, overrides or [])
+    machine = find_machine(
+        loaded,
+        sum(slots) if slots else gpus,
+        gpu=gpu,
+        gpu_memory_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+        gpus_per_host=max(slots) if slots else gpus_per_host,
+        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+        host_bytes_per_second=parse_bandwidth(interconnect),
+        mfu=mfu,
+        price_per_hour=price,
+        on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+    )
+    made = make_plan(loaded, machine)
+    result = made.to_dict()
+    if not json_output:
+        print(printable("\n".join(as_text(made))))
+    if measure and made.own.fits:
+        from codeparrot_ds.cluster.tune import run_trial
+
+        measured = run_trial(recipe, overrides or [], None, machine.cluster.gpus, 3, machine.on_cpu)
+        result["measured"] = measured
+        if not json_output:
+            print("\n".join(comparison_text(None if measured is None else compare_with(measured, made.own), measured)))
+    if json_output:
+        print(json.dumps(result, indent=2))
+    require_fit(made)
+
+
+@app.command("tune")
+def tune_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="RECIPE-tuned.yaml by default.")] = None,
+    gpus: GpusOption = None,
+    steps: Annotated[int, typer.Option(help="Of each trial; the first is not counted.", min=2)] = 4,
+    trials: Annotated[int, typer.Option(help="At most.", min=1)] = 12,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
+    from codeparrot_ds.cluster.plan import find_machine, make_plan
+    from codeparrot_ds.cluster.tune import tune, winner, write_recipe
+    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.report.plan import trial_head, trial_text
+
+    loaded = load_recipe(recipe, overrides or [])
+    plan = make_plan(loaded, find_machine(loaded, gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"))
+    done = []
+    if not json_output:
+        print(trial_head(), flush=True)
+    for trial in tune(plan, recipe, overrides or [], steps, trials):
+        done.append(trial)
+        if not json_output:
+            print(trial_text(trial), flush=True)
+    fastest = winner(done)
+    written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
+    write_recipe(recipe, overrides or [], fastest, done, written)
+    if json_output:
+        rows = [{**each.prediction.to_dict(), "measured": each.result} for each in done]
+        print(json.dumps({"recipe": str(written), "fastest": fastest.prediction.to_dict(), "trials": rows}, indent=2))
+    else:
+        print(f"{written}: {fastest.tokens_per_second:,.0f} tokens/s")
 
 
 @app.command("launch")

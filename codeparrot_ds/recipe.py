@@ -408,6 +408,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: lists every unknown key and every wrong value.
     """
     try:
+        return Recipe.model_validate(read_recipe(path, overrides))
+    except ValidationError as error:
+        raise ConfigError(list_problems(str(path), _explain(error))) from None
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe as it is written, with overrides, not validated. Raises ConfigError where it is no mapping."""
+    try:
         body = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe. Those shipped are in launch/recipes/.") from None
@@ -419,10 +427,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, batch, …).")
     for override in overrides:
         _override(body, override)
-    try:
-        return Recipe.model_validate(body)
-    except ValidationError as error:
-        raise ConfigError(list_problems(str(path), _explain(error))) from None
+    return body
 
 
 def _override(body: dict[str, Any], override: str) -> None:

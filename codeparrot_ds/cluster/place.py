@@ -11,6 +11,7 @@ from pathlib import Path
 
 from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
+from codeparrot_ds.cluster.plan import CPU_RANKS
 from codeparrot_ds.cluster.reach import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.jobs import say
@@ -18,7 +19,6 @@ from codeparrot_ds.recipe import Batch, Recipe
 from codeparrot_ds.run_directory import RunDirectory
 
 _DEEPSPEED_PORT = 29500  # its default `--master_port`
-_CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ThisMachine:
     def __init__(self, ranks: int | None, batch: Batch) -> None:
         gpus = _count_gpus()
         self._extra = {} if gpus else {"DS_ACCELERATOR": "cpu"}
-        self._ranks = ranks or (most_ranks(batch, gpus) if gpus else _CPU_RANKS)
+        self._ranks = ranks or (most_ranks(batch, gpus) if gpus else CPU_RANKS)
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs."""

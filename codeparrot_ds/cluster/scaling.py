@@ -105,7 +105,7 @@ def traffic(
     return Traffic((reductions + after_step) * whole, reductions * whole, (2 * reductions + after_step) * buckets)
 
 
-def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int, recompute: bool = False) -> StepTime:
+def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int, recomputed: float = 0.0) -> StepTime:
     """The time of a step of `tokens_per_gpu` tokens on each GPU.
 
     Args:
@@ -113,9 +113,9 @@ def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int
         sent: by ZeRO.
         cluster: where.
         tokens_per_gpu: of all micro-batches of a step.
-        recompute: the forward pass is done twice, which costs a third more and is not counted in MFU.
+        recomputed: share of the forward pass that is done twice: all of it costs a third more, not counted in MFU.
     """
-    flops = model.flops_per_token * tokens_per_gpu * (4 / 3 if recompute else 1)
+    flops = model.flops_per_token * tokens_per_gpu * (3 + recomputed) / 3
     # The slowest link decides; a ring leaves and enters each host once.
     slowest = cluster.gpu_bytes_per_second
     if cluster.hosts > 1:

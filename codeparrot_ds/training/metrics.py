@@ -184,7 +184,11 @@ def known_peak_flops(device: "torch.device", precision: str) -> float | None:
         return None
     import torch
 
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Peak FLOP/s in half precision of the GPU with this name, as its driver tells it; None where it is not known."""
     return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
 
 

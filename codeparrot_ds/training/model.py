@@ -142,6 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_gradient.addmm_(rounded.T, part)
             else:
                 weight_gradient += rounded.T @ part
+            del log_probabilities, gradient, rounded  # or they would stay while the next chunk's are made
         if hidden_gradient is not None:
             ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.tokens, ctx.weight_type = len(hidden), weight.dtype

@@ -39,6 +39,6 @@ def test_compute_follows_mfu_and_recomputing_costs_a_third() -> None:
     cluster = Cluster(1, 1.0, gpu_flops=1e15, mfu=0.5)
     plain = step_time(XL, Traffic(0, 0, 0), cluster, 1024).compute_seconds
     assert plain == pytest.approx(1024 * XL.flops_per_token / 0.5e15)
-    assert step_time(XL, Traffic(0, 0, 0), cluster, 1024, recompute=True).compute_seconds == pytest.approx(
+    assert step_time(XL, Traffic(0, 0, 0), cluster, 1024, recomputed=1.0).compute_seconds == pytest.approx(
         plain * 4 / 3
     )

@@ -1,0 +1,177 @@
+"""A few optimizer steps of a recipe on random token ids, for their time and memory: what every rank of a trial runs.
+
+`deepspeed --module codeparrot_ds.trial RECIPE --output FILE.json [--steps N] [--set key=value …]`
+
+The steps are those of training: same model, engine and `Trainer.train_step`. There are no shards and no run directory,
+so that a configuration can be tried before any data are there.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
+from codeparrot_ds.files import write_json
+from codeparrot_ds.lifeline import Lifeline
+from codeparrot_ds.recipe import Recipe, load_recipe
+from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.shards.order import Order
+from codeparrot_ds.training.engine import check_compiler, check_precision, load_ds_config, resolve
+
+EXIT_OUT_OF_MEMORY = 3
+_SEQUENCES = 1 << 20
+
+
+class RandomSequences:
+    """Sequences of uniformly random ids, each a function of its number."""
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self._vocab_size, self._seq_len = vocab_size, seq_len
+
+    def batch(self, numbers: np.ndarray) -> np.ndarray:
+        """Sequences `numbers`, [n], as [n, seq_len + 1] int64."""
+        rows = [np.random.default_rng(int(i)).integers(self._vocab_size, size=self._seq_len + 1) for i in numbers]
+        return np.stack(rows)
+
+
+class RandomDataset:
+    """Stands where training has its shards."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.train = self.valid = RandomSequences(recipe.model.vocab_size, recipe.model.seq_len)
+
+    def order(self, seed: int) -> Order:
+        """That of a million sequences."""
+        return Order(_SEQUENCES, seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of every rank; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="codeparrot_ds.trial", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True, help="JSON, by rank 0")
+    parser.add_argument("--trace", type=Path, help="where rank 0 puts a table of where the last step's time goes")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
+    options = parser.parse_args(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.set)
+        result = run(recipe, options.steps, options.trace)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return EXIT_OUT_OF_MEMORY
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(options.output, result)
+    return 0
+
+
+def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]:
+    """Take `steps` optimizer steps. Returns what they took, the most over ranks. All ranks must call.
+
+    `between_steps_bytes` is what tensors hold after the last, `peak_bytes` the most in any step but the first,
+    `first_peak_bytes` the most until then; on a GPU `reserved_bytes` is what PyTorch has taken of it. `step_seconds`
+    are those of each step.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
+    check_compiler(ds_config)
+
+    from codeparrot_ds.training import ranks as rank_module
+
+    rank_module.die_with_launcher()
+    ranks = rank_module.join()
+    check_precision(recipe.engine.precision)
+    import torch
+
+    from codeparrot_ds.training.engine import build_engine
+    from codeparrot_ds.training.guards import StopRequests, Watchdog
+    from codeparrot_ds.training.loop import Trainer
+    from codeparrot_ds.training.memory import device_memory
+    from codeparrot_ds.training.model import build_model
+
+    memory = device_memory(ranks.device)
+    network = build_model(recipe.model, 0, recipe.seed, ds_config, loss_chunk_tokens=recipe.engine.loss_chunk_tokens)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    engine = build_engine(network, recipe, ds_config)
+    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+        run_directory = RunDirectory(Path(directory))
+        trainer = Trainer(
+            recipe=recipe,
+            ranks=ranks,
+            engine=engine,
+            data=RandomDataset(recipe),  # type: ignore[arg-type]
+            parameters=parameters,
+            run=run_directory,
+            metrics=None,
+            watchdog=Watchdog(None, nowhere, lambda message: None),
+            stop_requests=StopRequests(run_directory.stop_file, ranks, Lifeline(None, ranks.rank)),
+        )
+        seconds, losses, first_peak = [], [], 0
+        for number in range(steps):
+            if trace is not None and number == steps - 1:
+                _trace_step(trainer, trace if ranks.rank == 0 else None)
+            else:
+                memory.synchronize()
+                started = time.perf_counter()
+                step = trainer.train_step()
+                memory.synchronize()
+                seconds.append(time.perf_counter() - started)
+                losses.append(float(step.loss))
+            trainer.stop_requests.finish_exchange()
+            trainer.step += 1
+            if number == 0:
+                first_peak = memory.peak_bytes
+                memory.reset_peak()
+    most = [memory.held_bytes, memory.peak_bytes, first_peak, memory.reserved_bytes, memory.total_bytes]
+    held, peak, first_peak, reserved, total = ranks.begin_max(most)()
+    rank_module.leave()
+    return {
+        "parameters": parameters,
+        "world_size": ranks.world_size,
+        "device": memory.name,
+        "torch": torch.__version__,
+        "between_steps_bytes": held,
+        "peak_bytes": peak,
+        "first_peak_bytes": first_peak,
+        "reserved_bytes": reserved,
+        "total_bytes": total,
+        "step_seconds": seconds,
+        "losses": losses,
+        "tokens_per_step": recipe.batch.global_batch_size * recipe.model.seq_len,
+    }
+
+
+def _trace_step(trainer: Any, path: Path | None) -> None:
+    """Take a step under PyTorch's profiler, and write which operators took its time, the slowest first."""
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        trainer.train_step()
+    if path is not None:
+        key = "self_device_time_total" if trainer.ranks.device.type == "cuda" else "self_cpu_time_total"
+        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:40]
+        path.write_text(
+            json.dumps([{"operator": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows])
+        )
+
+
+if __name__ == "__main__":
+    from codeparrot_ds.train import end
+
+    end(main())
