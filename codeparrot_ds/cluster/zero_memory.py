@@ -334,7 +334,6 @@ class _Stage1(_Bucketed):
         if not self._kept:
             self.ledger.take("gradients in fp32", 4 * self.partition)
             self._kept = True
-        self.ledger.pass_through("communication", 4 * self.in_bucket)
 
     def end_backward(self) -> None:
         if self.last:
@@ -350,28 +349,37 @@ class _Stage1(_Bucketed):
 class _Stage2(_Bucketed):
     """Gradients are partitioned as they come, and accumulated in fp32."""
 
+    _kept = False  # this rank's part of the micro-batch's gradients, or of all
+
     def resident(self) -> None:
         self.ledger.take("weights", self.layout.item * sum(self.whole))
         self.ledger.take("optimizer", 12 * self.partition)
 
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
+        self._kept = not first and self.layout.item == 2
         self.ledger.take("communication", self.layout.item * self.double_buffer)
 
     def gradient(self, tensor: Tensor) -> None:
         self.put(tensor, "gradients", self.layout.item)
 
     def reduce(self) -> None:
-        if not self.ledger.held.get("gradients in fp32"):
+        if not self._kept:  # in fp32, those of a micro-batch are added to the others when all of them are there
             self.ledger.take("gradients in fp32", 4 * self.partition)
-        self.ledger.pass_through("communication", self.layout.item * self.in_bucket)
+            self._kept = True
+        if self.layout.item == 2:  # cut into pieces for this rank's gradients in fp32, and put together again
+            self.ledger.pass_through("communication", self.layout.item * self.in_bucket)
 
     def end_backward(self) -> None:
         self.empty("gradients", self.layout.item)
         self.ledger.give("communication", self.layout.item * self.double_buffer)
+        if not self.first and self.layout.item == 4:
+            self.ledger.give("gradients in fp32", 4 * self.partition)
 
     def step(self) -> None:
         self.take_norm()
+        if self.layout.item == 4:  # put together
+            self.ledger.pass_through("gradients in fp32", 4 * self.partition)
         self.ledger.give("gradients in fp32", 4 * self.partition)
         self.gather_weights()
 

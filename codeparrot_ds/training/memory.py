@@ -71,21 +71,25 @@ class HostMemory(DeviceMemory):
 
     @property
     def held_bytes(self) -> int:
+        """By tensors, now."""
         return int(self._library.held_bytes())
 
     @property
     def peak_bytes(self) -> int:
+        """By tensors, the most since `reset_peak`."""
         return int(self._library.peak_bytes())
 
     @property
     def reserved_bytes(self) -> int:
+        """The same: nothing is taken in advance."""
         return self.peak_bytes
 
     def reset_peak(self) -> None:
+        """Begin to look for the most anew."""
         self._library.reset_peak()
 
     def synchronize(self) -> None:
-        pass
+        """Nothing runs behind the back of a CPU rank."""
 
 
 def device_memory(device: torch.device) -> DeviceMemory:

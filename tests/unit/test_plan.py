@@ -1,0 +1,219 @@
+"""What a plan says without a single step: arithmetic, advice, refusals, and what a user gets to read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.cli import parse_bandwidth
+from codeparrot_ds.cluster.footprint import footprint
+from codeparrot_ds.cluster.plan import Plan, changes, find_machine, local_gpus, make_plan, require_fit
+from codeparrot_ds.cluster.tune import Trial, candidates, tune, winner
+from codeparrot_ds.cluster.zero_memory import Layout
+from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.training.engine import load_ds_config, resolve
+from tests.conftest import ROOT
+
+XL = ROOT / "launch" / "recipes" / "codeparrot-xl.yaml"
+
+
+def layout(stage: int, world_size: int = 1, *overrides: str) -> Layout:
+    """Of codeparrot-xl."""
+    recipe = load_recipe(XL, [f"engine.deepspeed={ROOT}/ds_configs/zero{stage}.json", *overrides])
+    return Layout.of(recipe, resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size))
+
+
+def plan(memory: float, gpus: int = 1, *overrides: str, **machine: Any) -> Plan:
+    """Of codeparrot-xl on GPUs with so many GB."""
+    recipe = load_recipe(XL, [f"engine.deepspeed={ROOT}/ds_configs/zero3.json", *overrides])
+    return make_plan(recipe, find_machine(recipe, gpus, gpu_memory_bytes=int(memory * 1e9), **machine))
+
+
+def test_states_are_those_of_the_zero_paper_and_of_deepspeed_beside() -> None:
+    """ZeRO (Rajbhandari et al., 2020), section 3.1: 2 bytes a parameter for weights, 12 for AdamW in mixed precision.
+    DeepSpeed keeps gradients in fp32, whole at stage 1."""
+    parameters = layout(1).model.parameters
+    for ranks in (1, 16):
+        bytes_each = {
+            stage: sum(footprint(layout(stage, ranks)).between_steps.values()) / parameters for stage in (1, 2, 3)
+        }
+        buckets = 2 * 5e7 / parameters
+        assert bytes_each[1] == pytest.approx(2 + 4 + 12 / ranks, rel=1e-3)
+        assert bytes_each[2] == pytest.approx(2 + 12 / ranks, rel=1e-3)
+        assert bytes_each[3] == pytest.approx((2 + 4 + 12) / ranks + buckets, rel=3e-3)
+
+
+def test_recomputing_saves_activations_and_a_larger_micro_batch_takes_them() -> None:
+    def peak(recompute: str, micro: int) -> int:
+        settings = (f"model.activation_checkpointing={recompute}", f"batch.micro_batch_size={micro}")
+        return footprint(layout(2, 8, *settings)).peak_bytes
+
+    for micro in (4, 8):
+        assert peak("none", micro) > peak("selective", micro) > peak("full", micro)
+    # 16 numbers of 2 bytes for each token and unit of width, in each of 48 blocks.
+    assert peak("none", 8) - peak("none", 4) == pytest.approx(48 * 16 * 2 * 4 * 1024 * 1600, rel=0.05)
+
+
+def test_what_fits_is_advised_by_speed_and_never_what_does_not() -> None:
+    made = plan(80, gpus=8)
+    advised = made.advised
+    assert advised is not None and advised.fits
+    assert (advised.layout.stage, advised.choice.recompute) == (1, "none")
+    assert advised.choice.micro_batch_size >= 8
+    assert all(each.time.in_turn >= advised.time.in_turn * 0.995 for each in made.others if each.fits)
+    small = plan(12, gpus=8).advised
+    assert small is not None and small.memory.peak_bytes <= 12e9
+
+
+def test_a_refusal_names_the_smallest_change() -> None:
+    made = plan(80, 1, "model.activation_checkpointing=none", "batch.micro_batch_size=32")
+    with pytest.raises(
+        ConfigError, match=r"does not fit: a GPU would hold 1\d\d\.\d+ GB in the forward .* of 80.00 GB"
+    ) as found:
+        require_fit(made)
+    change = made.smallest_change
+    assert change is not None and change.fits
+    (only,) = changes(made.own.choice, change.choice)
+    assert f"--set {only} " in str(found.value)
+    require_fit(plan(80, 1))
+
+
+def test_a_refusal_without_any_way_says_what_the_least_is_and_how_many_gpus_would_do() -> None:
+    with pytest.raises(ConfigError, match=r"No other stage.* the least is \d\.\d+ GB") as found:
+        require_fit(plan(2.5, 1))
+    assert "It would fit on" not in str(found.value)
+    alone = ROOT / "ds_configs" / "zero3.json"
+    made = plan(20, 1, "batch.micro_batch_size=1")
+    only_own = Plan(made.recipe, made.machine, made.own, [])
+    assert made.own.choice.deepspeed == alone
+    with pytest.raises(ConfigError, match=r"It would fit on 2 of these GPUs"):
+        require_fit(only_own)
+
+
+def test_offload_moves_states_to_the_host_and_is_advised_only_where_nothing_else_fits() -> None:
+    made = plan(20, 1)
+    assert made.advised is not None and made.advised.offloads
+    parameters = made.recipe.model.parameters
+    # Weights, optimizer, gradients that accumulate and those that the optimizer reads: 2 + 12 + 4 + 4 bytes.
+    assert made.advised.host_bytes["offloaded"] == pytest.approx(22 * parameters, rel=1e-3)
+    assert not plan(80, 1).advised.offloads  # type: ignore[union-attr]
+    short = plan(20, 1, host_memory_bytes=int(30e9))
+    assert any("a host would hold" in problem for each in short.others for problem in each.too_large)
+    assert short.advised is None or not short.advised.offloads
+
+
+def test_time_and_cost_follow_mfu_and_price() -> None:
+    one, other = plan(80, 8, mfu=0.4, price_per_hour=2.0), plan(80, 8, mfu=0.2, price_per_hour=2.0)
+    assert other.own.time.compute_seconds == pytest.approx(2 * one.own.time.compute_seconds)
+    # 6 FLOPs a parameter and token, and a third more for recomputing; attention beside.
+    least = 6 * one.recipe.model.parameters * one.tokens * 4 / 3 / (0.4 * 989e12 * 8) / 3600
+    assert least < one.hours(one.own)[0] < 1.3 * least
+    assert one.to_dict()["cost"][1] == pytest.approx(one.hours(one.own)[1] * 8 * 2.0)
+
+
+def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codeparrot_ds.cluster.plan.local_gpus", list)
+    recipe = load_recipe(XL)
+    with pytest.raises(ConfigError, match="--gpus 16 --gpu-memory 80GB"):
+        find_machine(recipe)
+    with pytest.raises(ConfigError, match=r"logging\.peak_tflops"):
+        find_machine(recipe, 8, gpu="Unheard Of 3000", gpu_memory_bytes=10**10)
+    with pytest.raises(ConfigError, match="cannot be dealt evenly to 7 ranks"):
+        make_plan(recipe, find_machine(recipe, 7, gpu_memory_bytes=10**10))
+
+
+def test_gpus_of_this_machine_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert local_gpus() == [("NVIDIA H100 80GB HBM3", 81559 << 20)] * 2
+    machine = find_machine(load_recipe(XL))
+    assert machine.cluster.gpus == 2 and machine.cluster.gpu_flops == 989e12
+    assert 79e9 < machine.gpu_memory_bytes < 80e9
+
+
+def test_bandwidths_are_bits_per_second() -> None:
+    assert parse_bandwidth("200Gb") == 25e9
+    assert parse_bandwidth("800 Mbit/s") == 1e8
+    with pytest.raises(ConfigError, match="200Gb"):
+        parse_bandwidth("200GB")
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`codeparrot-ds plan`."""
+    return subprocess.run(
+        [sys.executable, "-m", "codeparrot_ds.cli", "plan", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_prints_memory_time_cost_disk_and_advice(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\nb slots=8\n")
+    done = run("launch/recipes/codeparrot-xl.yaml", "--hostfile", hosts, "--gpu-memory", "80GB", "--price", "2")
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "16 x H100 with 80.00 GB",
+        "1,529.6 M",
+        "2 hosts",
+        "checkpoints of 18.36 GB",
+        "GPU-hours",
+        "cost",
+        "advice --set",
+    ):
+        assert text in done.stdout, text
+    found = json.loads(run(XL, "--gpus", "16", "--gpu-memory", "80GB", "--json").stdout)
+    assert found["recipe"]["fits"] and len(found["all"]) > 50
+    assert sum(found["recipe"]["at_peak"].values()) == found["recipe"]["peak_bytes"]
+    refused = run(XL, "--gpus", "1", "--gpu-memory", "16GB")
+    assert refused.returncode == 1 and "does not fit" in refused.stderr and "Traceback" not in refused.stderr
+    cpu = run("launch/recipes/quickstart.yaml", DS_ACCELERATOR="cpu")
+    assert cpu.returncode == 0 and "2 x CPU ranks" in cpu.stdout and "GPU" not in cpu.stdout.replace("GPU-", "")
+
+
+def test_planning_needs_no_torch() -> None:
+    modules = "codeparrot_ds.cluster.plan, codeparrot_ds.cluster.tune, codeparrot_ds.report.plan, sys"
+    code = f"import {modules}\nprint('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def result(seconds: float) -> dict[str, Any]:
+    """Of a trial of which the first step took long."""
+    return {"step_seconds": [100.0, seconds, seconds], "tokens_per_step": 1000, "peak_bytes": 1}
+
+
+def test_tune_tries_the_largest_first_and_smaller_ones_while_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(80, 8)
+    order = candidates(made)
+    assert all(each.fits and not each.offloads for each in order)
+    seen: list[tuple[str, str, int]] = []
+
+    def trial(recipe: Path, overrides: Any, choice: Any, ranks: int, steps: int, on_cpu: bool) -> dict[str, Any] | None:
+        seen.append((choice.deepspeed.stem, choice.recompute, choice.micro_batch_size))
+        largest = len({way[:2] for way in seen}) == len(seen)  # the first of its way
+        return None if choice.recompute == "none" and largest else result(1.0 + 1.0 / choice.micro_batch_size)
+
+    monkeypatch.setattr("codeparrot_ds.cluster.tune.run_trial", trial)
+    done = list(tune(made, XL, [], steps=3, most=200))
+    ways = {(deepspeed, recompute) for deepspeed, recompute, _ in seen}
+    assert len(ways) == 9  # three stages, three recomputations
+    for way in ways:
+        sizes = [size for deepspeed, recompute, size in seen if (deepspeed, recompute) == way]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(sizes) == (
+            3 if way[1] == "none" else 2
+        )  # one slower one is enough; running out of memory is not slow
+    assert winner(done).tokens_per_second == pytest.approx(1000 / (1 + 1 / 64))
+    assert len(list(tune(made, XL, [], steps=3, most=4))) == 4
+    with pytest.raises(ClusterError, match="no trial fitted"):
+        winner([Trial(order[0], None)])
