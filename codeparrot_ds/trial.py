@@ -7,17 +7,19 @@ so that a configuration can be tried before any data are there.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from codeparrot_ds.cluster.tune import EXIT_OUT_OF_MEMORY
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 from codeparrot_ds.files import write_json
 from codeparrot_ds.lifeline import Lifeline
@@ -26,7 +28,10 @@ from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.training.engine import check_compiler, check_precision, load_ds_config, resolve
 
-EXIT_OUT_OF_MEMORY = 3
+if TYPE_CHECKING:
+    from codeparrot_ds.training.loop import Trainer
+    from codeparrot_ds.training.memory import DeviceMemory
+
 _SEQUENCES = 1 << 20
 
 
@@ -81,15 +86,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]:
-    """Take `steps` optimizer steps. Returns what they took, the most over ranks. All ranks must call.
+    """Build the engine and take `steps` optimizer steps. Returns what they took; all ranks must call.
 
     `between_steps_bytes` is what tensors hold after the last, `peak_bytes` the most in any step but the first,
-    `first_peak_bytes` the most until then; on a GPU `reserved_bytes` is what PyTorch has taken of it. `step_seconds`
-    are those of each step.
+    `first_peak_bytes` the most until then, the most over ranks each; on a GPU `reserved_bytes` is what PyTorch has
+    taken of it. `step_seconds` are those of each step.
     """
+    from codeparrot_ds.training import ranks as rank_module
+
+    with trainer_on_random_ids(recipe) as (trainer, memory):
+        first = take_steps(trainer, memory, 1)
+        found = take_steps(trainer, memory, steps - 1, trace)
+    rank_module.leave()
+    return {
+        **found,
+        "parameters": trainer.parameters,
+        "world_size": trainer.ranks.world_size,
+        "device": memory.name,
+        "total_bytes": memory.total_bytes,
+        "first_peak_bytes": first["peak_bytes"],
+        "step_seconds": [*first["step_seconds"], *found["step_seconds"]],
+        "losses": [*first["losses"], *found["losses"]],
+    }
+
+
+@contextlib.contextmanager
+def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMemory"]]:
+    """The trainer of a recipe without its data and its run directory, and the memory of its device. All ranks call."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
+    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, int(os.environ.get("WORLD_SIZE", "1")))
     check_compiler(ds_config)
 
     from codeparrot_ds.training import ranks as rank_module
@@ -97,8 +122,6 @@ def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]
     rank_module.die_with_launcher()
     ranks = rank_module.join()
     check_precision(recipe.engine.precision)
-    import torch
-
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.guards import StopRequests, Watchdog
     from codeparrot_ds.training.loop import Trainer
@@ -108,67 +131,64 @@ def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]
     memory = device_memory(ranks.device)
     network = build_model(recipe.model, 0, recipe.seed, ds_config, loss_chunk_tokens=recipe.engine.loss_chunk_tokens)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
-    engine = build_engine(network, recipe, ds_config)
     with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
         run_directory = RunDirectory(Path(directory))
-        trainer = Trainer(
-            recipe=recipe,
-            ranks=ranks,
-            engine=engine,
-            data=RandomDataset(recipe),  # type: ignore[arg-type]
-            parameters=parameters,
-            run=run_directory,
-            metrics=None,
-            watchdog=Watchdog(None, nowhere, lambda message: None),
-            stop_requests=StopRequests(run_directory.stop_file, ranks, Lifeline(None, ranks.rank)),
+        yield (
+            Trainer(
+                recipe=recipe,
+                ranks=ranks,
+                engine=build_engine(network, recipe, ds_config),
+                data=RandomDataset(recipe),  # type: ignore[arg-type]
+                parameters=parameters,
+                run=run_directory,
+                metrics=None,
+                watchdog=Watchdog(None, nowhere, lambda message: None),
+                stop_requests=StopRequests(run_directory.stop_file, ranks, Lifeline(None, ranks.rank)),
+            ),
+            memory,
         )
-        seconds, losses, first_peak = [], [], 0
-        for number in range(steps):
-            if trace is not None and number == steps - 1:
-                _trace_step(trainer, trace if ranks.rank == 0 else None)
-            else:
-                memory.synchronize()
-                started = time.perf_counter()
-                step = trainer.train_step()
-                memory.synchronize()
-                seconds.append(time.perf_counter() - started)
-                losses.append(float(step.loss))
-            trainer.stop_requests.finish_exchange()
-            trainer.step += 1
-            if number == 0:
-                first_peak = memory.peak_bytes
-                memory.reset_peak()
-    most = [memory.held_bytes, memory.peak_bytes, first_peak, memory.reserved_bytes, memory.total_bytes]
-    held, peak, first_peak, reserved, total = ranks.begin_max(most)()
-    rank_module.leave()
+
+
+def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int, trace: Path | None = None) -> dict[str, Any]:
+    """Take `steps` optimizer steps, the last under a profiler where there is a `trace` to write. All ranks call."""
+    seconds, losses = [], []
+    memory.reset_peak()
+    for number in range(steps):
+        traced = trace is not None and number == steps - 1
+        memory.synchronize()
+        started = time.perf_counter()
+        if traced:
+            _trace_step(trainer, trace if trainer.ranks.rank == 0 else None)
+        else:
+            loss = trainer.train_step().loss
+            memory.synchronize()
+            seconds.append(time.perf_counter() - started)
+            losses.append(float(loss))
+        trainer.stop_requests.finish_exchange()
+        trainer.step += 1
+    held, peak, reserved = trainer.ranks.begin_max([memory.held_bytes, memory.peak_bytes, memory.reserved_bytes])()
     return {
-        "parameters": parameters,
-        "world_size": ranks.world_size,
-        "device": memory.name,
-        "torch": torch.__version__,
         "between_steps_bytes": held,
         "peak_bytes": peak,
-        "first_peak_bytes": first_peak,
         "reserved_bytes": reserved,
-        "total_bytes": total,
         "step_seconds": seconds,
         "losses": losses,
-        "tokens_per_step": recipe.batch.global_batch_size * recipe.model.seq_len,
+        "tokens_per_step": trainer.tokens_per_step,
     }
 
 
-def _trace_step(trainer: Any, path: Path | None) -> None:
+def _trace_step(trainer: "Trainer", path: Path | None) -> None:
     """Take a step under PyTorch's profiler, and write which operators took its time, the slowest first."""
-    from torch.profiler import profile
+    from torch.profiler import ProfilerActivity, profile
 
-    with profile() as profiler:
+    on_gpu = trainer.ranks.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         trainer.train_step()
     if path is not None:
-        key = "self_device_time_total" if trainer.ranks.device.type == "cuda" else "self_cpu_time_total"
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:40]
-        path.write_text(
-            json.dumps([{"operator": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows])
-        )
+        found = [{"name": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows]
+        path.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

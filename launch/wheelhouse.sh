@@ -1,12 +1,26 @@
 #!/usr/bin/env bash
-# Fill DIR with every wheel that `launch/quickstart.sh --offline-wheels DIR` needs on a machine like this one.
+# Fill DIR with every wheel that `launch/quickstart.sh --offline-wheels DIR` needs on a machine like this one; or, with
+# --beside-torch, with those that a GPU machine with Python 3.x, PyTorch for CUDA and transformers still lacks.
 set -euo pipefail
-directory=$(realpath -m "${1:?usage: launch/wheelhouse.sh DIR [pip options, such as --index-url URL for torch]}")
+usage="usage: launch/wheelhouse.sh DIR [--beside-torch 3.12 | pip options, such as --index-url URL for torch]"
+directory=$(realpath -m "${1:?$usage}")
 cd "$(dirname "$0")/.."
 
 "${PYTHON:-python3}" -m venv .venv-wheelhouse
 trap 'rm -rf .venv-wheelhouse' EXIT
-wheel=(.venv-wheelhouse/bin/pip wheel --quiet --wheel-dir "$directory" --constraint constraints.txt)
+pip=(.venv-wheelhouse/bin/pip --quiet)
+if [ "${2:-}" = --beside-torch ]; then
+  version=${3:?$usage}
+  platforms=()
+  for glibc in 2_39 2_34 2_31 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
+  "${pip[@]}" wheel --wheel-dir "$directory" --no-deps "$(grep '^deepspeed==' constraints.txt)" # has no wheel of its own
+  lacks='annotated-types|datasets|dill|fastokens|hjson|isal|msgspec|multiprocess|pydantic|pydantic_core|typing-inspection'
+  mapfile -t packages < <(grep -E "^($lacks)==" constraints.txt)
+  "${pip[@]}" download --dest "$directory" --no-deps --only-binary=:all: --python-version "$version" \
+    --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 "${packages[@]}"
+  exit
+fi
+wheel=("${pip[@]}" wheel --wheel-dir "$directory" --constraint constraints.txt)
 "${wheel[@]}" "${@:2}" torch
 # setuptools builds this package itself, which is installed from the tree and so leaves no wheel here.
 "${wheel[@]}" --find-links "$directory" setuptools '.[test]'

@@ -4,8 +4,6 @@ prepare, accumulate, backward, clip, step, scheduler; its logging and gathering 
 inputs, which GPT-2 shifts itself: one target fewer a sequence than ours.
 """
 
-import time
-
 from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore]
 from accelerate.utils import DeepSpeedPlugin  # type: ignore[import-not-found, unused-ignore]
 from steps import Stopwatch, read_job, tell_accelerate_the_backend
@@ -43,7 +41,7 @@ def main() -> None:
             optimizer.zero_grad()
         stopwatch.losses.append(loss.detach())
         if accelerator.sync_gradients:
-            stopwatch.ends.append(time.time())
+            stopwatch.tick()
     stopwatch.report(job)
 
 

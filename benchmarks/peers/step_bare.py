@@ -1,7 +1,5 @@
 """The barest DeepSpeed loop: forward, backward, step, and no more. Usage: deepspeed step_bare.py JOB.json"""
 
-import time
-
 import deepspeed
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
@@ -26,7 +24,7 @@ def main() -> None:
             engine.backward(loss)
             engine.step()
             stopwatch.losses.append(loss.detach())
-        stopwatch.ends.append(time.time())
+        stopwatch.tick()
     stopwatch.report(job)
 
 

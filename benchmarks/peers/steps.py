@@ -7,6 +7,7 @@ step ended. None of it is ours but the resolved DeepSpeed JSON.
 import argparse
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ class Stopwatch:
     ends: list[float] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
 
+    def tick(self) -> None:
+        """An optimizer step has ended, once the GPU has done it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.time())
+
     def report(self, job: Job, last_loss: float | None = None) -> None:
         """Write everything down on rank 0, and end all ranks without Python's finalisation.
 
@@ -108,6 +115,8 @@ class Stopwatch:
             torch.distributed.all_reduce(last)
             last_loss = last.item() / torch.distributed.get_world_size()
         if torch.distributed.get_rank() == 0:
-            Path(job.output).write_text(json.dumps({"ends": self.ends, "last_loss": last_loss}))
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            report = {"ends": self.ends, "last_loss": last_loss, "peak_bytes": peak}
+            Path(job.output).write_text(json.dumps(report))
         torch.distributed.barrier()
         os._exit(0)  # gloo's threads sometimes abort a finalising Python 3.11

@@ -98,6 +98,11 @@ class Trainer:
         """Sequences trained on: the position in the order, without what is left out of it."""
         return self.step * self.recipe.batch.global_batch_size
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.recipe.batch.global_batch_size * self.recipe.model.seq_len
+
     def fit(self) -> bool:
         """Train to the recipe's last step, evaluating, logging and saving on the way. False when asked to stop."""
         recipe, last = self.recipe, self.recipe.schedule.last_step
@@ -212,8 +217,7 @@ class Trainer:
     def _write_rows(
         self, metrics: Metrics, steps: list[Step], losses: list[float], digests: list[int], memory: int
     ) -> None:
-        batch_size, seq_len = self.recipe.batch.global_batch_size, self.recipe.model.seq_len
-        tokens_per_step = batch_size * seq_len
+        batch_size, tokens_per_step = self.recipe.batch.global_batch_size, self.tokens_per_step
         flops_per_step = tokens_per_step * self.recipe.model.flops_per_token
         for step, loss, digest in zip(steps, losses, digests, strict=True):
             metrics.step(

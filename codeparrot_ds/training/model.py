@@ -65,14 +65,22 @@ def build_model(
         initialise(network, model, seed)
     else:
         load_pretrained(network, model.init_from)
-    if model.activation_checkpointing != "none":
-        # transformers renamed it in 5; the old name goes in 6.
-        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if model.activation_checkpointing == "selective":  # every second block keeps its activations
-        for block in network.transformer.h[1::2]:
-            block.gradient_checkpointing = False
+    recompute_activations(network, model.activation_checkpointing)
     return network
+
+
+def recompute_activations(network: Any, mode: str) -> None:
+    """Have blocks drop their activations after the forward pass and make them again in the backward pass.
+
+    mode: "none" of them, "full" for all, or "selective" for every second.
+    """
+    if mode == "none" and not network.is_gradient_checkpointing:
+        return
+    # transformers renamed it in 5; the old name goes in 6.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for number, block in enumerate(network.transformer.h):
+        block.gradient_checkpointing = mode == "full" or (mode == "selective" and number % 2 == 0)
 
 
 @lru_cache(maxsize=1)
