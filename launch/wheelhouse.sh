@@ -14,7 +14,8 @@ if [ "${2:-}" = --beside-torch ]; then
   platforms=()
   for glibc in 2_39 2_34 2_31 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
   "${pip[@]}" wheel --wheel-dir "$directory" --no-deps "$(grep '^deepspeed==' constraints.txt)" # has no wheel of its own
-  lacks='annotated-types|datasets|dill|fastokens|hjson|isal|msgspec|multiprocess|pydantic|pydantic_core|typing-inspection'
+  lacks='accelerate|annotated-types|datasets|dill|fastokens|hjson|isal|msgspec|multiprocess'
+  lacks+='|pydantic|pydantic_core|tokenizers|transformers|typing-inspection'
   mapfile -t packages < <(grep -E "^($lacks)==" constraints.txt)
   "${pip[@]}" download --dest "$directory" --no-deps --only-binary=:all: --python-version "$version" \
     --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 "${packages[@]}"

@@ -131,7 +131,8 @@ def _why(plan: Plan, best: Prediction) -> str:
     if not own.fits:
         reasons.append("the recipe's own way does not fit")
     room = gigabytes(plan.machine.gpu_memory_bytes - best.memory.peak_bytes)
-    facts = f"{_seconds(best)} s a step, {gigabytes(best.memory.peak_bytes)} ({room} to spare)"
+    seconds = "" if plan.machine.on_cpu else f"{_seconds(best)} s a step, "
+    facts = f"{seconds}{gigabytes(best.memory.peak_bytes)} ({room} to spare)"
     return f"{facts}: {' and '.join(reasons) or 'it is faster'}"
 
 
