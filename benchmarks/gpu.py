@@ -18,7 +18,6 @@ tables into that page. `--tiny` takes tiny models, and CPU ranks where there is 
 import argparse
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -32,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from codeparrot_ds.cluster.plan import RECOMPUTED, Choice, Machine, find_machine, local_gpus, predict
+from codeparrot_ds.cluster.reach import find_deepspeed
+from codeparrot_ds.cluster.tune import run_group
 from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.training.engine import load_ds_config, resolve
 
@@ -60,6 +61,7 @@ class Benchmark:
         if self._on_cpu and not options.tiny and options.parts != "curve":
             sys.exit("no GPU here. --tiny shows on CPU ranks that the benchmark works; --parts curve takes them too.")
         self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
 
     def recipe(self, name: str, *overrides: str) -> Recipe:
         """Of a model, tiny where that was asked for."""
@@ -79,7 +81,7 @@ class Benchmark:
         for recompute in RECOMPUTED:
             for size in sizes:
                 choice = Choice(recipe.engine.deepspeed, recompute, size)
-                prediction = predict(recipe, choice, self.machine(recipe))
+                prediction = predict(one_micro_batch(recipe, size), choice, self.machine(recipe))
                 found.append((prediction.memory.peak_bytes, recompute, size, prediction.fits))
         found.sort()
         fitting = [(recompute, size) for _, recompute, size, fits in found if fits]
@@ -92,9 +94,15 @@ class Benchmark:
             self.ours(name, name, overrides, self.ways(self.recipe(name, *overrides)))
 
     def ours(
-        self, part: str, name: str, overrides: list[str], ways: list[tuple[str, int]], trace: bool = False
+        self,
+        part: str,
+        name: str,
+        overrides: list[str],
+        ways: list[tuple[str, int]],
+        change: str = "",
+        trace: bool = False,
     ) -> None:
-        """Some ways, with one engine. Of `part` are the rows."""
+        """Some ways, with one engine. Of `part` are the rows; `change` is what they have that others have not."""
         output = self._directory / f"{len(self.rows)}.jsonl"
         job = {
             "part": part,
@@ -106,36 +114,37 @@ class Benchmark:
             "output": str(output),
             "trace": str(self._directory / "trace.json") if trace else None,
         }
-        self.run([str(Path(__file__).with_name("gpu_ours.py"))], job, f"ours, {part}")
+        self.run([str(Path(__file__).with_name("gpu_ours.py"))], job, f"ours, {part} {change}".rstrip())
         if output.exists():
-            self.add(*({"model": name, "who": "ours", **json.loads(line)} for line in output.read_text().splitlines()))
+            more = {"model": name, "who": "ours", **({"change": change} if change else {})}
+            self.add(*({**more, **json.loads(line)} for line in output.read_text().splitlines()))
 
-    def run(self, program: list[str], job: dict[str, Any], what: str, plain: bool = False) -> bool:
+    def run(
+        self, program: list[str], job: dict[str, Any] | None, what: str, plain: bool = False, on_cpu: bool = False
+    ) -> bool:
         """Start a process on the GPU, with deepspeed unless `plain`; False where it failed, or time is up."""
         left = self._deadline - time.monotonic()
         if left < 20:
             print(f"{what}: left out, time is up", file=sys.stderr, flush=True)
             return False
-        path = self._directory / f"job-{time.monotonic_ns()}.json"
-        path.write_text(json.dumps(job))
-        launcher = [sys.executable] if plain else [*deepspeed(), "--num_gpus", "1", "--master_port", free_port()]
+        if job is not None:
+            path = self._directory / f"job-{time.monotonic_ns()}.json"
+            path.write_text(json.dumps(job))
+            program = [*program, str(path)]
+        launcher = (
+            [sys.executable]
+            if plain
+            else [*find_deepspeed(), "--quiet", "--num_gpus", "1", "--master_port", free_port()]
+        )
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
-        if self._on_cpu:
+        if self._on_cpu or on_cpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        started = time.monotonic()
-        with open(self._directory / "log", "ab") as log:
-            process = subprocess.Popen(
-                [*launcher, *program, str(path)], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                code = process.wait(min(left, SECONDS_A_PROCESS))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                code = process.wait()
+        started, log = time.monotonic(), self._directory / "log"
+        code = run_group([*launcher, *program], environment, log, min(left, SECONDS_A_PROCESS))
         print(f"{what}: {time.monotonic() - started:.0f} s, exit {code}", file=sys.stderr, flush=True)
-        if code:
-            tail = (self._directory / "log").read_text(errors="replace").splitlines()[-15:]
-            print("\n".join(tail), file=sys.stderr, flush=True)
+        if code != 0:
+            self.failed.append(what)
+            print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr, flush=True)
         return code == 0
 
     def peers(self) -> None:
@@ -143,8 +152,7 @@ class Benchmark:
         recipe = self.recipe("xl", f"engine.deepspeed={ROOT}/ds_configs/zero1.json")
         for micro_batch in (2,) if self._options.tiny else (8, 4):
             self.ours("peers", "xl", [f"engine.deepspeed={recipe.engine.deepspeed}"], [("none", micro_batch)])
-            found = [self.peer(peer, recipe, micro_batch) for peer in PEERS]
-            if all(each is not False for each in found):
+            if all(self.peer(peer, recipe, micro_batch) is not False for peer in PEERS):
                 return  # all of them hold this one
 
     def peer(self, peer: str, recipe: Recipe, micro_batch: int) -> bool | None:
@@ -160,8 +168,7 @@ class Benchmark:
             program = "gpu_nanogpt.py"
             job["compile"] = not self._on_cpu
         else:
-            batch = recipe.batch.model_copy(update={"global_batch_size": micro_batch, "micro_batch_size": micro_batch})
-            config = resolve(load_ds_config(recipe.engine.deepspeed), recipe.model_copy(update={"batch": batch}), 1)
+            config = resolve(load_ds_config(recipe.engine.deepspeed), one_micro_batch(recipe, micro_batch), 1)
             Path(f"{name}-ds.json").write_text(json.dumps(config))
             size = (steps, micro_batch, recipe.model.seq_len + 1)
             np.save(f"{name}.npy", np.random.default_rng(0).integers(recipe.model.vocab_size, size=size))
@@ -205,14 +212,11 @@ class Benchmark:
         return True
 
     def ladder(self) -> None:
-        """One thing changed at a time, and a profile of the last."""
+        """One thing changed at a time, and a profile of the first."""
         stage = f"engine.deepspeed={ROOT}/ds_configs/zero1.json"
         micro_batch = 2 if self._options.tiny else 8
         for name, settings in LADDER:
-            before = len(self.rows)
-            self.ours("ladder", "xl", [stage, *settings], [("none", micro_batch)], trace=name == LADDER[0][0])
-            for row in self.rows[before:]:
-                row["change"] = name
+            self.ours("ladder", "xl", [stage, *settings], [("none", micro_batch)], name, trace=name == LADDER[0][0])
         trace = self._directory / "trace.json"
         if trace.exists():
             self.add({"part": "profile", "model": "xl", "operators": json.loads(trace.read_text())})
@@ -230,21 +234,17 @@ class Benchmark:
                 "runs": str(self._directory),
                 "data.shards": str(shards),
                 "schedule.steps": steps,
+                "schedule.warmup_steps": steps // 10,
                 "engine.precision": precision,
                 "engine.deepspeed": str(ROOT / "ds_configs" / "zero1.json"),
                 "evaluation.every_steps": 10**6,
                 "checkpoints.every_steps": 10**6,
                 "logging.tensorboard": "false",
             }
-            command = [*deepspeed(), "--num_gpus", "1", "--master_port", free_port(), "--module", "codeparrot_ds.train"]
-            command.append(str(ROOT / "launch" / "recipes" / "quickstart.yaml"))
-            command += [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
-            environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-            if device == "cpu" or self._on_cpu:
-                environment["DS_ACCELERATOR"] = "cpu"
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-            if done.returncode:
-                print(f"curve, {name}: exit {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            settings = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+            recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
+            program = ["--module", "codeparrot_ds.train", str(recipe), *settings]
+            if not self.run(program, None, f"curve, {name}", on_cpu=device == "cpu"):
                 continue
             rows = [json.loads(line) for line in (self._directory / name / "metrics.jsonl").read_text().splitlines()]
             train = [row for row in rows if row["kind"] == "train"]
@@ -261,11 +261,10 @@ class Benchmark:
             self._options.output.write_text(json.dumps({"rows": self.rows}))
 
 
-def deepspeed() -> list[str]:
-    """DeepSpeed's launcher in this environment."""
-    program = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    start = "from deepspeed.launcher.runner import main; main()"
-    return [program, "--quiet"] if program else [sys.executable, "-c", start, "--quiet"]
+def one_micro_batch(recipe: Recipe, size: int) -> Recipe:
+    """The recipe with steps of one micro-batch."""
+    batch = recipe.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": size})
+    return recipe.model_copy(update={"batch": batch})
 
 
 def free_port() -> str:
@@ -285,7 +284,9 @@ def make_shards(directory: Path) -> Path:
     ):
         program = [sys.executable, "-m", "codeparrot_ds.cli"]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        subprocess.run([*program, *map(str, command)], check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(
+            [*program, *map(str, command)], check=True, stdout=subprocess.DEVNULL, env=environment, timeout=300
+        )
     return shards
 
 
@@ -358,7 +359,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         ]
         found["profile"] = markdown(["kernel or operator", "calls", "ms", "share"], cells)
     if curve := curve_rows(rows):
-        found["curve"] = markdown(["run", "against", "steps", "mean |difference|", "largest", "data"], curve)
+        found["curve"] = markdown(["run", "against", "steps", "mean difference", "largest", "data"], curve)
     return found
 
 
@@ -387,22 +388,27 @@ def main() -> None:
         "--from", dest="source", type=Path, metavar="FILE.json", help="measure nothing: tables of these rows"
     )
     options = parser.parse_args()
+    parts, failed = options.parts.split(","), []
+    if unknown := set(parts) - {*RECIPES, "peers", "ladder", "curve"}:
+        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}")
     if options.source is not None:
         rows = json.loads(options.source.read_text())["rows"]
     else:
         with tempfile.TemporaryDirectory(prefix="codeparrot-gpu-") as directory:
             benchmark = Benchmark(options, Path(directory))
-            for part in options.parts.split(","):
+            for part in parts:
                 if part in RECIPES:
                     benchmark.models(part)
                 else:
                     {"peers": benchmark.peers, "ladder": benchmark.ladder, "curve": benchmark.curve}[part]()
-            rows = benchmark.rows
+            rows, failed = benchmark.rows, benchmark.failed
     found = tables(rows)
     for name, lines in found.items():
         print(f"\n{name}", *lines, sep="\n")
     if options.fill is not None:
         fill(options.fill, found)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

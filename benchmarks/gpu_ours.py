@@ -4,7 +4,6 @@ Each way is taken a few steps of one micro-batch; a line of JSON is written for 
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -31,6 +30,7 @@ def main() -> None:
     with trainer_on_random_ids(recipe) as (trainer, memory), open(job["output"], "a") as output:
         import torch
 
+        from codeparrot_ds.training.engine import forget_trace
         from codeparrot_ds.training.model import recompute_activations
 
         for number, (recompute, micro_batch) in enumerate(job["ways"]):
@@ -45,6 +45,7 @@ def main() -> None:
             prediction = predict(way, choice, machine)
             trainer.recipe = choice.applied(way)
             recompute_activations(trainer.engine.module, recompute)
+            forget_trace(trainer.engine)
             row: dict[str, Any] = {
                 "part": job["part"],
                 "stage": prediction.layout.stage,
@@ -64,9 +65,6 @@ def main() -> None:
                 row |= take_steps(trainer, memory, job["steps"], trace)
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
-                trainer.engine.optimizer.zero_grad()
-                gc.collect()
-                torch.cuda.empty_cache()
             output.write(json.dumps(row) + "\n")
             output.flush()
             print(json.dumps(row), file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ def parse_size(text: str) -> int:
 def parse_bandwidth(text: str) -> float:
     """Bytes per second from "200Gb" or "800Mb" (bits per second, as networks are named). Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])(?:b|bps|b/s|bit|bit/s)", text.strip())
-    if match is None:
+    if match is None or float(match[1]) == 0:
         raise ConfigError(f"network {text!r}: write it in bits per second, like 200Gb or 800Mb.")
     return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]] / 8
 
@@ -348,6 +348,7 @@ def plan_command(
         gpus_per_host=max(slots) if slots else gpus_per_host,
         host_memory_bytes=None if host_memory is None else parse_size(host_memory),
         host_bytes_per_second=parse_bandwidth(interconnect),
+        hosts=len(slots) if slots else None,
         mfu=mfu,
         price_per_hour=price,
         on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
@@ -366,6 +367,8 @@ def plan_command(
     if json_output:
         print(json.dumps(result, indent=2))
     require_fit(made)
+    if measure and result["measured"] is None:
+        raise ConfigError(f"{recipe}: ran out of memory in real steps, though by the plan it fits. Leave more room.")
 
 
 @app.command("tune")
@@ -381,12 +384,15 @@ def tune_command(
     """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
     from codeparrot_ds.cluster.plan import find_machine, make_plan
     from codeparrot_ds.cluster.tune import tune, winner, write_recipe
+    from codeparrot_ds.files import write_atomically
     from codeparrot_ds.recipe import load_recipe
     from codeparrot_ds.report.plan import trial_head, trial_text
 
     loaded = load_recipe(recipe, overrides or [])
     plan = make_plan(loaded, find_machine(loaded, gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"))
     done = []
+    written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
+    write_atomically(written, f"# being tuned from {recipe}\n")  # what cannot be written is told before the trials
     if not json_output:
         print(trial_head(), flush=True)
     for trial in tune(plan, recipe, overrides or [], steps, trials):
@@ -394,7 +400,6 @@ def tune_command(
         if not json_output:
             print(trial_text(trial), flush=True)
     fastest = winner(done)
-    written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
     write_recipe(recipe, overrides or [], fastest, done, written)
     if json_output:
         rows = [{**each.prediction.to_dict(), "measured": each.result} for each in done]

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codeparrot_ds.cluster.tune import EXIT_OUT_OF_MEMORY
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 from codeparrot_ds.files import write_json
 from codeparrot_ds.lifeline import Lifeline
@@ -27,6 +26,7 @@ from codeparrot_ds.recipe import Recipe, load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.training.engine import check_compiler, check_precision, load_ds_config, resolve
+from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory, swap_directory
 
 if TYPE_CHECKING:
     from codeparrot_ds.training.loop import Trainer
@@ -75,11 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return EXIT_OUT_OF_MEMORY
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(options.output, result)
     return 0
@@ -114,6 +109,8 @@ def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]
 def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMemory"]]:
     """The trainer of a recipe without its data and its run directory, and the memory of its device. All ranks call."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # What a run of this recipe has offloaded stays its own.
+    recipe = recipe.model_copy(update={"name": f"{recipe.name}-trial"})
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, int(os.environ.get("WORLD_SIZE", "1")))
     check_compiler(ds_config)
 
@@ -131,7 +128,14 @@ def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMe
     memory = device_memory(ranks.device)
     network = build_model(recipe.model, 0, recipe.seed, ds_config, loss_chunk_tokens=recipe.engine.loss_chunk_tokens)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
-    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+    swap = swap_directory(ds_config)
+    check_locked_memory(ds_config, parameters // ranks.world_size, parameters // ranks.world_size)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        if swap is not None and ranks.local_rank == 0:
+            stack.enter_context(hold_swap_directory(swap))
+        ranks.gather(None)  # nobody writes there before it is empty
         run_directory = RunDirectory(Path(directory))
         yield (
             Trainer(
@@ -185,10 +189,14 @@ def _trace_step(trainer: "Trainer", path: Path | None) -> None:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         trainer.train_step()
     if path is not None:
-        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:40]
+        key, rows = "self_cpu_time_total", profiler.key_averages()
+        if on_gpu:  # kernels alone: the operators that start them have the same time again
+            from torch.autograd import DeviceType
+
+            key = "self_device_time_total"
+            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
         found = [{"name": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows]
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(sorted(found, key=lambda row: -row["microseconds"])))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
-from codeparrot_ds.cluster.plan import CPU_RANKS
+from codeparrot_ds.cluster.plan import CPU_RANKS, visible_gpus
 from codeparrot_ds.cluster.reach import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.jobs import say
@@ -71,6 +71,14 @@ class Start:
     quote: Callable[[str], str] = str
 
 
+def ranks_here(count: int, on_cpu: bool) -> list[str]:
+    """Options of `deepspeed` for so many ranks on this machine."""
+    visible = visible_gpus()
+    if visible and not on_cpu:  # with a count, deepspeed would take the first GPUs of the machine instead
+        return ["--include", f"localhost:{','.join(visible[:count])}"]
+    return ["--num_gpus", str(count)]
+
+
 class ThisMachine:
     """As many ranks as there are GPUs here, or as asked for."""
 
@@ -81,11 +89,7 @@ class ThisMachine:
 
     def prepare(self, number: int) -> Start:
         """What the attempt with this number needs."""
-        count = ["--num_gpus", str(self._ranks)]
-        visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-        if visible and not self._extra:  # with a count, deepspeed would take the first GPUs of the machine instead
-            count = ["--include", f"localhost:{','.join(visible[: self._ranks])}"]
-        program = [find_deepspeed(), "--quiet", *_port_options(), *count]
+        program = [*find_deepspeed(), "--quiet", *_port_options(), *ranks_here(self._ranks, on_cpu=bool(self._extra))]
         slots = {socket.gethostname(): self._ranks}
         return Start(program, self._extra, "127.0.0.1", slots, lambda: "", _kill_here)
 

@@ -4,11 +4,13 @@ Everything here is arithmetic over the recipe: no GPU is touched and PyTorch is 
 `footprint.py`, time that of `scaling.py` at a stated MFU. `plan --measure` and `tune` hold it against real steps.
 """
 
+import contextlib
 import math
+import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,7 @@ class Prediction:
             "between_steps": self.memory.between_steps,
             "host_bytes": self.host_bytes,
             "nvme_bytes": self.nvme_bytes,
-            "step_seconds": [self.time.overlapped, self.time.in_turn],
+            "step_seconds": None if self.machine.on_cpu else [self.time.overlapped, self.time.in_turn],
         }
 
 
@@ -152,7 +154,7 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
     sent = traffic(model, layout.stage, layout.accumulation, layout.item, float(zero.get("reduce_bucket_size", 5e8)))
     tokens = layout.tokens * layout.accumulation
     time = step_time(model, sent, machine.cluster, tokens, RECOMPUTED[choice.recompute])
-    ranks_here = math.ceil(ranks / machine.cluster.hosts)
+    ranks_here = min(ranks, machine.cluster.gpus_per_host)
     share = sum(layout.groups) * ranks_here // ranks
     nvme = share * swap_bytes_per_parameter(ds_config)
     host = {"processes": ranks_here * _PROCESS_BYTES}
@@ -232,7 +234,7 @@ class Plan:
         """At most, with the one that is being written."""
         keep = self.recipe.checkpoints
         for_good = self.steps // keep.keep_every_steps if keep.keep_every_steps else 0
-        return min(keep.keep_last + 1, max(1, self.steps // keep.every_steps)) + for_good
+        return min(keep.keep_last + 1, -(-self.steps // keep.every_steps)) + for_good
 
     @property
     def token_bytes(self) -> int:
@@ -252,10 +254,12 @@ class Plan:
             "gpus": self.machine.cluster.gpus,
             "hosts": self.machine.cluster.hosts,
             "gpu_memory_bytes": self.machine.gpu_memory_bytes,
-            "mfu": self.machine.cluster.mfu,
+            "mfu": None if self.machine.on_cpu else self.machine.cluster.mfu,
             "recipe": self.own.to_dict(),
-            "hours": hours,
-            "cost": None if price is None else [price * each * self.machine.cluster.gpus for each in hours],
+            "hours": None if self.machine.on_cpu else hours,
+            "cost": None
+            if price is None or self.machine.on_cpu
+            else [price * each * self.machine.cluster.gpus for each in hours],
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoints_kept": self.checkpoints_kept,
             "shards_bytes": self.tokens * self.token_bytes,
@@ -274,7 +278,11 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     ranks = machine.cluster.gpus
     micro, _ = recipe.batch.micro_batch_and_accumulation(ranks)
     own = Choice(recipe.engine.deepspeed, recipe.model.activation_checkpointing, micro)
-    others = [predict(recipe, each, machine) for each in choices(recipe, ranks) if each != own]
+    others = []
+    for each in choices(recipe, ranks):
+        if each != own:
+            with contextlib.suppress(ConfigError):  # a DeepSpeed JSON beside the recipe's that is not for it
+                others.append(predict(recipe, each, machine))
     return Plan(recipe, machine, predict(recipe, own, machine), others)
 
 
@@ -344,6 +352,7 @@ def find_machine(
     gpus_per_host: int = 8,
     host_memory_bytes: int | None = None,
     host_bytes_per_second: float = 25e9,
+    hosts: int | None = None,
     mfu: float = 0.4,
     price_per_hour: float | None = None,
     on_cpu: bool = False,
@@ -352,11 +361,13 @@ def find_machine(
 
     Raises ConfigError when nobody says how many GPUs there are, and how large.
     """
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu:g}: a share of the peak, above 0 and at most 1.")
     if on_cpu:
         ranks, memory = gpus or CPU_RANKS, psutil.virtual_memory().total
         cluster = Cluster(ranks, host_bytes_per_second, gpus_per_host=ranks, mfu=mfu)
         return Machine("cpu", gpu_memory_bytes or memory // ranks, cluster, memory, price_per_hour, True)
-    here = [] if gpus and gpu_memory_bytes else local_gpus()
+    here = [] if gpus and gpu_memory_bytes and gpu else local_gpus()
     if not (gpus or here) or not (gpu_memory_bytes or here):
         raise ConfigError(
             "no GPU here, and nobody says what there will be. Say it, as in --gpus 16 --gpu-memory 80GB (or --hostfile "
@@ -364,25 +375,40 @@ def find_machine(
         )
     name = gpu or (here[0][0] if here else "H100")
     peak = recipe.logging.peak_tflops * 1e12 if recipe.logging.peak_tflops else peak_flops_of(name)
-    if peak is None:
+    if peak is None or (recipe.engine.precision == "fp32" and not recipe.logging.peak_tflops):
         raise ConfigError(
-            f"{name}: how fast such a GPU is at most is not known here. Set logging.peak_tflops, or --gpu H100."
+            f"{name}: how fast such a GPU is at most in {recipe.engine.precision} is not known here. Say it: "
+            "--set logging.peak_tflops=…, or another GPU: --gpu H100."
         )
     # Of GPUs that are here all memory is known: 7 % of it are left, as those of "80GB" leave of their 80 GiB.
     memory = gpu_memory_bytes or int(0.93 * min(total for _, total in here))
-    cluster = Cluster(gpus or len(here), host_bytes_per_second, gpus_per_host, gpu_flops=peak, mfu=mfu)
+    cluster = Cluster(gpus or len(here), host_bytes_per_second, gpus_per_host, hosts, gpu_flops=peak, mfu=mfu)
     return Machine(name, memory, cluster, host_memory_bytes, price_per_hour)
 
 
+@cache
 def local_gpus() -> list[tuple[str, int]]:
-    """(name, bytes) of each GPU of this machine, as nvidia-smi tells; none without it."""
+    """(name, bytes) of each GPU of this machine that may be used, as nvidia-smi tells; none without it."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [line.rsplit(",", 1) for line in found.splitlines() if "," in line]
-    return [(name.strip(), int(mebibytes) << 20) for name, mebibytes in rows]
+    # Where memory is shared with the host it has no number.
+    gpus = [(name.strip(), int(mebibytes) << 20) for name, mebibytes in rows if mebibytes.strip().isdigit()]
+    visible = visible_gpus()
+    if visible is None:
+        return gpus
+    if not all(each.isdigit() for each in visible):  # named by their UUIDs
+        return gpus[: len(visible)]
+    return [gpus[int(each)] for each in visible if int(each) < len(gpus)]
+
+
+def visible_gpus() -> list[str] | None:
+    """Those that CUDA_VISIBLE_DEVICES names; None where it says nothing."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else [each.strip() for each in names.split(",") if each.strip()]
 
 
 def compare_with(measured: dict[str, Any], predicted: Prediction) -> Sequence[tuple[str, int, int]]:

@@ -1,6 +1,7 @@
 """The ways to other hosts: ssh, with pdsh or alone, mpirun, and srun. Each starts DeepSpeed's launcher on all hosts."""
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -81,7 +82,7 @@ class Ssh:
         rendezvous = ["--master_addr", master, "--master_port", str(port)]
         if self._pdsh:
             options = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check", *rendezvous]
-            return [find_deepspeed(), "--quiet", *options], {"DS_ENV_FILE": str(variables.resolve())}
+            return [*find_deepspeed(), "--quiet", *options], {"DS_ENV_FILE": str(variables.resolve())}
         options = ["--hostfile", str(hostfile), "--environment", str(variables), *rendezvous]
         return [sys.executable, "-m", fan_out.__name__, *options], {}
 
@@ -215,12 +216,13 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def find_deepspeed() -> str:
-    """`deepspeed` if PATH has the one of this environment, else its path. Raises ConfigError."""
+def find_deepspeed() -> list[str]:
+    """`deepspeed` if PATH has the one of this environment, else its path, or that of its module. Raises ConfigError."""
     beside = Path(sys.executable).with_name("deepspeed")
     on_path = shutil.which("deepspeed")
     if beside.exists():
-        return "deepspeed" if on_path and Path(on_path).samefile(beside) else str(beside)
-    if on_path is None:
-        raise ConfigError("`deepspeed` is not on PATH. Install it: pip install deepspeed==0.19.8")
-    return "deepspeed"
+        return ["deepspeed" if on_path and Path(on_path).samefile(beside) else str(beside)]
+    if on_path is None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("`deepspeed` is not installed. Install it: pip install deepspeed==0.19.8")
+    # Installed beside another environment's packages, as by `pip install --target`.
+    return [sys.executable, "-m", "deepspeed.launcher.runner"] if on_path is None else ["deepspeed"]

@@ -20,7 +20,8 @@ class Cluster:
     Attributes:
         gpus: ranks.
         host_bytes_per_second: of all network cards of a host together, each way.
-        gpus_per_host: fewer where there are fewer in all.
+        gpus_per_host: the most; fewer where there are fewer in all.
+        hosts_named: how many, where not all have so many GPUs.
         gpu_flops: peak FLOP/s of one, dense, at the precision used.
         mfu: share of it that a step without communication reaches.
         gpu_bytes_per_second: between the GPUs of a host, each way.
@@ -30,6 +31,7 @@ class Cluster:
     gpus: int
     host_bytes_per_second: float
     gpus_per_host: int = 8
+    hosts_named: int | None = None
     gpu_flops: float = 989e12
     mfu: float = 0.5
     gpu_bytes_per_second: float = 450e9
@@ -38,8 +40,8 @@ class Cluster:
 
     @property
     def hosts(self) -> int:
-        """How many hosts the GPUs fill."""
-        return math.ceil(self.gpus / self.gpus_per_host)
+        """How many hosts there are, or the GPUs fill."""
+        return self.hosts_named or math.ceil(self.gpus / self.gpus_per_host)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,26 @@
 """Real steps of a recipe on this machine: trials of one way to run it, or of all that may be the fastest."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.cluster.place import ranks_here
 from codeparrot_ds.cluster.plan import Choice, Plan, Prediction
 from codeparrot_ds.cluster.reach import find_deepspeed
 from codeparrot_ds.errors import ClusterError
 
-EXIT_OUT_OF_MEMORY = 3  # of codeparrot_ds.trial
 _SECONDS = 1800.0  # for a trial; the first compiles operators
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Trial:
 
     Attributes:
         prediction: what the plan says of it.
-        result: what `codeparrot_ds.trial` measured; None when it did not fit.
+        result: what `codeparrot_ds.trial` measured; None when it failed.
+        failure: why, unless it has run out of memory.
     """
 
     prediction: Prediction
     result: dict[str, Any] | None
+    failure: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,37 +54,48 @@ def run_trial(
     Raises ClusterError when it fails otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="codeparrot-trial-") as directory:
-        output = Path(directory) / "result.json"
+        output, log = Path(directory) / "result.json", Path(directory) / "log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         changes = [*overrides, *(choice.overrides() if choice else [])]
-        command = [find_deepspeed(), "--quiet", "--num_gpus", str(ranks), "--master_port", port]
+        command = [*find_deepspeed(), "--quiet", "--master_port", port, *ranks_here(ranks, on_cpu)]
         command += ["--module", "codeparrot_ds.trial", str(recipe), "--steps", str(steps), "--output", str(output)]
         command += [part for change in changes for part in ("--set", change)]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         if on_cpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ClusterError(f"a trial took more than {_SECONDS:,.0f} s: {' '.join(changes)}") from None
+        code = run_group(command, environment, log, _SECONDS)
         if output.exists():
             result: dict[str, Any] = json.loads(output.read_text())
             return result
-        if done.returncode == EXIT_OUT_OF_MEMORY or "error: out of memory" in done.stdout:
+        text = log.read_text(errors="replace")
+        if says_out_of_memory(text):
             return None
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        raise ClusterError("a trial failed:\n" + "\n".join(lines[-15:]))
+        what = f"took more than {_SECONDS:,.0f} s" if code is None else f"failed with exit code {code}"
+        raise ClusterError(f"a trial {what}:\n" + "\n".join(text.splitlines()[-15:]))
+
+
+def run_group(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
+    """Run a command and all that it starts to its end, or for so long: its exit code, None when it was ended."""
+    with open(log, "ab") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # ranks have groups of their own, and end with their launcher
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_SECONDS)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error of PyTorch, CUDA, NCCL or the kernel says that memory has run out."""
+    return re.search(r"out of memory|OutOfMemoryError|ALLOC_FAILED|can.t allocate memory|MemoryError", text) is not None
 
 
 def candidates(plan: Plan) -> list[Prediction]:
@@ -105,8 +122,10 @@ def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: i
         way = (choice.deepspeed, choice.recompute)
         if tried == most or way in done:
             continue
-        result = run_trial(recipe, overrides, choice, machine.cluster.gpus, steps, machine.on_cpu)
-        trial = Trial(prediction, result)
+        try:
+            trial = Trial(prediction, run_trial(recipe, overrides, choice, machine.cluster.gpus, steps, machine.on_cpu))
+        except ClusterError as error:  # the others may do
+            trial = Trial(prediction, None, str(error))
         yield trial
         tried += 1
         if trial.tokens_per_second < best.get(way, 0.0):
@@ -118,7 +137,10 @@ def winner(trials: Sequence[Trial]) -> Trial:
     """The fastest. Raises ClusterError when none fitted."""
     fastest = max(trials, key=lambda trial: trial.tokens_per_second, default=None)
     if fastest is None or fastest.result is None:
-        raise ClusterError("no trial fitted into memory. See what `codeparrot-ds plan` says of this recipe.")
+        reasons = [trial.failure for trial in trials if trial.failure]
+        raise ClusterError(
+            reasons[0] if reasons else "no trial fitted into memory. See what `codeparrot-ds plan` says of this recipe."
+        )
     return fastest
 
 
@@ -135,8 +157,8 @@ def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials:
     lines = [f"# {source.name}, tuned on {result['world_size']} x {result['device']}. Tokens a second:"]
     for trial in sorted(trials, key=lambda trial: -trial.tokens_per_second):
         each = trial.prediction.choice
-        speed = f"{trial.tokens_per_second:>12,.0f}" if trial.result else "out of memory"
+        speed = f"{trial.tokens_per_second:>13,.0f}" if trial.result else "failed" if trial.failure else "out of memory"
         way = f"{each.deepspeed.name}, recomputing {each.recompute}, micro-batch {each.micro_batch_size}"
-        lines.append(f"# {speed}  {way}")
+        lines.append(f"# {speed:>13}  {way}")
     write_atomically(output, "\n".join([*lines, yaml.safe_dump(body, sort_keys=False)]))
     load_recipe(output)

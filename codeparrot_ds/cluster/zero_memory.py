@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.recipe import Model, Recipe
 
 # Of a block, in order: module, and rows and columns of its weight in widths of the model; 0 rows make it a vector.
@@ -558,7 +559,9 @@ class _Stage3(_Bucketed):
 
 
 def zero_of(layout: Layout, ledger: Ledger) -> Zero:
-    """The stage of a layout, with what is there all the time taken."""
+    """The stage of a layout, with what is there all the time taken. Raises ConfigError for offload below stage 3."""
+    if layout.stage < 3 and (layout.offloads("optimizer") or layout.offloads("param")):
+        raise ConfigError(f"offload is reckoned at ZeRO-3 only, and zero_optimization.stage is {layout.stage}.")
     if layout.stage == 1:
         return (_Stage1InBf16 if layout.precision == "bf16" else _Stage1)(layout, ledger)
     return {0: Zero, 2: _Stage2, 3: _Stage3}[layout.stage](layout, ledger)

@@ -178,5 +178,5 @@ def trial_text(trial: Trial) -> str:
     choice, peak = trial.prediction.choice, gigabytes(trial.prediction.memory.peak_bytes)
     way = f"{choice.deepspeed.stem}, recomputing {choice.recompute}, micro-batch {choice.micro_batch_size}"
     if trial.result is None:
-        return f"{way:<46} {'':>10}  {peak:>15}  out of memory"
+        return f"{way:<46} {'':>10}  {peak:>15}  {trial.failure.splitlines()[-1] if trial.failure else 'out of memory'}"
     return f"{way:<46} {trial.tokens_per_second:>10,.0f}  {peak:>15}  {gigabytes(trial.result['peak_bytes']):>10}"

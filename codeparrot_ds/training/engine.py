@@ -206,8 +206,9 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
     return engine
 
 
-def forget_forward_only_trace(engine: Any) -> None:
-    """Call after an evaluation that came before the first training step, on all ranks.
+def forget_trace(engine: Any) -> None:
+    """Call on all ranks when modules will run in another order: after an evaluation that came before the first step, or
+    when other activations are to be recomputed.
 
     ZeRO-3 records in which order modules run, and decides by it which weights to keep gathered for the backward pass.
     DeepSpeed 0.19.8 caches those decisions and never drops them: an order without a backward pass, seen first, has

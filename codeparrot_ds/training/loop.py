@@ -22,7 +22,7 @@ from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
 from codeparrot_ds.training import disks
-from codeparrot_ds.training.engine import forget_forward_only_trace
+from codeparrot_ds.training.engine import forget_trace
 from codeparrot_ds.training.guards import (
     SkippedSteps,
     SpikeDetector,
@@ -108,7 +108,7 @@ class Trainer:
         recipe, last = self.recipe, self.recipe.schedule.last_step
         if self.step == 0:
             self.evaluate()
-            forget_forward_only_trace(self.engine)
+            forget_trace(self.engine)
         while self.step < last:
             self._unlogged.append(self.train_step())
             self.step += 1

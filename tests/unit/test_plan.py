@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from codeparrot_ds.cli import parse_bandwidth
 from codeparrot_ds.cluster.footprint import footprint
 from codeparrot_ds.cluster.plan import Plan, changes, find_machine, local_gpus, make_plan, require_fit
-from codeparrot_ds.cluster.tune import Trial, candidates, tune, winner
+from codeparrot_ds.cluster.tune import Trial, candidates, says_out_of_memory, tune, winner
 from codeparrot_ds.cluster.zero_memory import Layout
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.recipe import load_recipe
@@ -132,17 +133,88 @@ def test_gpus_of_this_machine_are_read_from_nvidia_smi(monkeypatch: pytest.Monke
     fake.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    local_gpus.cache_clear()
     assert local_gpus() == [("NVIDIA H100 80GB HBM3", 81559 << 20)] * 2
     machine = find_machine(load_recipe(XL))
     assert machine.cluster.gpus == 2 and machine.cluster.gpu_flops == 989e12
     assert 79e9 < machine.gpu_memory_bytes < 80e9
+    for visible, count in (("1", 1), ("", 0), ("GPU-6c3f,GPU-71aa", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        local_gpus.cache_clear()
+        assert len(local_gpus()) == count
+    local_gpus.cache_clear()
+
+
+def test_hosts_need_not_be_alike(tmp_path: Path) -> None:
+    recipe = load_recipe(XL, ["batch.global_batch_size=480"])
+    machine = find_machine(recipe, 12, gpu_memory_bytes=80 * 10**9, gpus_per_host=8, hosts=3)
+    made = make_plan(recipe, machine)
+    assert machine.cluster.hosts == 3
+    assert (
+        made.own.host_bytes["processes"]
+        == make_plan(recipe, replace(machine, cluster=replace(machine.cluster, gpus=8))).own.host_bytes["processes"]
+    )
+
+
+def test_a_deepspeed_json_that_is_not_for_the_recipe_is_passed_over(tmp_path: Path) -> None:
+    for stage in (2, 3):
+        body = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+        (tmp_path / f"zero{stage}.json").write_text(
+            json.dumps(body | ({"gradient_clipping": 0.5} if stage == 2 else {}))
+        )
+    recipe = load_recipe(XL, [f"engine.deepspeed={tmp_path}/zero3.json"])
+    made = make_plan(recipe, find_machine(recipe, 8, gpu_memory_bytes=80 * 10**9))
+    assert made.own.fits and {each.layout.stage for each in made.others} == {3}
+
+
+@pytest.mark.parametrize(("stage", "section"), [(1, "offload_optimizer"), (2, "offload_optimizer")])
+def test_what_is_not_reckoned_is_refused(stage: int, section: str, tmp_path: Path) -> None:
+    body = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+    body["zero_optimization"][section] = {"device": "cpu"}
+    (tmp_path / "offload.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="at ZeRO-3 only"):
+        plan(80, 8, f"engine.deepspeed={tmp_path}/offload.json")
+    with pytest.raises(ConfigError, match="fp32 is not known"):
+        plan(80, 8, "engine.precision=fp32")
+    with pytest.raises(ConfigError, match="--mfu 0"):
+        plan(80, 8, mfu=0.0)
+
+
+def test_a_trial_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(recipe: Path, overrides: Any, choice: Any, *others: Any) -> dict[str, Any]:
+        if choice.deepspeed.stem == "zero1":
+            raise ClusterError("a trial failed with exit code 1:\nno such kernel")
+        return result(1.0)
+
+    monkeypatch.setattr("codeparrot_ds.cluster.tune.run_trial", trial)
+    done = list(tune(plan(80, 8), XL, [], steps=3, most=9))
+    assert [each.failure.endswith("no such kernel") for each in done].count(True) == 3
+    assert winner(done).result is not None
+    with pytest.raises(ClusterError, match="no such kernel"):
+        winner([each for each in done if each.failure])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory",
+        "ncclUnhandledCudaError: Failed to CUDA malloc, out of memory",
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_failures(text: str) -> None:
+    assert says_out_of_memory(text)
+    assert not says_out_of_memory("RuntimeError: expected scalar type BFloat16 but found Float")
 
 
 def test_bandwidths_are_bits_per_second() -> None:
     assert parse_bandwidth("200Gb") == 25e9
     assert parse_bandwidth("800 Mbit/s") == 1e8
-    with pytest.raises(ConfigError, match="200Gb"):
-        parse_bandwidth("200GB")
+    for wrong in ("200GB", "0Gb", "fast"):
+        with pytest.raises(ConfigError, match="200Gb"):
+            parse_bandwidth(wrong)
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
