@@ -16,12 +16,17 @@ def _shards(plan: Plan) -> str:
     once = (
         f"{gigabytes(plan.tokens * plan.token_bytes)} of shards for {plan.tokens / 1e9:,.2f} B tokens, each seen once"
     )
+    sources = plan.recipe.data.sources
     try:
-        tokens = sum(Manifest.read(directory).tokens("train") for directory in plan.recipe.data.sources)
+        tokens = {directory: Manifest.read(directory).tokens("train") for directory in sources}
     except (DataError, OSError):
         return f"{once} (not built yet)"
-    epochs = f"{plan.tokens / tokens:,.2f} epochs of {tokens / 1e9:,.3f} B tokens"
-    return f"{gigabytes(tokens * plan.token_bytes)} of shards: {epochs}"
+    size, whole = gigabytes(sum(tokens.values()) * plan.token_bytes), sum(sources.values())
+    epochs = [
+        f"{plan.tokens * weight / whole / tokens[directory]:,.2f} epochs of {tokens[directory] / 1e9:,.3f} B tokens"
+        for directory, weight in sources.items()
+    ]
+    return f"{size} of shards: {', '.join(epochs)}"
 
 
 def as_text(plan: Plan) -> list[str]:

@@ -74,7 +74,7 @@ def recompute_activations(network: Any, mode: str) -> None:
 
     mode: "none" of them, "full" for all, or "selective" for every second.
     """
-    if mode == "none" and not network.is_gradient_checkpointing:
+    if mode == "none" and not any(block.gradient_checkpointing for block in network.transformer.h):
         return
     # transformers renamed it in 5; the old name goes in 6.
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
@@ -91,6 +91,7 @@ def _class_with_loss() -> Any:
     class GPT2WithLoss(GPT2LMHeadModel):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
+            self.transformer.wte = TokenEmbedding(config.vocab_size, config.n_embd)
             self.lm_head = LossHead(config.n_embd, config.vocab_size, bias=False)
 
         def forward(self, input_ids: Any = None, targets: Any = None, **others: Any) -> Any:
@@ -100,6 +101,32 @@ def _class_with_loss() -> Any:
             return self.lm_head(hidden, targets)
 
     return GPT2WithLoss
+
+
+class TokenEmbedding(nn.Embedding):
+    """Whose gradient is summed in fp32 on CPU cores too, as CUDA's kernel does it. In bf16 a frequent token would lose
+    what is added last."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [batch, seq_len] int64, result [batch, seq_len, n_embd]."""
+        if input.device.type == "cpu" and self.weight.dtype != torch.float32 and torch.is_grad_enabled():
+            embedded: torch.Tensor = _EmbeddingSummedInFp32.apply(self.weight, input)
+            return embedded
+        return super().forward(input)
+
+
+class _EmbeddingSummedInFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        summed = torch.ops.aten.embedding_dense_backward(gradients[0].float(), ids, ctx.rows, -1, False)
+        return summed.to(ctx.dtype), None
 
 
 class LossHead(nn.Linear):

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.recipe import Model
-from codeparrot_ds.training.model import LossHead, build_model, initial_value, next_token_loss, parameter_groups
+from codeparrot_ds.training.model import (
+    LossHead,
+    TokenEmbedding,
+    build_model,
+    initial_value,
+    next_token_loss,
+    parameter_groups,
+)
 
 TINY = Model.model_validate({"vocab_size": 300, "seq_len": 16, "n_layer": 2, "n_head": 2, "n_embd": 32})
 
@@ -98,6 +105,24 @@ def test_logits_are_never_whole_in_memory() -> None:
     with Watch():
         head(hidden, torch.zeros(1, tokens, dtype=torch.long)).backward()
     assert chunk * vocab <= largest < tokens * vocab / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(dtype: torch.dtype) -> None:
+    ids = torch.zeros(4, 1024, dtype=torch.long)
+    ids[:, ::64] = 1
+    gradient = torch.rand(4, 1024, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def summed(make: Any) -> torch.Tensor:
+        embedding = make(2, 8).to(dtype)
+        embedding(ids).backward(gradient)
+        result: torch.Tensor = embedding.weight.grad.double()
+        return result
+
+    exact = torch.stack([gradient[ids == token].double().sum(0) for token in (0, 1)])
+    assert torch.allclose(summed(TokenEmbedding), exact, rtol=4e-3)
+    if dtype == torch.bfloat16:  # or ours would not be needed
+        assert not torch.allclose(summed(torch.nn.Embedding), exact, rtol=0.2)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
