@@ -384,7 +384,7 @@ def tune_command(
     """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
     from codeparrot_ds.cluster.plan import find_machine, make_plan
     from codeparrot_ds.cluster.tune import tune, winner, write_recipe
-    from codeparrot_ds.files import write_atomically
+    from codeparrot_ds.files import make_directory
     from codeparrot_ds.recipe import load_recipe
     from codeparrot_ds.report.plan import trial_head, trial_text
 
@@ -392,7 +392,7 @@ def tune_command(
     plan = make_plan(loaded, find_machine(loaded, gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"))
     done = []
     written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
-    write_atomically(written, f"# being tuned from {recipe}\n")  # what cannot be written is told before the trials
+    make_directory(written.parent)  # what cannot be written is told before the trials
     if not json_output:
         print(trial_head(), flush=True)
     for trial in tune(plan, recipe, overrides or [], steps, trials):
