@@ -1,6 +1,6 @@
 """Run by ranks: trials of several recipes, each in processes of its own, forked once the libraries are imported.
 
-Usage: probe_plan.py TRIALS.json, a list of {"recipe": FILE, "ranks": N, "output": FILE}.
+Usage: probe_plan.py TRIALS.json, a list of {"recipe": FILE, "ranks": N, "port": N, "output": FILE}.
 """
 
 import json
@@ -19,13 +19,14 @@ from codeparrot_ds.recipe import load_recipe
 STEPS = 3
 get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses it where the CPU has no instructions for it
 
-rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-for number, each in enumerate(json.loads(Path(sys.argv[-1]).read_text()), start=1):
+rank = int(os.environ["RANK"])
+for each in json.loads(Path(sys.argv[-1]).read_text()):
     if rank >= each["ranks"]:
         continue
     child = os.fork()
     if child == 0:
-        os.environ.update(MASTER_PORT=str(port + number), WORLD_SIZE=str(each["ranks"]), LOCAL_SIZE=str(each["ranks"]))
+        ranks = str(each["ranks"])
+        os.environ.update(MASTER_PORT=str(each["port"]), WORLD_SIZE=ranks, LOCAL_SIZE=ranks)
         code = 1
         try:
             found = trial.run(load_recipe(Path(each["recipe"])), STEPS)

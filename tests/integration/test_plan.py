@@ -1,7 +1,9 @@
 """What `plan` says of memory, against real optimizer steps on CPU ranks; `plan --measure` and `tune` as users do."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -97,9 +99,16 @@ CASES = [
 def trials(tmp_path_factory: pytest.TempPathFactory, deepspeed: Deepspeed) -> dict[str, dict[str, Any]]:
     """What each case took, in three real steps."""
     directory = tmp_path_factory.mktemp("plan")
+    with contextlib.ExitStack() as stack:  # all at once, so that no two are the same
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in CASES]
     jobs = [
-        {"recipe": str(case.write(directory)), "ranks": case.ranks, "output": str(directory / f"{case.name}.result")}
-        for case in CASES
+        {
+            "recipe": str(case.write(directory)),
+            "ranks": case.ranks,
+            "port": port,
+            "output": str(directory / f"{case.name}.result"),
+        }
+        for case, port in zip(CASES, ports, strict=True)
     ]
     (directory / "jobs.json").write_text(json.dumps(jobs))
     done = deepspeed(ROOT / "tests" / "integration" / "probe_plan.py", directory / "jobs.json", ranks=2)
