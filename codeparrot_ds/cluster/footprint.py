@@ -50,6 +50,7 @@ def footprint(layout: Layout) -> Footprint:
         step.micro_batch(number, first=number == 0, last=number == count - 1)
     ledger.begin("optimizer")
     zero.step()
+    assert {part: count for part, count in ledger.held.items() if count} == between_steps  # all was given back
     at_peak = {part: count for part, count in ledger.at_peak.items() if count}
     return Footprint(between_steps, at_peak, ledger.peak_at, ledger.phases, ledger.on_host)
 

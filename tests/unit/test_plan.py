@@ -49,6 +49,19 @@ def test_states_are_those_of_the_zero_paper_and_of_deepspeed_beside() -> None:
         assert bytes_each[3] == pytest.approx((2 + 4 + 12) / ranks + buckets, rel=3e-3)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_gives_back_all_that_it_takes(stage: int, precision: str) -> None:
+    for recompute in ("none", "selective", "full"):
+        for ranks, accumulation in ((1, 1), (1, 4), (4, 1), (4, 2)):
+            sizes = (f"batch.global_batch_size={ranks * accumulation * 2}", "batch.micro_batch_size=2")
+            settings = (f"engine.precision={precision}", f"model.activation_checkpointing={recompute}", *sizes)
+            one = layout(stage, ranks, *settings)
+            for on_cpu in (False, True):
+                found = footprint(replace(one, on_cpu=on_cpu))  # which asserts it
+                assert found.peak_bytes == max(found.phases.values()) > sum(found.between_steps.values())
+
+
 def test_recomputing_saves_activations_and_a_larger_micro_batch_takes_them() -> None:
     def peak(recompute: str, micro: int) -> int:
         settings = (f"model.activation_checkpointing={recompute}", f"batch.micro_batch_size={micro}")
