@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 WORKING, WORKING_SECONDS = "_build_one", 20.0
@@ -29,6 +31,8 @@ def tasks_of(raylet: psutil.Process) -> list[str]:
 
 def main(directory: str) -> None:
     """Start, serve the lines, and end."""
+    # Ray writes the address there, whatever directory it is given, and does not make it.
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     loopback = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(
         initialize_head=True, head_node_args={**loopback, "include_dashboard": False, "temp_dir": directory}
