@@ -53,7 +53,7 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
     again = ZeroCheckpoint(source_checkpoint(second.run.path))
     assert again.step == 50 - rows[-1]["skipped_steps"]
     scale = saved.loss_scaler().cur_scale
-    assert again.loss_scaler().cur_scale in (scale, scale / 2) and scale < 2**40
+    assert scale / 8 <= again.loss_scaler().cur_scale <= scale < 2**40
 
 
 def test_fp16_where_there_is_none_is_one_message(
