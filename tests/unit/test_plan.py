@@ -235,7 +235,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.cli", "plan", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**{key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}, **environment},
         capture_output=True,
         text=True,
         check=False,
