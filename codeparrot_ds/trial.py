@@ -127,9 +127,9 @@ def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMe
 
     memory = device_memory(ranks.device)
     network = build_model(recipe.model, 0, recipe.seed, ds_config, loss_chunk_tokens=recipe.engine.loss_chunk_tokens)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
-    swap = swap_directory(ds_config)
-    check_locked_memory(ds_config, parameters // ranks.world_size, parameters // ranks.world_size)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in network.parameters()]
+    parameters, swap = sum(sizes), swap_directory(ds_config)
+    check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -156,7 +156,6 @@ def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMe
 def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int, trace: Path | None = None) -> dict[str, Any]:
     """Take `steps` optimizer steps, the last under a profiler where there is a `trace` to write. All ranks call."""
     seconds, losses = [], []
-    memory.reset_peak()
     for number in range(steps):
         traced = trace is not None and number == steps - 1
         memory.synchronize()
@@ -171,6 +170,7 @@ def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int, trace: Pa
         trainer.stop_requests.finish_exchange()
         trainer.step += 1
     held, peak, reserved = trainer.ranks.begin_max([memory.held_bytes, memory.peak_bytes, memory.reserved_bytes])()
+    memory.reset_peak()  # the first call has counted what building took, too
     return {
         "between_steps_bytes": held,
         "peak_bytes": peak,

@@ -166,7 +166,7 @@ class _Step:
         ledger.pass_through("activations", self._positions)
         self._gradients(1)
         zero.use(0, forward=False)
-        if layout.on_cpu and layout.item == 2:  # summed in fp32
+        if layout.on_cpu and layout.precision == "bf16":  # summed in fp32
             ledger.pass_through("gradient of the head", 4 * layout.tokens * layout.model.n_embd + 4 * head)
             ledger.pass_through("gradient of the head", 4 * head + layout.item * head)
         ledger.take("gradient of the head", layout.item * head)

@@ -273,6 +273,11 @@ class _Bucketed(Zero):
 
     in_bucket = 0  # elements
 
+    def resident(self) -> None:
+        """Whole weights, and this rank's part of the optimizer."""
+        self.ledger.take("weights", self.layout.item * sum(self.whole))
+        self.ledger.take("optimizer", 12 * self.partition)
+
     @cached_property
     def bucket_elements(self) -> int:
         """Of a bucket. A larger tensor is reduced alone, where it is."""
@@ -315,10 +320,6 @@ class _Stage1(_Bucketed):
 
     _kept = False  # this rank's part, for the optimizer
 
-    def resident(self) -> None:
-        self.ledger.take("weights", self.layout.item * sum(self.whole))
-        self.ledger.take("optimizer", 12 * self.partition)
-
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
         if first:
@@ -351,10 +352,6 @@ class _Stage2(_Bucketed):
     """Gradients are partitioned as they come, and accumulated in fp32."""
 
     _kept = False  # this rank's part of the micro-batch's gradients, or of all
-
-    def resident(self) -> None:
-        self.ledger.take("weights", self.layout.item * sum(self.whole))
-        self.ledger.take("optimizer", 12 * self.partition)
 
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)

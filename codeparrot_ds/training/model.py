@@ -109,7 +109,7 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [batch, seq_len] int64, result [batch, seq_len, n_embd]."""
-        if input.device.type == "cpu" and self.weight.dtype != torch.float32 and torch.is_grad_enabled():
+        if input.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and torch.is_grad_enabled():
             embedded: torch.Tensor = _EmbeddingSummedInFp32.apply(self.weight, input)
             return embedded
         return super().forward(input)

@@ -47,13 +47,13 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
 
     second = train(stage=3, steps=50)
     rows = [row for row in second.rows if row["kind"] == "train"]
-    # Some more may come as the scale is tried; from the first scale all five steps would be skipped.
-    assert skipped <= rows[-1]["skipped_steps"] <= skipped + 3
+    # One more may come as the scale is tried; from the first scale it would be as many again.
+    assert skipped <= rows[-1]["skipped_steps"] <= skipped + 1
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     again = ZeroCheckpoint(source_checkpoint(second.run.path))
     assert again.step == 50 - rows[-1]["skipped_steps"]
     scale = saved.loss_scaler().cur_scale
-    assert scale / 8 <= again.loss_scaler().cur_scale <= scale < 2**40
+    assert again.loss_scaler().cur_scale in (scale, scale / 2) and scale < 2**40
 
 
 def test_fp16_where_there_is_none_is_one_message(
