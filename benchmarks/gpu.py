@@ -18,7 +18,6 @@ tables into that page. `--tiny` takes tiny models, and CPU ranks where there is 
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from codeparrot_ds.cluster.plan import RECOMPUTED, Choice, Machine, find_machine, local_gpus, predict
+from codeparrot_ds.cluster.machine import Machine, find_machine, local_gpus
+from codeparrot_ds.cluster.place import free_port
+from codeparrot_ds.cluster.plan import RECOMPUTED, Choice, predict
 from codeparrot_ds.cluster.reach import find_deepspeed
 from codeparrot_ds.cluster.tune import run_group
 from codeparrot_ds.recipe import Recipe, load_recipe
@@ -265,13 +266,6 @@ def one_micro_batch(recipe: Recipe, size: int) -> Recipe:
     """The recipe with steps of one micro-batch."""
     batch = recipe.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": size})
     return recipe.model_copy(update={"batch": batch})
-
-
-def free_port() -> str:
-    """On the loopback address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def make_shards(directory: Path) -> Path:

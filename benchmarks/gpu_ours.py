@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.cluster.plan import Choice, find_machine, predict
+from codeparrot_ds.cluster.machine import find_machine
+from codeparrot_ds.cluster.plan import Choice, predict
 from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.train import end
 from codeparrot_ds.trial import take_steps, trainer_on_random_ids

@@ -330,7 +330,8 @@ def plan_command(
 ) -> None:
     """Memory, time, cost and disk of a run before it is started. Exits with 1 if it cannot fit."""
     from codeparrot_ds.cluster.hostfile import read_hostfile
-    from codeparrot_ds.cluster.plan import compare_with, find_machine, make_plan, require_fit
+    from codeparrot_ds.cluster.machine import find_machine
+    from codeparrot_ds.cluster.plan import compare_with, make_plan, require_fit
     from codeparrot_ds.recipe import load_recipe
     from codeparrot_ds.report.plan import as_text, comparison_text
 
@@ -382,7 +383,8 @@ def tune_command(
     json_output: JsonOption = False,
 ) -> None:
     """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
-    from codeparrot_ds.cluster.plan import find_machine, make_plan
+    from codeparrot_ds.cluster.machine import find_machine
+    from codeparrot_ds.cluster.plan import make_plan
     from codeparrot_ds.cluster.tune import tune, winner, write_recipe
     from codeparrot_ds.files import make_directory
     from codeparrot_ds.recipe import load_recipe

@@ -10,7 +10,8 @@ Sources: transformers' `modeling_gpt2.py`, `training/model.py` of this package, 
 
 from dataclasses import dataclass
 
-from codeparrot_ds.cluster.zero_memory import BLOCK, Layout, Ledger, Zero, zero_of
+from codeparrot_ds.cluster.layout import BLOCK, Layout, Ledger
+from codeparrot_ds.cluster.zero_memory import Zero, zero_of
 
 
 @dataclass

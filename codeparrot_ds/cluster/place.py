@@ -11,7 +11,7 @@ from pathlib import Path
 
 from codeparrot_ds.cluster.doctor import examine
 from codeparrot_ds.cluster.hostfile import read_hostfile
-from codeparrot_ds.cluster.plan import CPU_RANKS, visible_gpus
+from codeparrot_ds.cluster.machine import CPU_RANKS, visible_gpus
 from codeparrot_ds.cluster.reach import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, slurm_slots
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.jobs import say
@@ -247,6 +247,13 @@ def most_ranks(batch: Batch, gpus: int) -> int:
     return 1
 
 
+def free_port() -> str:
+    """On the loopback address, for ranks of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def _port_options() -> list[str]:
     """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
     for port in (_DEEPSPEED_PORT, 0):
@@ -262,7 +269,7 @@ def _port_options() -> list[str]:
 
 
 def _count_gpus() -> int:
-    """GPUs that torch can use here; 0 when the user asks for the CPU."""
+    """GPUs that torch can use here, of any maker (a plan asks nvidia-smi, at once); 0 when the CPU is asked for."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     import torch

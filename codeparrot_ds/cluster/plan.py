@@ -6,50 +6,24 @@ Everything here is arithmetic over the recipe: no GPU is touched and PyTorch is 
 
 import contextlib
 import math
-import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from codeparrot_ds.cluster.footprint import Footprint, footprint
-from codeparrot_ds.cluster.scaling import Cluster, StepTime, step_time, traffic
-from codeparrot_ds.cluster.zero_memory import Layout
+from codeparrot_ds.cluster.layout import Layout
+from codeparrot_ds.cluster.machine import Machine
+from codeparrot_ds.cluster.scaling import StepTime, step_time, traffic
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.recipe import Recipe
 from codeparrot_ds.training.engine import load_ds_config, offload_device, resolve
-from codeparrot_ds.training.metrics import peak_flops_of
 from codeparrot_ds.training.swap import swap_bytes_per_parameter
 
-CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> share of blocks
 _MOST_SEQUENCES = 64  # of a micro-batch that is tried
 _PROCESS_BYTES = 800_000_000  # resident in a rank of a small model on CPU cores: Python, PyTorch, DeepSpeed
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to run on.
-
-    Attributes:
-        gpu: its name.
-        gpu_memory_bytes: for tensors. GPUs of "80GB" have 80 GiB: what lies between is left to CUDA, NCCL and holes.
-        cluster: how many, and what joins them.
-        host_memory_bytes: of each host; None if not known.
-        price_per_hour: of a GPU.
-        on_cpu: ranks compute on CPU cores, and share their host's memory.
-    """
-
-    gpu: str
-    gpu_memory_bytes: int
-    cluster: Cluster
-    host_memory_bytes: int | None = None
-    price_per_hour: float | None = None
-    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -341,74 +315,6 @@ def require_fit(plan: Plan) -> None:
         if gpus is not None:
             mend += f" It would fit on {gpus} of these GPUs."
     raise ConfigError(f"{plan.recipe.name} {problem}. {mend}")
-
-
-def find_machine(
-    recipe: Recipe,
-    gpus: int | None = None,
-    *,
-    gpu: str | None = None,
-    gpu_memory_bytes: int | None = None,
-    gpus_per_host: int = 8,
-    host_memory_bytes: int | None = None,
-    host_bytes_per_second: float = 25e9,
-    hosts: int | None = None,
-    mfu: float = 0.4,
-    price_per_hour: float | None = None,
-    on_cpu: bool = False,
-) -> Machine:
-    """What is said, and for the rest this machine: its GPUs, or its CPU cores.
-
-    Raises ConfigError when nobody says how many GPUs there are, and how large.
-    """
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu {mfu:g}: a share of the peak, above 0 and at most 1.")
-    if on_cpu:
-        ranks, memory = gpus or CPU_RANKS, psutil.virtual_memory().total
-        cluster = Cluster(ranks, host_bytes_per_second, gpus_per_host=ranks, mfu=mfu)
-        return Machine("cpu", gpu_memory_bytes or memory // ranks, cluster, memory, price_per_hour, True)
-    here = [] if gpus and gpu_memory_bytes and gpu else local_gpus()
-    if not (gpus or here) or not (gpu_memory_bytes or here):
-        raise ConfigError(
-            "no GPU here, and nobody says what there will be. Say it, as in --gpus 16 --gpu-memory 80GB (or --hostfile "
-            "for --gpus); for CPU ranks set DS_ACCELERATOR=cpu."
-        )
-    name = gpu or (here[0][0] if here else "H100")
-    peak = recipe.logging.peak_tflops * 1e12 if recipe.logging.peak_tflops else peak_flops_of(name)
-    if peak is None or (recipe.engine.precision == "fp32" and not recipe.logging.peak_tflops):
-        raise ConfigError(
-            f"{name}: how fast such a GPU is at most in {recipe.engine.precision} is not known here. Say it: "
-            "--set logging.peak_tflops=…, or another GPU: --gpu H100."
-        )
-    # Of GPUs that are here all memory is known: 7 % of it are left, as those of "80GB" leave of their 80 GiB.
-    memory = gpu_memory_bytes or int(0.93 * min(total for _, total in here))
-    cluster = Cluster(gpus or len(here), host_bytes_per_second, gpus_per_host, hosts, gpu_flops=peak, mfu=mfu)
-    return Machine(name, memory, cluster, host_memory_bytes, price_per_hour)
-
-
-@cache
-def local_gpus() -> list[tuple[str, int]]:
-    """(name, bytes) of each GPU of this machine that may be used, as nvidia-smi tells; none without it."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(",", 1) for line in found.splitlines() if "," in line]
-    # Where memory is shared with the host it has no number.
-    gpus = [(name.strip(), int(mebibytes) << 20) for name, mebibytes in rows if mebibytes.strip().isdigit()]
-    visible = visible_gpus()
-    if visible is None:
-        return gpus
-    if not all(each.isdigit() for each in visible):  # named by their UUIDs
-        return gpus[: len(visible)]
-    return [gpus[int(each)] for each in visible if int(each) < len(gpus)]
-
-
-def visible_gpus() -> list[str] | None:
-    """Those that CUDA_VISIBLE_DEVICES names; None where it says nothing."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if names is None else [each.strip() for each in names.split(",") if each.strip()]
 
 
 def compare_with(measured: dict[str, Any], predicted: Prediction) -> Sequence[tuple[str, int, int]]:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.cluster.place import ranks_here
+from codeparrot_ds.cluster.place import free_port, ranks_here
 from codeparrot_ds.cluster.plan import Choice, Plan, Prediction
 from codeparrot_ds.cluster.reach import find_deepspeed
 from codeparrot_ds.errors import ClusterError
@@ -55,11 +54,8 @@ def run_trial(
     """
     with tempfile.TemporaryDirectory(prefix="codeparrot-trial-") as directory:
         output, log = Path(directory) / "result.json", Path(directory) / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         changes = [*overrides, *(choice.overrides() if choice else [])]
-        command = [*find_deepspeed(), "--quiet", "--master_port", port, *ranks_here(ranks, on_cpu)]
+        command = [*find_deepspeed(), "--quiet", "--master_port", free_port(), *ranks_here(ranks, on_cpu)]
         command += ["--module", "codeparrot_ds.trial", str(recipe), "--steps", str(steps), "--output", str(output)]
         command += [part for change in changes for part in ("--set", change)]
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from codeparrot_ds.cluster.plan import Plan, find_machine, make_plan
+from codeparrot_ds.cluster.machine import find_machine
+from codeparrot_ds.cluster.plan import Plan, make_plan
 from codeparrot_ds.recipe import load_recipe
 from tests.conftest import LAUNCH_TIMEOUT, ROOT, Deepspeed, save_recipe
 

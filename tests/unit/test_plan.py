@@ -12,9 +12,10 @@ import pytest
 
 from codeparrot_ds.cli import parse_bandwidth
 from codeparrot_ds.cluster.footprint import footprint
-from codeparrot_ds.cluster.plan import Plan, changes, find_machine, local_gpus, make_plan, require_fit
+from codeparrot_ds.cluster.layout import Layout
+from codeparrot_ds.cluster.machine import find_machine, local_gpus
+from codeparrot_ds.cluster.plan import Plan, changes, make_plan, require_fit
 from codeparrot_ds.cluster.tune import Trial, candidates, says_out_of_memory, tune, winner
-from codeparrot_ds.cluster.zero_memory import Layout
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.training.engine import load_ds_config, resolve
@@ -131,7 +132,7 @@ def test_time_and_cost_follow_mfu_and_price() -> None:
 
 
 def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codeparrot_ds.cluster.plan.local_gpus", list)
+    monkeypatch.setattr("codeparrot_ds.cluster.machine.local_gpus", list)
     recipe = load_recipe(XL)
     with pytest.raises(ConfigError, match="--gpus 16 --gpu-memory 80GB"):
         find_machine(recipe)
