@@ -43,6 +43,7 @@ from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import (
     check_compiler,
     check_precision,
+    checkpoint_bytes,
     load_ds_config,
     offload_device,
     required_ops,
@@ -54,6 +55,8 @@ from codeparrot_ds.training.swap import (
     swap_bytes_per_parameter,
     swap_directory,
 )
+
+_ROOM = 1.08  # for what names and shapes add to a checkpoint, and whoever else writes meanwhile
 
 if TYPE_CHECKING:
     from codeparrot_ds.run_directory import Checkpoint
@@ -389,7 +392,7 @@ def _left_out(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
 
 def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None:
     """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
-    recipe, zero_stage = plan.recipe, plan.ds_config["zero_optimization"]["stage"]
+    recipe = plan.recipe
     swap = swap_directory(plan.ds_config)
     needs: list[tuple[Path, int, str]] = []
     if ranks.sees_to_disk:
@@ -403,12 +406,10 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
             on_nvme = swap if offload_device(plan.ds_config) == "nvme" else None
             moved = on_nvme is not None and on_nvme.stat().st_dev == plan.run.path.stat().st_dev
             missing = to_come - 1 if moved else to_come
-        # fp32 weights and two fp32 moments, of each rank's part, and some room; of rank 0 alone the weights that are
-        # computed with below stage 3, and all at stage 0
-        share = parameters * writers // ranks.world_size
-        bytes_each = 13 * (share if zero_stage else parameters * ranks.shares_disk(0))
-        bytes_each += 4 * parameters * (zero_stage < 3 and ranks.shares_disk(0))
-        needs.append((plan.run.path, missing * bytes_each, f"{missing} more checkpoints"))
+        zero_stage = plan.ds_config["zero_optimization"]["stage"]
+        partitions, rank_0s = checkpoint_bytes(parameters, zero_stage, recipe.engine.precision)
+        bytes_each = partitions * writers // ranks.world_size + rank_0s * ranks.shares_disk(0)
+        needs.append((plan.run.path, int(missing * bytes_each * _ROOM), f"{missing} more checkpoints"))
         if recipe.export.every_steps is not None:
             exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
             bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)

@@ -19,6 +19,7 @@ from codeparrot_ds.corpus.build import collect
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.tokenizer.train import train as train_tokenizer
+from codeparrot_ds.training.engine import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 512
@@ -124,7 +125,7 @@ def deepspeed_command(tmp_path_factory: pytest.TempPathFactory) -> DeepspeedComm
             "DS_ACCELERATOR": "cpu",
             "TORCH_EXTENSIONS_DIR": extensions,
             "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{ROOT / 'tests' / 'tools'}:{os.environ['PATH']}",
             **(env or {}),
         }
         return command, environment
@@ -171,6 +172,13 @@ class Trained:
     def digests(self) -> list[str]:
         """Digest of the ids fed at each step."""
         return [row["batch_digest"] for row in self.rows if row["kind"] == "train"]
+
+    def require_checkpoint_as_large_as_reckoned(self, stage: int, precision: str = "fp32") -> None:
+        """Names and shapes aside, which take less than a byte a parameter of the smallest model would."""
+        newest = self.run.newest_checkpoint()
+        size = sum(file["bytes"] for file in newest.files.values())
+        more = size - sum(checkpoint_bytes(newest.parameters, stage, precision))
+        assert 0 < more < 42_000, f"stage {stage}, {precision}: {more / newest.parameters:.2f} bytes a parameter"
 
 
 def train(

@@ -18,7 +18,7 @@ from codeparrot_ds.cluster.machine import Machine
 from codeparrot_ds.cluster.scaling import StepTime, step_time, traffic
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.training.engine import load_ds_config, offload_device, resolve
+from codeparrot_ds.training.engine import checkpoint_bytes, load_ds_config, offload_device, resolve
 from codeparrot_ds.training.swap import swap_bytes_per_parameter
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> share of blocks
@@ -133,7 +133,8 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
     nvme = share * swap_bytes_per_parameter(ds_config)
     host = {"processes": ranks_here * _PROCESS_BYTES}
     if recipe.checkpoints.background and offload_device(ds_config) != "nvme":
-        host["copy of a checkpoint"] = 12 * share + (layout.item * sum(layout.groups) if layout.stage < 3 else 0)
+        partitions, rank_0s = checkpoint_bytes(sum(layout.groups), layout.stage, layout.precision)
+        host["copy of a checkpoint"] = partitions * ranks_here // ranks + rank_0s
     if memory.on_host:
         host["offloaded"] = ranks_here * sum(memory.on_host.values())
     if nvme:
@@ -200,8 +201,9 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: fp32 weights and two moments, and below stage 3 the weights that are computed with."""
-        return (12 + (self.own.layout.item if self.own.layout.stage < 3 else 0)) * self.recipe.model.parameters
+        """Of one checkpoint, all its files together."""
+        layout = self.own.layout
+        return sum(checkpoint_bytes(self.recipe.model.parameters, layout.stage, layout.precision))
 
     @property
     def checkpoints_kept(self) -> int:

@@ -132,6 +132,18 @@ def offload_device(ds_config: Mapping[str, Any]) -> str:
     return str(_get(ds_config, "zero_optimization.offload_optimizer.device") or "none")
 
 
+def checkpoint_bytes(parameters: int, zero_stage: int, precision: str) -> tuple[int, int]:
+    """Of a checkpoint of so many parameters: bytes in the partitions of all ranks together, and in a file of rank 0's.
+
+    The partitions are fp32 weights and AdamW's two moments, the file the weights that are computed with. ZeRO-3 leaves
+    those out. Without ZeRO the file holds all, and in fp32 one kind of weights is the other.
+    """
+    masters_and_moments, computed_with = 12 * parameters, (4 if precision == "fp32" else 2) * parameters
+    if zero_stage == 0:
+        return 0, masters_and_moments + (0 if precision == "fp32" else computed_with)
+    return masters_and_moments, computed_with if zero_stage < 3 else 0
+
+
 def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
     """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
     devices = {section: _get(ds_config, f"zero_optimization.{section}.device") for section in _OFFLOADS}

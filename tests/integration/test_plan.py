@@ -77,13 +77,11 @@ SMALL_BUCKETS = (("reduce_bucket_size", 1e6), ("stage3_prefetch_bucket_size", 5e
 CASES = [
     Case("whole-fp32", 0, "fp32", chunk=256),
     Case("zero1", 1, chunk=200),
-    Case("zero1-full", 1, recompute="full", micro_batch=8, accumulation=1),
     Case("zero1-fp32", 1, "fp32"),
     Case("zero1-fp16", 1, "fp16", micro_batch=2, accumulation=3),
     Case("zero2", 2, micro_batch=8),
     Case("zero2-selective-large-vocabulary", 2, recompute="selective", vocab_size=8192, accumulation=1),
     Case("zero2-fp32-full", 2, "fp32", "full"),
-    Case("zero3", 3, n_layer=6),
     Case("zero3-full-alone", 3, recompute="full", ranks=1, micro_batch=8),
     Case(
         "zero3-short-of-room",

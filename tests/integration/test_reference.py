@@ -86,6 +86,7 @@ def test_every_step_is_that_of_the_plain_loop_on_one_rank_and_on_two(
     for ranks, trained in zip(WORLD_SIZES, launched, strict=True):
         resolved = json.loads(trained.run.ds_config.read_text())
         assert resolved["zero_optimization"]["stage"] == stage
+        trained.require_checkpoint_as_large_as_reckoned(stage)
         assert resolved["gradient_accumulation_steps"] == accumulation
         rows = [row for row in trained.rows if row["kind"] == "train"]
         difference, step = furthest([row["loss"] for row in rows], [step.loss for step in expected])

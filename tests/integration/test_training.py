@@ -43,6 +43,7 @@ def test_each_stage_trains_and_converts_without_a_warning(
     assert abs(losses[0] - math.log(VOCAB_SIZE)) < 0.3
     assert losses[6] < losses[3] < losses[0]
     assert json.loads(trained.run.status_file.read_text())["state"] == "finished"
+    trained.require_checkpoint_as_large_as_reckoned(stage)
 
     output = tmp_path / "hf"
     certificate = convert_run(trained, output)
@@ -74,6 +75,7 @@ def test_each_stage_trains_and_converts_without_a_warning(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_trains_on_fp32_masters_and_converts(train_tiny: Train, tmp_path: Path, stage: int) -> None:
     trained = train_tiny(f"bf16-stage{stage}", stage=stage, options=["engine.precision=bf16"])
+    trained.require_checkpoint_as_large_as_reckoned(stage, "bf16")
     certificate = convert_run(trained, tmp_path / "hf")
     assert abs(certificate["forward"]["loss_written"] - trained.valid_losses()[6]) < 2e-2
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
