@@ -27,7 +27,7 @@ from codeparrot_ds.files import MANIFEST, digest_json, exclusive_lock, require_f
 from codeparrot_ds.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.storage import Address, Directory, LocalDirectory, is_remote, open_directory
-from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_files
+from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_digest, tokenizer_files
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_proof
 
 QUARANTINE = "quarantine.jsonl"
@@ -124,7 +124,7 @@ def build(
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
     pieces = find_inputs(arguments, suffix)
     text = sum(map(text_bytes, pieces))
-    referee = Encoder(tokenizer)
+    referee = _referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,

@@ -28,9 +28,8 @@ class Encoder:
         """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged, or has no end token."""
         from tokenizers import Tokenizer
 
+        self.digest = tokenizer_digest(directory)
         path = directory / TOKENIZER_FILE
-        if not path.is_file():
-            raise DataError(f"{path}: no such file. Make it with `codeparrot-ds tokenizer train`.")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception on a bad file
@@ -46,7 +45,6 @@ class Encoder:
         self.eos_id: int = eos_id
         # Not the number of tokens: ids of added tokens may leave gaps.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.digest = digest_file(path)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts end to end, [tokens] uint32, and where each text's end, [len(texts)] int64.
@@ -126,6 +124,14 @@ def fast_label() -> str:
         return f"fastokens {importlib.metadata.version('fastokens')}"
     except importlib.metadata.PackageNotFoundError:
         return "fastokens none"
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """xxh3-128 of `directory`/tokenizer.json. Raises DataError when it is missing."""
+    path = directory / TOKENIZER_FILE
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Make it with `codeparrot-ds tokenizer train`.")
+    return digest_file(path)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

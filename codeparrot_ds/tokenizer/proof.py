@@ -67,13 +67,15 @@ def choose_encoder(directory: Path, referee: Encoder, wanted: str, sample: Itera
 def _why_not_fast(directory: Path, referee: Encoder, sample: Iterable[str]) -> str | None:
     """Why fastokens may not be used for this tokenizer, or None. Proves it where that is not known yet."""
     try:
+        import fastokens  # noqa: F401 (a proof may be another host's, on a home that they share)
+
+        if (known := known_outcome(referee)) is not None:  # this version has loaded this tokenizer before
+            return known["difference"]
         fast = FastEncoder(directory)
     except ImportError:
         return "fastokens is not installed (pip install fastokens)"
     except Exception as error:  # the library's words for a tokenizer that it does not know
         return f"fastokens cannot load it ({error})"
-    if (known := known_outcome(referee)) is not None:
-        return known["difference"]
     start = time.monotonic()
     checked, difference = {}, None
     try:
