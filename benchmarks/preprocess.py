@@ -8,6 +8,7 @@ series, without start-up, in as many processes. MB are 10^6 bytes, of text in UT
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +34,7 @@ from pipelines import DRIVERS, Peer, Task, megatron_checkout, megatron_version, 
 
 EOS_ID = 0
 LARGE_COPIES = 10
-LARGE_ROUNDS = 3
+LARGE_ROUNDS = 5
 _OUR_PACKAGES = ("codeparrot-ds", "tokenizers", "fastokens", "msgspec", "isal", "numpy", "pyarrow", "xxhash")
 
 
@@ -66,7 +69,7 @@ class Ours:
     """
 
     def __init__(self, tokenizer: Path, directory: Path) -> None:
-        self._tokenizer, self._directory, self._runs = tokenizer, directory, 0
+        self._tokenizer, self._directory, self._runs = tokenizer, directory, itertools.count(1)
         self.cache = directory / "cache"
 
     def build(
@@ -77,10 +80,10 @@ class Ours:
         cache: Path | None = None,
         encoder: str = "auto",
         interval_seconds: float | None = 0.05,
+        cores: Sequence[int] = (),
     ) -> tuple[Measurement, Path]:
         """One `shards build` with a cache directory of the user's; what it took, and the shards."""
-        self._runs += 1
-        output = self._directory / f"shards-{self._runs}"
+        output = self._directory / f"shards-{next(self._runs)}"
         cache = cache or self.cache
         cache.mkdir(exist_ok=True)
         measured = measure(
@@ -90,7 +93,7 @@ class Ours:
             ),
             output.with_suffix(".log"),
             env=dict(os.environ) | {"XDG_CACHE_HOME": str(cache)},
-            cores=cores_for(workers),
+            cores=cores or cores_for(workers),
             interval_seconds=interval_seconds,
         )
         return measured, output
@@ -100,6 +103,22 @@ class Ours:
         measured, output = self.build(documents, workers, interval_seconds=interval_seconds)
         shutil.rmtree(output)
         return measured
+
+    def measure_apart(self, documents: Documents, jobs: int) -> Measurement:
+        """`jobs` whole builds of one worker at once, a core each, that share nothing but the machine.
+
+        What cores give when nothing is serial and nothing waits: the most that as many workers could reach. The wall
+        time is that of the slowest.
+        """
+
+        def one(core: int) -> Measurement:
+            measured, output = self.build(documents, 1, interval_seconds=None, cores=[core])
+            shutil.rmtree(output)
+            return measured
+
+        with ThreadPoolExecutor(jobs) as threads:
+            each = list(threads.map(one, cores_for(jobs)))
+        return Measurement(max(m.wall_seconds for m in each), sum(m.cpu_seconds for m in each), 0, 0, 0.0)
 
 
 def our_command(*arguments: object) -> list[str]:
@@ -212,6 +231,7 @@ def check_large(
     for _ in range(LARGE_ROUNDS):
         for n in (workers, 1):
             runs.setdefault(f"copies, workers {n}", []).append(ours.measure(many, n, interval_seconds=None))
+        runs.setdefault(f"copies, {workers} jobs of 1", []).append(ours.measure_apart(many, workers))
         floor = measure_floor(many, None, tokenizer, workers, many.directory.with_suffix(".floor"))
         runs.setdefault("floor", []).extend(floor.runs)
     print(f"\n{LARGE_COPIES} copies of each file, {many.text_bytes / 1e6:,.0f} MB of text, medians")
@@ -224,14 +244,17 @@ def check_large(
     def paired(field: str, one: str, other: str) -> list[float]:
         return [getattr(a, field) / getattr(b, field) for a, b in zip(runs[one], runs[other], strict=True)]
 
-    both = f"copies, workers {workers}"
+    both, apart = f"copies, workers {workers}", f"copies, {workers} jobs of 1"
     shares = paired("cpu_seconds", "floor", both)
     shares_alone = paired("cpu_seconds", "floor", "copies, workers 1")
     speedups = paired("wall_seconds", "copies, workers 1", both)
+    most = [workers * ratio for ratio in paired("wall_seconds", "copies, workers 1", apart)]
     for text, ratios in (
         (f"floor / ours in CPU s, {workers} workers", shares),
         ("floor / ours in CPU s, 1 worker", shares_alone),
         (f"{workers} workers against 1, times as fast", speedups),
+        (f"{workers} jobs of 1 worker at once against 1 such job, times as fast", most),
+        ("the first in the second", [one / other for one, other in zip(speedups, most, strict=True)]),
     ):
         print(f"{text}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return {
@@ -240,6 +263,7 @@ def check_large(
         "floor_share_cpu": shares,
         "floor_share_cpu_1_worker": shares_alone,
         "speedup_over_1_worker": speedups,
+        "speedup_of_jobs_apart": most,
     }
 
 
