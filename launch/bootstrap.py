@@ -96,8 +96,7 @@ def install_python_packages(options: argparse.Namespace) -> None:
     if not python.exists() or not succeeds([str(python), "-c", "import pip"]):
         run([sys.executable, "-m", "venv", "--clear", VENV.name])
     FINISHED.unlink(missing_ok=True)
-    # Python compiles what is imported, once; pip would compile all of it, most of which nothing here ever imports.
-    install = [".venv/bin/pip", "install", "--quiet", "--no-compile", "--constraint", "constraints.txt"]
+    install = [".venv/bin/pip", "install", "--quiet", "--constraint", "constraints.txt"]
     if options.offline_wheels is not None:
         install += ["--no-index", "--find-links", str(options.offline_wheels)]
     torch_index = ["--index-url", options.torch_index] if options.torch_index else []
