@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 "${PYTHON:-python3}" launch/bootstrap.py --test
+unset PYTHONDONTWRITEBYTECODE # set in many containers; hundreds of processes would compile this package again
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
