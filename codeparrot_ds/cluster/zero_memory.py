@@ -177,10 +177,11 @@ class _Stage1(_Bucketed):
     def end_backward(self) -> None:
         if self.last:
             self.empty("gradients in fp32", 4)
-            self.ledger.give("communication", 4 * self.double_buffer)
 
     def step(self) -> None:
         self.take_norm()
+        self.ledger.pass_through("gradients in fp32", 4 * self.partition)  # put together
+        self.ledger.give("communication", 4 * self.double_buffer)
         self.gather_weights()
         self.ledger.give("gradients in fp32", self.ledger.held["gradients in fp32"])
 

@@ -131,6 +131,15 @@ def test_states_and_buffers_are_exact_and_the_peak_is_within_5_percent(
     assert measured["first_peak_bytes"] <= 1.05 * predicted.peak_bytes  # the first step and the build hold no more
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_phase_of_a_step_peaks_as_reckoned(case: Case, trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """What is wrong with a phase in which no case has its peak would show nowhere else."""
+    reckoned = plan_of(case, tmp_path).own.memory.phases
+    for phase, measured in {"optimizer": "step", "forward": "forward", "backward": "backward"}.items():
+        most = max(count for name, count in reckoned.items() if name.startswith(phase))
+        assert most == pytest.approx(trials[case.name]["phases"][measured], rel=0.06), phase
+
+
 def test_what_fits_is_told_from_what_does_not(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     for case in CASES:
         for limit in (0.5, 0.95, 1.05, 2.0):
