@@ -98,9 +98,16 @@ class Ours:
         )
         return measured, output
 
-    def measure(self, documents: Documents, workers: int, *, interval_seconds: float | None = 0.05) -> Measurement:
+    def measure(
+        self,
+        documents: Documents,
+        workers: int,
+        *,
+        interval_seconds: float | None = 0.05,
+        cores: Sequence[int] = (),
+    ) -> Measurement:
         """The same with the tokenizer known from the first run, and without keeping the shards."""
-        measured, output = self.build(documents, workers, interval_seconds=interval_seconds)
+        measured, output = self.build(documents, workers, interval_seconds=interval_seconds, cores=cores)
         shutil.rmtree(output)
         return measured
 
@@ -110,14 +117,12 @@ class Ours:
         What cores give when nothing is serial and nothing waits: the most that as many workers could reach. The wall
         time is that of the slowest.
         """
-
-        def one(core: int) -> Measurement:
-            measured, output = self.build(documents, 1, interval_seconds=None, cores=[core])
-            shutil.rmtree(output)
-            return measured
-
         with ThreadPoolExecutor(jobs) as threads:
-            each = list(threads.map(one, cores_for(jobs)))
+            each = list(
+                threads.map(
+                    lambda core: self.measure(documents, 1, interval_seconds=None, cores=[core]), cores_for(jobs)
+                )
+            )
         return Measurement(max(m.wall_seconds for m in each), sum(m.cpu_seconds for m in each), 0, 0, 0.0)
 
 

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 # By stage: the fault, the newest complete checkpoint after it, and the one that `latest` names.
 KILLED_WHILE_SAVING = {
     1: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("manifest:0:4", 3, 3), ("pointed:0:5", 5, 4)],
-    2: [("name:0:4", 3, 3), ("retention:0:5", 5, 5)],
+    2: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("name:0:4", 3, 3), ("retention:0:5", 5, 5)],
     3: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("pointer:0:4", 4, 3)],
 }
 

@@ -584,6 +584,25 @@ def test_both_encoders_make_the_same_bytes_and_every_check_passes(
 
 
 @pytest.mark.usefixtures("proved")
+def test_a_build_loads_each_encoder_once(
+    data: Path, inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading is most of the start, which workers do not share out."""
+    loaded: list[type] = []
+    for encoder in (Encoder, FastEncoder):
+
+        def load(self: Encoder, directory: Path, right: Callable[..., None] = encoder.__init__) -> None:
+            loaded.append(type(self))
+            right(self, directory)
+
+        monkeypatch.setattr(encoder, "__init__", load)
+    building._referee.cache_clear()
+    building._encoder.cache_clear()
+    make(data, inputs, tmp_path / "shards")
+    assert sorted(each.__name__ for each in loaded) == ["Encoder", "FastEncoder"]
+
+
+@pytest.mark.usefixtures("proved")
 def test_a_spot_check_that_differs_ends_the_job_and_names_the_document(
     data: Path, inputs: list[Path], tmp_path: Path, referee: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
