@@ -1,5 +1,6 @@
-"""Shared fixtures: a small real corpus with its tokenizer and shards, and real `deepspeed` launches on CPU ranks."""
+"""Shared fixtures: a small real corpus with its tokenizer and shards, and jobs of real ranks on CPU cores."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -7,26 +8,37 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from codeparrot_ds.corpus.build import collect
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.tokenizer.train import train as train_tokenizer
 from codeparrot_ds.training.engine import checkpoint_bytes
+from tests.forked_ranks import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 512
 SEQ_LEN = 32
+OPERATORS_TIMEOUT = 600  # seconds, for what takes about one minute on two free cores
 LAUNCH_TIMEOUT = 300  # seconds: a hung rendezvous would wait for ten minutes and more
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is nightly is slow as well, so that -m "not slow" leaves it out."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,15 +51,32 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Directory `name` of this session, which one of the workers fills with `make(directory)` for all of them."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    directory, finished = root / name, root / f"{name}.finished"
+    with FileLock(root / f"{name}.lock"):
+        if not finished.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed at it
+            directory.mkdir()
+            make(directory)
+            finished.touch()
+    return directory
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with `corpus`, `tokenizer` and `shards` of two standard-library packages."""
-    root = tmp_path_factory.mktemp("data")
-    standard_library = Path(sysconfig.get_path("stdlib"))
-    collect(root / "corpus", [standard_library / "asyncio", standard_library / "email"])
-    train_tokenizer(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
-    build(root / "corpus", root / "tokenizer", root / "shards", valid_fraction=0.1, workers=1)
-    return root
+
+    def make(root: Path) -> None:
+        standard_library = Path(sysconfig.get_path("stdlib"))
+        collect(root / "corpus", [standard_library / "asyncio", standard_library / "email"])
+        train_tokenizer(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
+        build(root / "corpus", root / "tokenizer", root / "shards", valid_fraction=0.1, workers=1)
+
+    return once(tmp_path_factory, "data", make)
 
 
 @pytest.fixture
@@ -88,26 +117,73 @@ def save_recipe(body: dict[str, Any], path: Path) -> Path:
 
 @dataclass
 class Launched:
-    """A `deepspeed` command that has ended."""
+    """A job that has ended."""
 
     returncode: int
     output: str  # of the launcher and all ranks, standard output and standard error together
 
 
-Deepspeed = Callable[..., Launched]
+RunRanks = Callable[..., Launched]  # of `deepspeed` and of `forked`
 DeepspeedCommand = Callable[..., tuple[list[str], dict[str, str]]]
 
 
 @pytest.fixture(scope="session")
-def deepspeed_command(tmp_path_factory: pytest.TempPathFactory) -> DeepspeedCommand:
-    """Command and environment of `deepspeed --num_gpus N ...` on CPU ranks, to be started.
+def rank_environment(pytestconfig: pytest.Config) -> dict[str, str]:
+    """Environment of ranks on CPU cores. All of them share one directory of compiled operators, which is kept."""
+    versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(pytestconfig.cache.mkdir(f"operators-{versions}"))
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": extensions,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{ROOT / 'tests' / 'tools'}:{os.environ['PATH']}",
+    }
 
-    All launches share one directory of compiled operators.
-    """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(shared / "torch-extensions")
+
+@pytest.fixture(scope="session")
+def operators(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's cpu_adam and async_io, compiled side by side unless they are: longer than a job may take."""
+
+    def compile_all(directory: Path) -> None:
+        code = (
+            "import sys; from deepspeed.ops import op_builder; getattr(op_builder, sys.argv[1])().load(verbose=False)"
+        )
+        builds = [
+            subprocess.Popen([sys.executable, "-c", code, name], env=rank_environment)
+            for name in ("CPUAdamBuilder", "AsyncIOBuilder")
+        ]
+        assert [each.wait(OPERATORS_TIMEOUT) for each in builds] == [0, 0]
+
+    once(tmp_path_factory, "operators", compile_all)
+
+
+@pytest.fixture(scope="session")
+def fork_server(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Forks ranks in no time (see forked_ranks.py)."""
+    with ForkServer(tmp_path_factory.mktemp("forked"), rank_environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def forked(fork_server: ForkServer) -> RunRanks:
+    """Run ranks to their end without a launcher: `forked("--module", "codeparrot_ds.train", recipe, ranks=2)`."""
+
+    def run(*arguments: str | Path, ranks: int = 2, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Launched:
+        job = fork_server.start(*arguments, ranks=ranks, cwd=cwd, env=env)
+        try:
+            code = job.poll(LAUNCH_TIMEOUT)
+        finally:
+            job.end()
+        assert code is not None, f"not done after {LAUNCH_TIMEOUT} s. Its output:\n{job.log.read_text()}"
+        return Launched(code, job.log.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def deepspeed_command(rank_environment: dict[str, str]) -> DeepspeedCommand:
+    """Command and environment of `deepspeed --num_gpus N ...` on CPU ranks, to be started."""
 
     def build(
         *arguments: str | Path, ranks: int = 2, options: Sequence[str] = (), env: dict[str, str] | None = None
@@ -120,21 +196,13 @@ def deepspeed_command(tmp_path_factory: pytest.TempPathFactory) -> DeepspeedComm
         if "--hostfile" not in options:
             command += ["--num_gpus", str(ranks)]
         command += [str(argument) for argument in arguments]
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "TORCH_EXTENSIONS_DIR": extensions,
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}:{ROOT / 'tests' / 'tools'}:{os.environ['PATH']}",
-            **(env or {}),
-        }
-        return command, environment
+        return command, {**rank_environment, **(env or {})}
 
     return build
 
 
 @pytest.fixture(scope="session")
-def deepspeed(deepspeed_command: DeepspeedCommand) -> Deepspeed:
+def deepspeed(deepspeed_command: DeepspeedCommand) -> RunRanks:
     """Run `deepspeed --num_gpus N ...` on CPU ranks to its end."""
 
     def run(*arguments: str | Path, cwd: Path = ROOT, **how: Any) -> Launched:
@@ -182,7 +250,7 @@ class Trained:
 
 
 def train(
-    deepspeed: Deepspeed,
+    run_ranks: RunRanks,
     body: dict[str, Any],
     *,
     ranks: int = 2,
@@ -190,14 +258,14 @@ def train(
     options: Sequence[str] = (),
     env: dict[str, str] | None = None,
 ) -> Trained:
-    """Train a recipe with real ranks and read what it left."""
+    """Train a recipe by `forked` or `deepspeed` and read what it left."""
     ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
     body = {**body, "engine": {**body["engine"], "deepspeed": str(ds_config)}}
     runs = Path(body["runs"])
     runs.mkdir(exist_ok=True)
     path = save_recipe(body, runs / f"{body['name']}.yaml")
     overrides = [part for option in options for part in ("--set", option)]
-    done = deepspeed("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks, env=env)
+    done = run_ranks("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks, env=env)
     assert done.returncode == 0, done.output
     return read_run(runs / body["name"])
 
@@ -209,19 +277,20 @@ def read_run(path: Path) -> Trained:
 
 
 @pytest.fixture
-def train_tiny(deepspeed: Deepspeed, tiny_recipe: dict[str, Any]) -> Callable[..., Trained]:
+def train_tiny(forked: RunRanks, tiny_recipe: dict[str, Any]) -> Callable[..., Trained]:
     """Train the tiny recipe below `tmp_path`: `train_tiny(name, ranks=2, stage=3, options=["key=value"])`."""
 
     def run(name: str, **how: Any) -> Trained:
-        return train(deepspeed, {**tiny_recipe, "name": name}, **how)
+        return train(forked, {**tiny_recipe, "name": name}, **how)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def baseline(deepspeed: Deepspeed, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def baseline(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The tiny recipe trained on ZeRO-3 and two ranks, once for all tests: look at it, but do not change it."""
-    return train(deepspeed, {**recipe_on(data, tmp_path_factory.mktemp("baseline")), "name": "baseline"})
+    runs = once(tmp_path_factory, "baseline", lambda runs: train(forked, {**recipe_on(data, runs), "name": "baseline"}))
+    return read_run(runs / "baseline")
 
 
 @pytest.fixture

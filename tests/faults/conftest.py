@@ -7,12 +7,18 @@ import pytest
 
 from codeparrot_ds.files import write_json
 from codeparrot_ds.recipe import load_recipe
-from tests.conftest import ROOT, DeepspeedCommand, Trained, read_run, recipe_on, save_recipe
-from tests.faults.jobs import STEPS, NewRun, Run, Undisturbed, batches, side_by_side, state_of, without_token
+from tests.conftest import ROOT, DeepspeedCommand, Trained, once, read_run, recipe_on, save_recipe
+from tests.faults.jobs import STEPS, NewRun, Run, Starter, Undisturbed, batches, state_of, without_token
+from tests.forked_ranks import ForkServer
+
+
+@pytest.fixture(scope="session")
+def starter(deepspeed_command: DeepspeedCommand, fork_server: ForkServer) -> Starter:
+    return Starter(deepspeed_command, fork_server)
 
 
 @pytest.fixture
-def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> Iterator[NewRun]:
+def new_run(starter: Starter, data: Path, tmp_path: Path) -> Iterator[NewRun]:
     """Make a run of the tiny recipe: `new_run(name, stage, "key=value", ...)`."""
     made = []
 
@@ -25,7 +31,7 @@ def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> 
             write_json(tmp_path / "zero0.json", {"zero_optimization": {"stage": 0}})
             body["engine"]["deepspeed"] = str(tmp_path / "zero0.json")
         # Beside the logs and marks of its jobs, which are not on a disk that may be small.
-        made.append(Run(deepspeed_command, save_recipe(body, tmp_path / f"{name}.yaml"), settings))
+        made.append(Run(starter, save_recipe(body, tmp_path / f"{name}.yaml"), settings))
         return made[-1]
 
     yield make
@@ -37,24 +43,20 @@ def new_run(deepspeed_command: DeepspeedCommand, data: Path, tmp_path: Path) -> 
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    baseline: Trained, deepspeed_command: DeepspeedCommand, data: Path, tmp_path_factory: pytest.TempPathFactory
+    baseline: Trained, starter: Starter, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Undisturbed]:
     """By ZeRO stage. Those of stages 1 and 2 have a checkpoint of each step."""
-    directory = tmp_path_factory.mktemp("undisturbed")
 
-    def train(stage: int) -> Trained:
-        body = {**recipe_on(data, directory), "name": f"stage{stage}"}
-        body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
-        settings = ["checkpoints.every_steps=1", f"checkpoints.keep_last={STEPS}"]
-        run = Run(deepspeed_command, save_recipe(body, directory / f"stage{stage}.yaml"), settings)
-        try:
-            done = run.launch()
+    def train(directory: Path) -> None:
+        for stage in (1, 2):
+            body = {**recipe_on(data, directory), "name": f"stage{stage}"}
+            body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
+            settings = ["checkpoints.every_steps=1", f"checkpoints.keep_last={STEPS}"]
+            done = Run(starter, save_recipe(body, directory / f"stage{stage}.yaml"), settings).train()
             assert done.returncode == 0, done.output
-        finally:
-            run.end()
-        return read_run(run.directory.path)
 
-    trained = {3: baseline, **dict(zip((1, 2), side_by_side(train, (1, 2)), strict=True))}
+    directory = once(tmp_path_factory, "undisturbed", train)
+    trained = {3: baseline, **{stage: read_run(directory / f"stage{stage}") for stage in (1, 2)}}
     for each in trained.values():
         assert each.digests() == batches(load_recipe(each.run.recipe))
     return {stage: Undisturbed(each, state_of(each.run)) for stage, each in trained.items()}

@@ -1,14 +1,13 @@
-"""Real `deepspeed` jobs that can be hurt while they run, and what a run without faults leaves."""
+"""Real jobs that can be hurt while they run, and what a run without faults leaves."""
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -21,6 +20,7 @@ from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.training.ranks import LAUNCHER
 from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
 from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run
+from tests.forked_ranks import ForkedJob, ForkServer
 
 PROBE = Path(__file__).with_name("probe_train.py")
 PROBE_LAUNCH = Path(__file__).with_name("probe_launch.py")
@@ -33,13 +33,71 @@ STEPS = 6
 
 
 class Job:
-    """A `deepspeed` command under way: the runner, the launcher below it, and the ranks."""
+    """Ranks that train and can be hurt meanwhile."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, marks: Path) -> None:
-        self.process, self._log, self._marks = process, log, marks
+    def __init__(self, log: Path, marks: Path) -> None:
+        self._log, self._marks = log, marks
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        raise NotImplementedError
 
     def family(self) -> list[psutil.Process]:
-        """Its living processes, orphans too: they have inherited its environment."""
+        """Its living processes, orphans too."""
+        raise NotImplementedError
+
+    def rank(self, number: int) -> psutil.Process:
+        """One of the ranks."""
+        raise NotImplementedError
+
+    def mark(self, name: str) -> str:
+        """What the probe has left under this name."""
+        return (self._marks / name).read_text()
+
+    def wait_for(self, name: str) -> None:
+        """Until the probe has left this: `paused`, `told`."""
+        assert until(lambda: (self._marks / name).exists() or self.poll() is not None, END_SECONDS)
+        assert self.poll() is None, self.output()
+
+    def unpause(self) -> None:
+        """Let it go on."""
+        (self._marks / "go").touch()
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text()
+
+    def end(self) -> Launched:
+        """Wait for its end, after which no process of it lives."""
+        assert until(lambda: self.poll() is not None, END_SECONDS), f"{self.family()} hang\n{self.output()}"
+        code = self.poll()
+        assert code is not None
+        assert until(lambda: not self.family(), GONE_SECONDS), f"{self.family()} live on\n{self.output()}"
+        assert TOKEN not in self.output()
+        return Launched(code, self.output())
+
+    def kill(self) -> None:
+        """Leave no process behind, whatever has failed."""
+        for process in self.family():
+            process.kill()
+
+
+class LaunchedJob(Job):
+    """A command under way, `deepspeed` or `codeparrot-ds launch`: with the launcher and the ranks below it.
+
+    Attributes:
+        process: the command.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, marks: Path) -> None:
+        super().__init__(log, marks)
+        self.process = process
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def family(self) -> list[psutil.Process]:
+        """They have inherited its environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -55,37 +113,35 @@ class Job:
         return found[0]
 
     def rank(self, number: int) -> psutil.Process:
-        """One of the ranks."""
         return self._one(f"--local_rank={number}")
 
     def launcher(self) -> psutil.Process:
         """What `deepspeed` starts on each host, and what starts the ranks."""
         return self._one(LAUNCHER)
 
-    def mark(self, name: str) -> str:
-        """What the probe has left under this name."""
-        return (self._marks / name).read_text()
+    def kill(self) -> None:
+        super().kill()
+        self.process.wait(10)
 
-    def wait_for(self, name: str) -> None:
-        """Until the probe has left this: `paused`, `told`."""
-        assert until(lambda: (self._marks / name).exists() or self.process.poll() is not None, END_SECONDS)
-        assert self.process.poll() is None, self.output()
 
-    def unpause(self) -> None:
-        """Let it go on."""
-        (self._marks / "go").touch()
+class ForkedRanks(Job):
+    """Ranks without a launcher (see tests/forked_ranks.py)."""
 
-    def output(self) -> str:
-        """What it has said so far."""
-        return self._log.read_text()
+    def __init__(self, job: ForkedJob, marks: Path) -> None:
+        super().__init__(job.log, marks)
+        self._job = job
 
-    def end(self) -> Launched:
-        """Wait for its end, after which no process of it lives."""
-        assert until(lambda: self.process.poll() is not None, END_SECONDS), f"{self.family()} hang\n{self.output()}"
-        code = self.process.wait()
-        assert until(lambda: not self.family(), GONE_SECONDS), f"{self.family()} live on\n{self.output()}"
-        assert TOKEN not in self.output()
-        return Launched(code, self.output())
+    def poll(self) -> int | None:
+        return self._job.poll()
+
+    def family(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self._job.pids if psutil.pid_exists(pid)]
+
+    def rank(self, number: int) -> psutil.Process:
+        return self._job.rank(number)
+
+    def kill(self) -> None:
+        self._job.end()
 
 
 def until(condition: Callable[[], Any], seconds: float) -> bool:
@@ -98,45 +154,74 @@ def until(condition: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
+Started = TypeVar("Started", bound=Job)
+
+
+@dataclass
+class Starter:
+    """Ways to start ranks."""
+
+    command: DeepspeedCommand
+    server: ForkServer
+
+
 class Run:
     """A run and the jobs that train it."""
 
-    def __init__(self, command: DeepspeedCommand, recipe: Path, settings: Sequence[str]) -> None:
-        self._command, self._recipe = command, recipe
+    def __init__(self, starter: Starter, recipe: Path, settings: Sequence[str]) -> None:
+        self._starter, self._recipe = starter, recipe
         self._settings = [part for setting in settings for part in ("--set", setting)]
         self._jobs: list[Job] = []
         self.recipe = load_recipe(recipe, settings)
         self.directory = RunDirectory(self.recipe.run_directory)
 
-    def start(self, *faults: str, options: Sequence[str] = (), supervised: Sequence[str] | None = None) -> Job:
-        """Start a job, on which `faults` are visited, as tests/faults/probe_train.py calls them.
+    def start(self, *faults: str, options: Sequence[str] = ()) -> Job:
+        """Fork ranks, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
+        log, marks = self._new_log()
+        program, injected = self._program(faults, marks)
+        arguments = [*program, self._recipe, *self._settings, *options, *injected]
+        job = self._starter.server.start(*arguments, ranks=2, cwd=ROOT, env={"HF_TOKEN": TOKEN}, log=log)
+        return self._keep(ForkedRanks(job, marks))
 
-        With `supervised` options (maybe none), by `codeparrot-ds launch`.
-        """
+    def start_deepspeed(self, *faults: str) -> LaunchedJob:
+        """The same by a `deepspeed` command."""
+        log, marks = self._new_log()
+        program, injected = self._program(faults, marks)
+        command, environment = self._starter.command(*program, self._recipe, *self._settings, *injected)
+        return self._keep(_popen(command, environment, log, marks))
+
+    def start_supervised(
+        self, *faults: str, options: Sequence[str] = (), supervised: Sequence[str] = ()
+    ) -> LaunchedJob:
+        """The same by `codeparrot-ds launch` with `supervised` options."""
+        log, marks = self._new_log()
+        _, environment = self._starter.command()
+        injected = [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
+        command = [sys.executable, str(PROBE_LAUNCH), *injected, "launch", str(self._recipe)]
+        command += [*self._settings, *options, "--ranks", "2", *supervised]
+        return self._keep(_popen(command, environment, log, marks))
+
+    def _new_log(self) -> tuple[Path, Path]:
+        """Of a job, and the directory for its marks."""
         earlier = list(self._recipe.parent.glob(f"{self._recipe.stem}-*.log"))  # of a Run with other settings, too
         log = self._recipe.with_name(f"{self._recipe.stem}-{len(earlier)}.log")
+        log.touch()
         marks = log.with_suffix(".marks")
         marks.mkdir()
-        program: list[str | Path] = [PROBE] if faults else [*MODULE]
-        arguments = [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
-        overrides = [*self._settings, *options]
-        env = {"HF_TOKEN": TOKEN, JOB: str(log)}
-        if supervised is None:
-            program: list[str | Path] = [PROBE] if faults else [*MODULE]
-            command, environment = self._command(
-                *program, self._recipe, *overrides, *(arguments if faults else ()), env=env
-            )
-        else:
-            _, environment = self._command(env=env)
-            command = [sys.executable, str(PROBE_LAUNCH), *arguments, "launch", str(self._recipe)]
-            command += [*overrides, "--ranks", "2", *supervised]
-        with open(log, "wb") as file:
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
-        self._jobs.append(Job(process, log, marks))
-        return self._jobs[-1]
+        return log, marks
 
-    def launch(self, *faults: str, **how: Any) -> Launched:
-        """Start a job and wait for its end."""
+    def _program(self, faults: Sequence[str], marks: Path) -> tuple[list[str | Path], list[str]]:
+        """What the ranks run, and its arguments after the recipe."""
+        if not faults:
+            return [*MODULE], []
+        return [PROBE], [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
+
+    def _keep(self, job: Started) -> Started:
+        self._jobs.append(job)
+        return job
+
+    def train(self, *faults: str, **how: Any) -> Launched:
+        """Start forked ranks and wait for their end."""
         return self.start(*faults, **how).end()
 
     def checkpoints(self) -> tuple[str | None, list[str]]:
@@ -175,21 +260,17 @@ class Run:
     def end(self) -> None:
         """Leave no process behind, whatever has failed."""
         for job in self._jobs:
-            for process in job.family():
-                process.kill()
-            job.process.wait(10)
+            job.kill()
+
+
+def _popen(command: Sequence[str], environment: dict[str, str], log: Path, marks: Path) -> LaunchedJob:
+    with open(log, "wb") as file:
+        environment = {**environment, "HF_TOKEN": TOKEN, JOB: str(log)}
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+    return LaunchedJob(process, log, marks)
 
 
 NewRun = Callable[..., Run]
-
-
-def side_by_side(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
-    """Map, a few at once: a launch does little but import, much of it on one core. Raises all that went wrong."""
-    with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(function, argument) for argument in arguments]
-    if errors := [error for future in futures if (error := future.exception())]:
-        raise errors[0] if len(errors) == 1 else BaseExceptionGroup(f"{len(errors)} of {len(futures)}", errors)
-    return [future.result() for future in futures]
 
 
 def without_token(path: Path) -> bool:
@@ -240,7 +321,7 @@ def expect_as_undisturbed(run: Run, undisturbed: Undisturbed) -> None:
 
 def expect_finished(run: Run, undisturbed: Undisturbed) -> Launched:
     """The same command again, without faults, ends the run as if there had been none."""
-    done = run.launch()
+    done = run.train()
     assert done.returncode == 0, done.output
     expect_as_undisturbed(run, undisturbed)
     return done

@@ -28,7 +28,6 @@ from tests.conftest import ROOT
 from tests.shard_commands import COMMAND, Corpus, Done, environment, error_of, files_of, shards, write_corpus
 from tests.unit.test_jobs import array, open_mpi, pmi, step, torchrun
 
-KILLS = 30
 GONE_SECONDS = 5  # within which the workers of a killed process end
 
 
@@ -110,8 +109,9 @@ def _workers(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tmp_path: Path) -> None:
-    """FAULTS.md 24. `hits`: kills that left a directory with something in it, but no manifest."""
+@pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.nightly)])
+def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tmp_path: Path, kills: int) -> None:
+    """Fault 24. `hits`: kills that left a directory with something in it, but no manifest."""
     assert shards(*large.command(tmp_path / "whole", "--workers", "2")).returncode == 0
     whole = files_of(tmp_path / "whole")
     assert sum(name.startswith("train-") and name.endswith(".bin") for name in whole) == large.tasks
@@ -123,9 +123,9 @@ def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tm
 
     moments = random.Random(24)
     hits, resumed, broken = 0, 0, 0
-    for number in range(KILLS):
+    for number in range(kills):
         whom = ("parent", "worker", "group")[number % 3]
-        moment = moments.uniform(0.2, 1.0) * seconds
+        moment = (0.2 + 0.8 * (number + moments.random()) / kills) * seconds  # from an early one to a late one
         where = f"kill {number} of the {whom} after {moment:.3f} of {seconds:.3f} s"
         output, log = tmp_path / f"killed-{number}", tmp_path / f"log-{number}"
         process = start(large, output, log)
@@ -155,9 +155,9 @@ def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tm
         assert sorted(found) == sorted(whole), where
         assert found == whole, where
         shutil.rmtree(output)
-    assert hits >= KILLS // 3, f"{hits} of {KILLS} kills hit work"
-    assert resumed >= 3, f"{resumed} kills came after a finished task"
-    assert broken >= 3, f"{broken} builds ended for a killed worker"
+    assert hits >= kills // 3, f"{hits} of {kills} kills hit work"
+    assert resumed >= kills // 10 + 1, f"{resumed} kills came after a finished task"
+    assert broken >= kills // 10 + 1, f"{broken} builds ended for a killed worker"
 
 
 @pytest.mark.slow

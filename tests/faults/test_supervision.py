@@ -17,6 +17,7 @@ from tests.faults.jobs import (
     Run,
     Undisturbed,
     expect_as_undisturbed,
+    expect_finished,
     name_of,
     until,
 )
@@ -35,7 +36,7 @@ def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     run = new_run("mended", 1, "checkpoints.every_steps=1")
-    job = run.start("once:1:2", "pause:0:4", supervised=QUICK)
+    job = run.start_supervised("once:1:2", "pause:0:4", supervised=QUICK)
     job.wait_for("paused")
     job.launcher().kill()  # deepspeed then ends with 0, as if all were well
     job.unpause()
@@ -58,9 +59,10 @@ def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
 def test_a_crash_loop_is_ended_and_nothing_is_lost(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], fault: str
 ) -> None:
-    """FAULTS.md 18."""
+    """Fault 18."""
     run = new_run(f"loop-{fault}", 2, "checkpoints.every_steps=2")
-    done = run.launch(f"{fault}:0:3", supervised=("--max-restarts", "2", "--restart-delay", "2"))
+    job = run.start_supervised(f"{fault}:0:3", supervised=("--max-restarts", "2", "--restart-delay", "2"))
+    done = job.end()
     assert done.returncode == EXIT_CRASHED, done.output
     found = attempts(run)
     assert [(each["from_step"], each["to_step"]) for each in found] == [(0, 2), (2, 2), (2, 2)]
@@ -71,23 +73,21 @@ def test_a_crash_loop_is_ended_and_nothing_is_lost(
     assert pauses[0] < 1 < 2 <= pauses[1] < 4
     assert "Started again 2 times without a new checkpoint" in done.output
     assert run.checkpoints() == (name_of(2), [name_of(2)])
-    again = run.launch(supervised=QUICK)
-    assert again.returncode == 0, again.output
-    expect_as_undisturbed(run, undisturbed[2])
+    expect_finished(run, undisturbed[2])
 
 
 def test_when_the_supervisor_is_killed_all_end_and_the_next_goes_on(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     run = new_run("headless", 3, "checkpoints.every_steps=1")
-    job = run.start("pause:0:2", supervised=QUICK)
+    job = run.start_supervised("pause:0:2", supervised=QUICK)
     job.wait_for("paused")
-    second = run.launch(supervised=QUICK)
+    second = run.start_supervised(supervised=QUICK).end()
     assert second.returncode == EXIT_USER_ERROR, second.output
     assert "another `codeparrot-ds launch` sees to this run" in second.output
     assert len(job.family()) >= 4
     job.process.kill()
-    third = run.start(supervised=QUICK)  # at once, while the old ranks may still live
+    third = run.start_supervised(supervised=QUICK)  # at once, while the old ranks may still live
     assert until(lambda: not job.family(), 30), job.family()
     done = third.end()
     assert done.returncode == 0, done.output
@@ -99,7 +99,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
 ) -> None:
     run = new_run("told", 2, "checkpoints.every_steps=6")
     for step, number in enumerate((signal.SIGTERM, signal.SIGHUP), start=1):
-        job = run.start(f"pause:0:{step - 1}", supervised=QUICK)
+        job = run.start_supervised(f"pause:0:{step - 1}", supervised=QUICK)
         job.wait_for("paused")
         job.process.send_signal(number)
         job.wait_for("told")
@@ -108,7 +108,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
         assert done.returncode == EXIT_PREEMPTED, done.output
         assert (run.newest(), run.status()["state"]) == (step, "preempted")
         assert run.status()["reason"] == number.name
-    job = run.start("pause:0:3", supervised=QUICK)  # and now twice
+    job = run.start_supervised("pause:0:3", supervised=QUICK)  # and now twice
     job.wait_for("paused")
     for _ in range(2):
         job.process.send_signal(signal.SIGINT)
@@ -117,17 +117,15 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
     assert done.returncode == 128 + signal.SIGINT, done.output
     assert run.newest() == 2
     assert [each["state"] for each in attempts(run)] == ["preempted"] * 3
-    again = run.launch(supervised=QUICK)
-    assert again.returncode == 0, again.output
-    expect_as_undisturbed(run, undisturbed[2])
+    expect_finished(run, undisturbed[2])
 
 
 def test_a_rank_that_is_stopped_is_killed_and_the_job_goes_on(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
-    """FAULTS.md 9. It answers to nothing but SIGKILL, and deepspeed gives it 30 s."""
+    """Fault 9. It answers to nothing but SIGKILL, and deepspeed gives it 30 s."""
     run = new_run("stopped", 1, "checkpoints.every_steps=1", "guards.hang_seconds=6")
-    job = run.start("pause:1:2", supervised=QUICK)
+    job = run.start_supervised("pause:1:2", supervised=QUICK)
     job.wait_for("paused")
     stopped = job.rank(1)
     stopped.suspend()
@@ -141,7 +139,7 @@ def test_a_rank_that_is_stopped_is_killed_and_the_job_goes_on(
 
 def test_what_a_user_must_mend_is_not_tried_again(new_run: NewRun) -> None:
     run = new_run("refused", 2)
-    done = run.launch(supervised=QUICK, options=("--set", "engine.precision=fp16"))
+    done = run.start_supervised(supervised=QUICK, options=("--set", "engine.precision=fp16")).end()
     assert done.returncode == EXIT_USER_ERROR, done.output
     assert done.output.count("engine.precision: fp16 is not supported") == 1
     (only,) = attempts(run)

@@ -1,4 +1,4 @@
-"""Real `deepspeed` jobs on two ranks, with the faults of FAULTS.md; what goes on afterwards is as if nothing had been.
+"""Jobs of two ranks with faults, numbered as in docs/faults.md; what goes on afterwards is as if nothing had been.
 
 A run is started again by the same command after each fault, so several faults in a row befall one run. In the end its
 losses, the digests of its batches, its weights and both moments are compared with those of a run without faults.
@@ -34,7 +34,6 @@ from tests.faults.jobs import (
     batches,
     expect_finished,
     name_of,
-    side_by_side,
     state_of,
     until,
 )
@@ -51,29 +50,26 @@ KILLED_WHILE_SAVING = {
 }
 
 
+@pytest.mark.parametrize("stage", KILLED_WHILE_SAVING)
 def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from(
-    new_run: NewRun, undisturbed: dict[int, Undisturbed]
+    new_run: NewRun, undisturbed: dict[int, Undisturbed], stage: int
 ) -> None:
-    """FAULTS.md 2, 3, 4."""
-
-    def go_through(stage: int) -> None:
-        background = f"checkpoints.background={stage > 1}"  # stage 1 waits for the disk
-        run = new_run(f"saving-{stage}", stage, "checkpoints.every_steps=1", background)
-        for fault, newest, pointed_at in KILLED_WHILE_SAVING[stage]:
-            job = run.start(fault)
-            done = job.end()
-            where = f"stage {stage}, {fault}\n{done.output}"
-            assert done.returncode not in (0, EXIT_PREEMPTED) and job.mark("killed"), where
-            assert run.status()["state"] != "finished", where
-            pointer, published = run.checkpoints()
-            assert (pointer, published[-1]) == (name_of(pointed_at), name_of(newest)), where
-            if fault.startswith("slow"):  # the other rank was done with its files
-                assert json.loads(job.mark("seen")) == [name_of(2), [name_of(1), name_of(2), f"{name_of(3)}.tmp"]]
-        expect_finished(run, undisturbed[stage])
-        left = sorted(path.name for path in run.directory.checkpoints.iterdir())
-        assert left == ["latest", name_of(STEPS - 1), name_of(STEPS)], f"stage {stage}"
-
-    side_by_side(go_through, KILLED_WHILE_SAVING)
+    """Faults 2, 3 and 4."""
+    background = f"checkpoints.background={stage > 1}"  # stage 1 waits for the disk
+    run = new_run("saving", stage, "checkpoints.every_steps=1", background)
+    for fault, newest, pointed_at in KILLED_WHILE_SAVING[stage]:
+        job = run.start(fault)
+        done = job.end()
+        where = f"{fault}\n{done.output}"
+        assert done.returncode not in (0, EXIT_PREEMPTED) and job.mark("killed"), where
+        assert run.status()["state"] != "finished", where
+        pointer, published = run.checkpoints()
+        assert (pointer, published[-1]) == (name_of(pointed_at), name_of(newest)), where
+        if fault.startswith("slow"):  # the other rank was done with its files
+            assert json.loads(job.mark("seen")) == [name_of(2), [name_of(1), name_of(2), f"{name_of(3)}.tmp"]]
+    expect_finished(run, undisturbed[stage])
+    left = sorted(path.name for path in run.directory.checkpoints.iterdir())
+    assert left == ["latest", name_of(STEPS - 1), name_of(STEPS)]
 
 
 # Ended from outside
@@ -82,10 +78,10 @@ def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from
 def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
-    """FAULTS.md 1, 10, 11."""
+    """Faults 1, 10 and 11."""
     run = new_run("killed", 1, "checkpoints.every_steps=2")
-    job = run.start("kill:1:3")
-    assert until(lambda: job.process.poll() is not None, END_SECONDS)
+    job = run.start_deepspeed("kill:1:3")
+    assert until(lambda: job.poll() is not None, END_SECONDS)
     ended = time.time()
     done = job.end()
     assert done.returncode not in (0, EXIT_PREEMPTED)
@@ -93,7 +89,7 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     assert run.status()["state"] == "failed"
     assert run.newest() == 2
 
-    job = run.start("pause:0:3")
+    job = run.start_deepspeed("pause:0:3")
     job.wait_for("paused")
     assert len(job.family()) == 4  # the runner, the launcher and two ranks: what `end` looks for
     job.launcher().kill()
@@ -101,7 +97,7 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     assert run.status()["state"] == "running"
     assert run.newest() == 2
 
-    job = run.start("pause:0:2")
+    job = run.start_deepspeed("pause:0:2")
     job.wait_for("paused")
     job.process.terminate()
     assert job.process.wait(10) == -signal.SIGTERM
@@ -117,7 +113,7 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
 
 
 def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
-    """FAULTS.md 12, 13, 19."""
+    """Faults 12, 13 and 19."""
     run = new_run("asked", 2, "checkpoints.every_steps=6")
 
     def expect_preempted(done: Launched, step: int, reason: str, code: int = EXIT_PREEMPTED) -> None:
@@ -126,10 +122,10 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
         assert (status["state"], status["step"], run.newest()) == ("preempted", step, step)
         assert reason in status["reason"]
 
-    job = run.start("pause:1:0")
+    job = run.start_deepspeed("pause:1:0")
     job.wait_for("paused")
     before = run.status()
-    second = run.launch()  # while the first trains
+    second = run.train()  # while the first trains
     assert second.returncode == EXIT_USER_ERROR
     assert second.output.count("another process is training in this directory") == 1
     assert "Traceback" not in second.output
@@ -145,7 +141,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
     job.unpause()
     expect_preempted(job.end(), 2, str(run.directory.stop_file))
 
-    job = run.start("pause:0:2")
+    job = run.start_deepspeed("pause:0:2")
     job.wait_for("paused")
     job.launcher().terminate()
     job.wait_for("told")
@@ -154,7 +150,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
 
     # A request that comes while a checkpoint gets its name.
     run = new_run("asked", 2, "checkpoints.every_steps=4")
-    done = run.launch("term:0:4")
+    done = run.train("term:0:4")
     expect_preempted(done, 5, "SIGTERM")
     assert run.checkpoints()[1][-2:] == [name_of(4), name_of(5)]
 
@@ -163,8 +159,8 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
 
 
 def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
-    """FAULTS.md 9."""
-    run = new_run("hung", 3, "checkpoints.every_steps=2", "guards.hang_seconds=8")
+    """Fault 9."""
+    run = new_run("hung", 3, "checkpoints.every_steps=2", "guards.hang_seconds=6")
     job = run.start("pause:1:3")
     job.wait_for("paused")
     job.rank(1).suspend()
@@ -202,10 +198,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_older_checkpoint_and_is_said(
     small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed], background: bool
 ) -> None:
-    """FAULTS.md 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that did not come about."""
+    """Fault 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that did not come about."""
     settings = ("checkpoints.every_steps=2", "checkpoints.keep_last=1", f"checkpoints.background={background}")
     run = new_run("full", 3, *settings, runs=small_disk)
-    done = run.launch("full:1:4")
+    done = run.train("full:1:4")
     assert done.returncode == EXIT_USER_ERROR, done.output
     assert "Older checkpoints are untouched" in done.output
     # It is as full for rank 0, which may come later or sooner.
@@ -232,7 +228,7 @@ def copy_of(undisturbed: Undisturbed, run: Run) -> None:
 def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
-    """FAULTS.md 6, 7, 8."""
+    """Faults 6, 7 and 8."""
     run = new_run("damaged", 2, "checkpoints.every_steps=1", "checkpoints.keep_last=6")
     copy_of(undisturbed[2], run)
     checkpoints = run.directory.checkpoints
@@ -253,7 +249,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
     }
     names = sorted(path.name for path in checkpoints.iterdir())
     rows = run.rows()
-    done = run.launch()
+    done = run.train()
     assert done.returncode == EXIT_USER_ERROR, done.output
     assert "no undamaged checkpoint is left (6 damaged" in done.output
     assert "Traceback" not in done.output
@@ -289,7 +285,7 @@ class Hostile:
 def test_a_checkpoint_that_would_run_code_is_refused(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], tmp_path: Path, stage: int, name: str
 ) -> None:
-    """FAULTS.md 17. The file is as large and has the digest that the manifest says, so that its pickle is looked at."""
+    """Fault 17. The file is as large and has the digest that the manifest says, so that its pickle is looked at."""
     run = new_run("hostile", stage)
     copy_of(undisturbed[stage], run)
     canary = tmp_path / "canary"
@@ -306,7 +302,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     manifest["files"][name] = {"bytes": file.stat().st_size, "xxh3_128": digest_file(file)}
     write_json(newest.path / MANIFEST, manifest)
     run.directory.newest_checkpoint().verify()
-    done = run.launch()
+    done = run.train()
     assert done.returncode != 0
     assert not canary.exists()
     assert "Traceback" not in done.output
@@ -323,45 +319,42 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(new_run: NewRun) -> None:
-    """FAULTS.md 15. One in step 1; then in each from step 3 on, of which two in a row are allowed."""
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
+    new_run: NewRun, stage: int, precision: str
+) -> None:
+    """Fault 15. One in step 1; then in each from step 3 on, of which two in a row are allowed."""
+    run = new_run(
+        "nan",
+        stage,
+        f"engine.precision={precision}",
+        "checkpoints.every_steps=3",
+        "guards.max_skipped_steps=2",
+        "schedule.steps=9",
+    )
+    done = run.train("nan:1:1", "nans:1:3")
+    assert done.returncode == EXIT_USER_ERROR, done.output
+    assert done.output.count("error: ") == 1
+    assert "step 5: 3 steps in a row were skipped" in done.output
+    assert "Traceback" not in done.output
+    status = run.status()
+    assert status["state"] == "failed" and "3 steps in a row" in status["error"]
+    assert "step 1: skipped, its gradients are not finite (1 in a row, 1 in all)" in done.output
 
-    def train(layout: tuple[int, str]) -> None:
-        stage, precision = layout
-        run = new_run(
-            f"nan-{stage}-{precision}",
-            stage,
-            f"engine.precision={precision}",
-            "checkpoints.every_steps=3",
-            "guards.max_skipped_steps=2",
-            "schedule.steps=9",
-        )
-        done = run.launch("nan:1:1", "nans:1:3")
-        where = f"stage {stage}, {precision}\n{done.output}"
-        assert done.returncode == EXIT_USER_ERROR, where
-        assert done.output.count("error: ") == 1, where
-        assert "step 5: 3 steps in a row were skipped" in done.output, where
-        assert "Traceback" not in done.output, where
-        status = run.status()
-        assert status["state"] == "failed" and "3 steps in a row" in status["error"], where
-        assert "step 1: skipped, its gradients are not finite (1 in a row, 1 in all)" in done.output, where
+    rows, batch = run.rows(), run.recipe.batch.global_batch_size
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 3, 4]
+    for row in rows:
+        step, taken = row["step"], row["step"] + 1 - row["skipped_steps"]
+        assert row["loss"] is not None
+        assert row["learning_rate"] == run.recipe.optimizer.learning_rate * run.recipe.schedule.ratio(step)
+        assert (row["samples_seen"], row["tokens_seen"]) == ((step + 1) * batch, taken * batch * 32)
 
-        rows, batch = run.rows(), run.recipe.batch.global_batch_size
-        assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5], where
-        assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 2, 3, 4], where
-        for row in rows:
-            step, taken = row["step"], row["step"] + 1 - row["skipped_steps"]
-            assert row["loss"] is not None, where
-            assert row["learning_rate"] == run.recipe.optimizer.learning_rate * run.recipe.schedule.ratio(step), where
-            assert (row["samples_seen"], row["tokens_seen"]) == ((step + 1) * batch, taken * batch * 32), where
-
-        assert run.checkpoints() == (name_of(3), [name_of(3)]), where
-        held = ZeroCheckpoint(run.directory.newest_checkpoint())
-        assert held.step == 2, where  # of AdamW: the skipped one is not in it
-        assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
-        expect_named(run, {1, 3, 4, 5}, "skipped: gradients that are not finite")
-
-    side_by_side(train, LAYOUTS)
+    assert run.checkpoints() == (name_of(3), [name_of(3)])
+    held = ZeroCheckpoint(run.directory.newest_checkpoint())
+    assert held.step == 2  # of AdamW: the skipped one is not in it
+    assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
+    expect_named(run, {1, 3, 4, 5}, "skipped: gradients that are not finite")
 
 
 def expect_named(run: Run, steps: set[int], reason: str) -> None:
@@ -383,9 +376,9 @@ def expect_named(run: Run, steps: set[int], reason: str) -> None:
 
 
 def test_a_replica_that_differs_by_one_bit_halts_the_run(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
-    """FAULTS.md 16. Of two ranks nobody can tell which is wrong; that of three one is named, test_guards shows."""
+    """Fault 16. Of two ranks nobody can tell which is wrong; that of three one is named, test_guards shows."""
     run = new_run("flipped", 1, "checkpoints.every_steps=2", "guards.replica_check_steps=1")
-    done = run.launch("flip:1:3")
+    done = run.train("flip:1:3")
     assert done.returncode == EXIT_USER_ERROR, done.output
     assert done.output.count("error: ") == 1 and "Traceback" not in done.output
     assert "step 3: the weights on rank 0, 1 differ from one another" in done.output
@@ -419,33 +412,31 @@ def new_spiky_run(new_run: NewRun) -> NewRun:
     return make
 
 
-def test_a_loss_spike_is_named_and_stops_the_run_where_it_is_to(new_spiky_run: NewRun) -> None:
-    def warn() -> None:
-        run = new_spiky_run("warn")
-        done = run.launch(SPIKE)
-        assert done.returncode == 0, done.output
-        assert "step 20: loss" in done.output
-        expect_named(run, SUSPECTS, "at step 20")
-        assert read_run(run.directory.path).digests() == batches(run.recipe)
-        assert run.status()["state"] == "finished"
+def test_a_loss_spike_is_named(new_spiky_run: NewRun) -> None:
+    run = new_spiky_run("warn")
+    done = run.train(SPIKE)
+    assert done.returncode == 0, done.output
+    assert "step 20: loss" in done.output
+    expect_named(run, SUSPECTS, "at step 20")
+    assert read_run(run.directory.path).digests() == batches(run.recipe)
+    assert run.status()["state"] == "finished"
 
-    def stop() -> None:
-        run = new_spiky_run("stop")
-        done = run.launch(SPIKE)
-        assert done.returncode == EXIT_USER_ERROR, done.output
-        assert done.output.count("error: ") == 1 and "Traceback" not in done.output
-        assert "Stopped without saving" in run.status()["error"]
-        assert run.status()["state"] == "failed"
-        expect_named(run, SUSPECTS, "at step 20")
-        assert run.newest() == 18
 
-    side_by_side(lambda each: each(), [warn, stop])
+def test_a_loss_spike_stops_a_run_that_asks_for_it(new_spiky_run: NewRun) -> None:
+    run = new_spiky_run("stop")
+    done = run.train(SPIKE)
+    assert done.returncode == EXIT_USER_ERROR, done.output
+    assert done.output.count("error: ") == 1 and "Traceback" not in done.output
+    assert "Stopped without saving" in run.status()["error"]
+    assert run.status()["state"] == "failed"
+    expect_named(run, SUSPECTS, "at step 20")
+    assert run.newest() == 18
 
 
 def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kills_it(new_spiky_run: NewRun) -> None:
     def through() -> Run:
         run = new_spiky_run("go_back", "whole")
-        done = run.launch(SPIKE)
+        done = run.train(SPIKE)
         assert done.returncode == 0, done.output
         assert "going back to step 12, and leaving the samples of steps 13 to 20 out" in done.output
         expect_named(run, SUSPECTS, "at step 20")
@@ -454,13 +445,13 @@ def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kill
     def killed() -> Run:
         run = new_spiky_run("go_back", "killed")
         for fault in ("leap:0:0", "again:1:14"):
-            done = run.launch(SPIKE, fault)
+            done = run.train(SPIKE, fault)
             assert done.returncode not in (0, EXIT_PREEMPTED), f"{fault}\n{done.output}"
-        done = run.launch(SPIKE)
+        done = run.train(SPIKE)
         assert done.returncode == 0, done.output
         return run
 
-    runs: list[Run] = side_by_side(lambda each: each(), [through, killed])
+    runs = [through(), killed()]
     size = runs[0].recipe.batch.global_batch_size
     left_out = (min(SUSPECTS) * size, (max(SUSPECTS) + 1) * size)
     for run in runs:

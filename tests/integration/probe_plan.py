@@ -1,9 +1,8 @@
-"""Run by ranks: trials of several recipes, each in processes of its own, forked once the libraries are imported.
+"""Run by ranks: a trial of a recipe, whose memory is watched in each phase of a step.
 
-Usage: probe_plan.py TRIALS.json, a list of {"recipe": FILE, "ranks": N, "port": N, "output": FILE}.
+Usage: probe_plan.py RECIPE OUTPUT
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 from deepspeed.accelerator import get_accelerator
 
 import codeparrot_ds.training.memory as memory_module
 from codeparrot_ds import trial
 from codeparrot_ds.files import write_json
 from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.train import end
 from codeparrot_ds.training.memory import HostMemory
 
 STEPS = 3
@@ -65,24 +64,10 @@ class MemoryOfPhases(HostMemory):
         return peak
 
 
-rank = int(os.environ["RANK"])
-for each in json.loads(Path(sys.argv[-1]).read_text()):
-    if rank >= each["ranks"]:
-        continue
-    child = os.fork()
-    if child == 0:
-        ranks = str(each["ranks"])
-        os.environ.update(MASTER_PORT=str(each["port"]), WORLD_SIZE=ranks, LOCAL_SIZE=ranks)
-        code = 1
-        try:
-            memory = MemoryOfPhases()
-            memory_module.device_memory = lambda device, memory=memory: memory
-            found = trial.run(load_recipe(Path(each["recipe"])), STEPS)
-            if rank == 0:
-                write_json(Path(each["output"]), {**found, "phases": memory.phases})
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    if os.waitpid(child, 0)[1] != 0:
-        sys.exit(f"{each['recipe']}: failed on rank {rank}")
+recipe, output = map(Path, sys.argv[1:3])
+memory = MemoryOfPhases()
+memory_module.device_memory = lambda device: memory
+found = trial.run(load_recipe(recipe), STEPS)
+if os.environ["RANK"] == "0":
+    write_json(output, {**found, "phases": memory.phases})
+end(0)

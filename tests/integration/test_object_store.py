@@ -280,11 +280,12 @@ def test_wrong_credentials_are_named(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("apart", [4, pytest.param(1, marks=pytest.mark.nightly)])  # requests between two tries
 def test_credentials_that_expire_while_reading_end_the_build_and_lose_no_document(
-    store: Store, corpus: Corpus, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, corpus: Corpus, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
     """The store's refusal is not damage of the file: even `--on-bad-document skip` must not leave it out."""
-    for allowed in range(1, 100):  # requests
+    for allowed in range(1, 100, apart):  # requests
         monkeypatch.setattr("moto.core.authorization.settings.INITIAL_NO_AUTH_ACTION_COUNT", allowed)
         monkeypatch.setattr("moto.core.authorization.ActionAuthenticatorMixin.request_count", 0)
         try:

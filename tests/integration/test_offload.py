@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,10 @@ import torch
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
-from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, DeepspeedCommand, Trained, train
+from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators")]
 Train = Callable[..., Trained]
-BUILD = (
-    "from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder;"
-    "CPUAdamBuilder().load(verbose=False); AsyncIOBuilder().load(verbose=False)"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def operators(deepspeed_command: DeepspeedCommand) -> None:
-    """cpu_adam and async_io, compiled once: longer than a launch may take."""
-    _, environment = deepspeed_command("")
-    subprocess.run([sys.executable, "-c", BUILD], env=environment, check=True, capture_output=True, timeout=850)
 
 
 def ds_config(kind: str, directory: Path) -> Path:
@@ -46,13 +33,13 @@ def ds_config(kind: str, directory: Path) -> Path:
 
 
 @pytest.fixture
-def train_offloaded(deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path) -> Train:
+def train_offloaded(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> Train:
     """Train a model large enough to be swapped, which takes 262,144 parameters in a group of a rank."""
 
     def run(kind: str, name: str = "offloaded", *, ranks: int, options: tuple[str, ...] = ()) -> Trained:
         body = {**tiny_recipe, "name": name, "model": {**tiny_recipe["model"], "n_layer": 1, "n_embd": 256}}
         engine = (f"engine.deepspeed={ds_config(kind, tmp_path)}", f"engine.nvme={tmp_path / 'nvme'}")
-        return train(deepspeed, body, ranks=ranks, options=(*engine, *options))
+        return train(forked, body, ranks=ranks, options=(*engine, *options))
 
     return run
 
@@ -118,12 +105,12 @@ def test_offload_may_change_as_a_run_goes_on(train_offloaded: Train, tmp_path: P
 
 
 def test_loading_into_nvme_and_saving_again_changes_no_bit(
-    deepspeed: Deepspeed, train_offloaded: Train, tmp_path: Path
+    forked: RunRanks, train_offloaded: Train, tmp_path: Path
 ) -> None:
     trained = train_offloaded("zero3_offload", ranks=2, options=("schedule.steps=3",))
     before = ZeroCheckpoint(source_checkpoint(trained.run.path))
     probe, out = ROOT / "tests" / "integration" / "probe_reshard.py", tmp_path / "again"
-    done = deepspeed(probe, trained.run.recipe, ds_config("zero3_nvme", tmp_path), out, ranks=1)
+    done = forked(probe, trained.run.recipe, ds_config("zero3_nvme", tmp_path), out, ranks=1)
     assert done.returncode == 0, done.output
     again = source_checkpoint(out)
     assert any(name.startswith("offloaded_tensors/rank00/exp_avg-") for name in again.files)

@@ -11,14 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
-from tests.conftest import ROOT, Deepspeed, Trained, read_run, save_recipe
+from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe
 
 pytestmark = pytest.mark.slow
 Train = Callable[..., Trained]
 
 
 def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+    forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """A scale of 2^40 overflows: steps are skipped until it fits, and a resumed run does not look for it again."""
 
@@ -30,7 +30,7 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
         tiny_recipe["schedule"] = {"steps": steps, "name": "constant"}
         tiny_recipe["guards"] = {"max_skipped_steps": 60}
         recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
-        done = deepspeed(ROOT / "tests" / "integration" / "probe_fp16.py", recipe)
+        done = forked(ROOT / "tests" / "integration" / "probe_fp16.py", recipe)
         assert done.returncode == 0, done.output
         return read_run(tmp_path / "runs" / "tiny")
 
@@ -56,11 +56,9 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
     assert again.loss_scaler().cur_scale in (scale, scale / 2) and scale < 2**40
 
 
-def test_fp16_where_there_is_none_is_one_message(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
-) -> None:
+def test_fp16_where_there_is_none_is_one_message(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["engine"]["precision"] = "fp16"
-    done = deepspeed("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
+    done = forked("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
     if done.returncode == 0:
         pytest.skip("this CPU computes in fp16")
     assert done.returncode == 1

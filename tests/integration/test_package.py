@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.test_readme import clone
+from tests.trees import copy_tree
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_gives_the_command(tmp_path: Path) -> None:
-    source, site = clone(tmp_path / "clone"), tmp_path / "site"
+    source, site = copy_tree(tmp_path / "clone"), tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(install, check=True)
     modules = {path.relative_to(ROOT) for path in (ROOT / "codeparrot_ds").rglob("*.py")}

@@ -1,9 +1,7 @@
 """What `plan` says of memory, against real optimizer steps on CPU ranks; `plan --measure` and `tune` as users do."""
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -16,10 +14,11 @@ import yaml
 from codeparrot_ds.cluster.machine import find_machine
 from codeparrot_ds.cluster.plan import Plan, make_plan
 from codeparrot_ds.recipe import load_recipe
-from tests.conftest import LAUNCH_TIMEOUT, ROOT, Deepspeed, save_recipe
+from tests.conftest import LAUNCH_TIMEOUT, ROOT, RunRanks, save_recipe
 
 pytestmark = pytest.mark.slow
 
+PROBE = Path(__file__).with_name("probe_plan.py")
 TINY_BYTES = 64_000  # ids of a step, scalars: not part of a plan
 
 
@@ -95,24 +94,16 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory, deepspeed: Deepspeed) -> dict[str, dict[str, Any]]:
+def trials(tmp_path_factory: pytest.TempPathFactory, forked: RunRanks) -> dict[str, dict[str, Any]]:
     """What each case took, in three real steps."""
     directory = tmp_path_factory.mktemp("plan")
-    with contextlib.ExitStack() as stack:  # all at once, so that no two are the same
-        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in CASES]
-    jobs = [
-        {
-            "recipe": str(case.write(directory)),
-            "ranks": case.ranks,
-            "port": port,
-            "output": str(directory / f"{case.name}.result"),
-        }
-        for case, port in zip(CASES, ports, strict=True)
-    ]
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    done = deepspeed(ROOT / "tests" / "integration" / "probe_plan.py", directory / "jobs.json", ranks=2)
-    assert done.returncode == 0, done.output
-    return {case.name: json.loads((directory / f"{case.name}.result").read_text()) for case in CASES}
+    found = {}
+    for case in CASES:
+        output = directory / f"{case.name}.result"
+        done = forked(PROBE, case.write(directory), output, ranks=case.ranks)
+        assert done.returncode == 0, done.output
+        found[case.name] = json.loads(output.read_text())
+    return found
 
 
 def plan_of(case: Case, directory: Path, memory: int | None = None) -> Plan:

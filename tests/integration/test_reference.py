@@ -1,14 +1,13 @@
 """Training through DeepSpeed, at every ZeRO stage, beside a plain PyTorch loop: the same losses, step by step."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import Deepspeed, Trained, recipe_on, save_recipe, train
+from tests.conftest import RunRanks, Trained, recipe_on, save_recipe, train
 from tests.reference_loop import ReferenceStep, train_reference
 
 STEPS = 100
@@ -69,21 +68,20 @@ def test_the_plain_loop_learns_and_clips_some_steps(reference: Reference) -> Non
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_step_is_that_of_the_plain_loop_on_one_rank_and_on_two(
-    deepspeed: Deepspeed, body: dict[str, Any], reference: Reference, stage: int, accumulation: int
+    forked: RunRanks, body: dict[str, Any], reference: Reference, stage: int, accumulation: int
 ) -> None:
-    def launch(ranks: int) -> Trained:
+    def train_on(ranks: int) -> Trained:
         name = f"stage{stage}-ranks{ranks}-accumulation{accumulation}"
         options = [f"batch.micro_batch_size={GLOBAL_BATCH_SIZE // (ranks * accumulation)}"]
         if stage == 0:  # none of the JSONs shipped
             ds_config = Path(body["runs"]) / f"{name}.json"
             ds_config.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
             options.append(f"engine.deepspeed={ds_config}")
-        return train(deepspeed, {**body, "name": name}, ranks=ranks, stage=stage, options=options)
+        return train(forked, {**body, "name": name}, ranks=ranks, stage=stage, options=options)
 
-    with ThreadPoolExecutor() as pool:  # side by side: a launch does little but import, much of it on one core
-        launched = list(pool.map(launch, WORLD_SIZES))
     expected = reference[accumulation]
-    for ranks, trained in zip(WORLD_SIZES, launched, strict=True):
+    for ranks in WORLD_SIZES:
+        trained = train_on(ranks)
         resolved = json.loads(trained.run.ds_config.read_text())
         assert resolved["zero_optimization"]["stage"] == stage
         trained.require_checkpoint_as_large_as_reckoned(stage)

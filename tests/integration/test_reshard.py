@@ -12,7 +12,7 @@ import torch
 from codeparrot_ds.errors import EXIT_PREEMPTED
 from codeparrot_ds.run_directory import Checkpoint, RunDirectory
 from codeparrot_ds.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
-from tests.conftest import ROOT, Deepspeed, Trained, read_run, recipe_on, save_recipe, train
+from tests.conftest import ROOT, RunRanks, Trained, read_run, recipe_on, save_recipe, train
 
 pytestmark = pytest.mark.slow
 STEPS = 80
@@ -34,13 +34,13 @@ def body(data: Path, runs: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(deepspeed: Deepspeed, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def uninterrupted(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Two ranks, stage 1, to the end."""
-    return train(deepspeed, body(data, tmp_path_factory.mktemp("whole"), "whole"), ranks=2, stage=1)
+    return train(forked, body(data, tmp_path_factory.mktemp("whole"), "whole"), ranks=2, stage=1)
 
 
 @pytest.fixture
-def stop_at(deepspeed: Deepspeed, data: Path, tmp_path: Path) -> Callable[..., None]:
+def stop_at(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., None]:
     """Go on with the run "moved" on some ranks at some stage, and stop after a step, or train to the end."""
 
     def run(step: int | None, ranks: int, stage: int) -> None:
@@ -48,10 +48,10 @@ def stop_at(deepspeed: Deepspeed, data: Path, tmp_path: Path) -> Callable[..., N
         recipe["engine"]["deepspeed"] = str(ds_config(stage, tmp_path))
         path = save_recipe(recipe, tmp_path / "moved.yaml")
         if step is None:
-            done = deepspeed("--module", "codeparrot_ds.train", path, ranks=ranks)
+            done = forked("--module", "codeparrot_ds.train", path, ranks=ranks)
             assert done.returncode == 0, done.output
         else:
-            done = deepspeed(PROBE, path, str(step), ranks=ranks)
+            done = forked(PROBE, path, str(step), ranks=ranks)
             assert done.returncode == EXIT_PREEMPTED, done.output
             status = RunDirectory(tmp_path / "moved").read_status()
             assert (status["state"], status["step"]) == ("preempted", step)
@@ -116,13 +116,13 @@ def test_every_stage_goes_on_from_every_other(
 
 
 def test_moving_a_checkpoint_changes_no_bit_of_it(
-    stop_at: Callable[..., None], deepspeed: Deepspeed, tmp_path: Path
+    stop_at: Callable[..., None], forked: RunRanks, tmp_path: Path
 ) -> None:
     stop_at(3, 2, 3)
     old = ZeroCheckpoint(source_checkpoint(tmp_path / "moved"))
     for ranks, stage in ((3, 1), (1, 2), (3, 3), (1, 0)):
         out = tmp_path / f"{ranks}-{stage}"
-        done = deepspeed(
+        done = forked(
             ROOT / "tests" / "integration" / "probe_reshard.py",
             *(tmp_path / "moved.yaml", ds_config(stage, tmp_path), out),
             ranks=ranks,

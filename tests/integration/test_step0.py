@@ -9,7 +9,7 @@ import pytest
 
 from codeparrot_ds.files import digest_bytes
 from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
-from tests.conftest import ROOT, SEQ_LEN, VOCAB_SIZE, Deepspeed, save_recipe
+from tests.conftest import ROOT, SEQ_LEN, VOCAB_SIZE, RunRanks, save_recipe
 
 PROBE = Path(__file__).with_name("probe_step0.py")
 Layout = tuple[int, int, str]  # ZeRO stage, ranks, precision
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def probed(data: Path, deepspeed: Deepspeed, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+def probed(data: Path, forked: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Probed:
     """What `probe_step0.py` found, by layout."""
     directory = tmp_path_factory.mktemp("step0")
     body = {
@@ -40,7 +40,7 @@ def probed(data: Path, deepspeed: Deepspeed, tmp_path_factory: pytest.TempPathFa
     found = {}
     for stage, ranks, precision in LAYOUTS:
         out = directory / f"{precision}-{stage}-{ranks}.json"
-        done = deepspeed(PROBE, recipe, out, str(stage), precision, ranks=ranks)
+        done = forked(PROBE, recipe, out, str(stage), precision, ranks=ranks)
         assert done.returncode == 0, done.output
         found[stage, ranks, precision] = json.loads(out.read_text())
     return found

@@ -22,7 +22,7 @@ from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
-from tests.conftest import ROOT, VOCAB_SIZE, Deepspeed, Trained, save_recipe
+from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, save_recipe, train
 
 pytestmark = pytest.mark.slow
 Train = Callable[..., Trained]
@@ -35,9 +35,7 @@ def convert_run(trained: Trained, output: Path, **options: Any) -> dict[str, Any
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_each_stage_trains_and_converts_without_a_warning(
-    train_tiny: Train, baseline: Trained, tmp_path: Path, stage: int
-) -> None:
+def test_each_stage_trains_and_converts(train_tiny: Train, baseline: Trained, tmp_path: Path, stage: int) -> None:
     trained = baseline if stage == 3 else train_tiny(f"stage{stage}", stage=stage)
     losses = trained.valid_losses()
     assert abs(losses[0] - math.log(VOCAB_SIZE)) < 0.3
@@ -51,6 +49,10 @@ def test_each_stage_trains_and_converts_without_a_warning(
     assert certificate["engine"] == {"loss_valid": losses[6], "sequences": 7, "not_compared": None}
     assert abs(certificate["forward"]["loss_written"] - losses[6]) < 1e-3
 
+
+def test_a_converted_model_loads_without_a_warning(baseline: Trained, tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    convert_run(baseline, output)
     # In a process of its own, so that nothing set here keeps a warning back.
     code = (
         "import sys, transformers as t;"
@@ -157,33 +159,59 @@ def test_a_finished_run_whose_status_was_lost_is_finished_again(train_tiny: Trai
 
 
 def test_two_launches_on_one_run_directory_are_refused(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+    forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     run = RunDirectory(Path(tiny_recipe["runs"]) / "tiny")
     run.path.mkdir(parents=True)
     with exclusive_lock(run.path / ".lock", ""):
-        done = deepspeed("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
+        done = forked("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
     assert done.returncode == 1
     assert "another process is training in this directory" in done.output
     assert "Traceback" not in done.output
     assert not run.status_file.exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "how", "expected"),
+    [
+        ({"model": {"vocab_size": 1000}}, "forked", "Set model.vocab_size=512"),
+        ({"modle": {}}, "deepspeed", "modle: unknown key"),
+    ],
+)
 def test_bad_input_ends_every_rank_with_one_message(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+    request: pytest.FixtureRequest,
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    change: dict[str, dict[str, Any]],
+    how: str,
+    expected: str,
 ) -> None:
-    wrong_vocabulary = {**tiny_recipe, "model": {**tiny_recipe["model"], "vocab_size": 1000}}
-    unknown_key = {**tiny_recipe, "modle": {}}
-    for body, expected in ((wrong_vocabulary, "Set model.vocab_size=512"), (unknown_key, "modle: unknown key")):
-        done = deepspeed("--module", "codeparrot_ds.train", save_recipe(body, tmp_path / "bad.yaml"))
-        assert done.returncode == 1
-        assert done.output.count("error: ") == 1
-        assert expected in done.output
-        assert "Traceback" not in done.output
+    run_ranks: RunRanks = request.getfixturevalue(how)
+    for section, keys in change.items():
+        tiny_recipe[section] = tiny_recipe.get(section, {}) | keys
+    done = run_ranks("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "bad.yaml"))
+    assert done.returncode == 1
+    assert done.output.count("error: ") == 1
+    assert expected in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_launch_trains_as_forked_ranks_do(
+    deepspeed: RunRanks, baseline: Trained, tiny_recipe: dict[str, Any]
+) -> None:
+    """Whatever else is shown with forked ranks holds for `deepspeed`: the runner, the launcher, two ranks."""
+    launched = train(deepspeed, {**tiny_recipe, "name": "launched"})
+    assert launched.losses() == baseline.losses()
+    assert launched.valid_losses() == baseline.valid_losses()
+    assert launched.digests() == baseline.digests()
+    newest, expected = launched.run.newest_checkpoint(), baseline.run.newest_checkpoint()
+    assert {name: file["bytes"] for name, file in newest.files.items()} == {
+        name: file["bytes"] for name, file in expected.files.items()
+    }
 
 
 def test_a_missing_hostfile_never_trains_locally(
-    deepspeed: Deepspeed, tiny_recipe: dict[str, Any], tmp_path: Path
+    deepspeed: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
     options = ["--hostfile", str(tmp_path / "absent")]
@@ -203,25 +231,24 @@ def offload_recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
     return save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
 
 
+@pytest.mark.usefixtures("operators")
 def test_offload_trains_after_saying_that_it_builds_an_operator(
-    deepspeed: Deepspeed, offload_recipe: Path, tiny_recipe: dict[str, Any]
+    forked: RunRanks, offload_recipe: Path, tiny_recipe: dict[str, Any]
 ) -> None:
-    done = deepspeed("--module", "codeparrot_ds.train", offload_recipe)
+    done = forked("--module", "codeparrot_ds.train", offload_recipe)
     assert done.returncode == 0, done.output
     assert "DeepSpeed's cpu_adam operator is built" in done.output
     status = json.loads((Path(tiny_recipe["runs"]) / "tiny" / "status.json").read_text())
     assert status["loss_valid"] < math.log(VOCAB_SIZE) - 0.3
 
 
-def test_offload_without_a_compiler_is_refused_by_name(
-    deepspeed: Deepspeed, offload_recipe: Path, tmp_path: Path
-) -> None:
+def test_offload_without_a_compiler_is_refused_by_name(forked: RunRanks, offload_recipe: Path, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("env", "bash", "sh"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
     path = f"{Path(sys.executable).parent}:{tools}"
-    done = deepspeed("--module", "codeparrot_ds.train", offload_recipe, env={"PATH": path})
+    done = forked("--module", "codeparrot_ds.train", offload_recipe, env={"PATH": path})
     assert done.returncode == 1
     assert "cpu_adam" in done.output
     assert "apt-get install g++" in done.output

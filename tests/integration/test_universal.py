@@ -16,7 +16,7 @@ from codeparrot_ds.export.convert import convert
 from codeparrot_ds.export.universal import to_universal
 from codeparrot_ds.run_directory import Checkpoint
 from codeparrot_ds.zero import FP32, MOMENTS, SavedState, ZeroCheckpoint, open_state, source_checkpoint
-from tests.conftest import ROOT, Deepspeed, Trained, save_recipe
+from tests.conftest import ROOT, RunRanks, Trained, save_recipe
 
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
@@ -52,11 +52,11 @@ def test_it_is_whole_and_stands_alone(baseline: Trained, universal: Checkpoint, 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(3, 1), (1, 2), (2, 3)])
 def test_deepspeed_loads_every_bit(
-    deepspeed: Deepspeed, universal: Checkpoint, tiny_recipe: dict[str, Any], tmp_path: Path, ranks: int, stage: int
+    forked: RunRanks, universal: Checkpoint, tiny_recipe: dict[str, Any], tmp_path: Path, ranks: int, stage: int
 ) -> None:
     recipe = save_recipe(tiny_recipe, tmp_path / "recipe.yaml")
     config, out = ROOT / "ds_configs" / f"zero{stage}.json", tmp_path / "out"
-    done = deepspeed(PROBE, recipe, config, universal.path, out, ranks=ranks)
+    done = forked(PROBE, recipe, config, universal.path, out, ranks=ranks)
     assert done.returncode == 0, done.output
     assert_same(open_state(source_checkpoint(out)), open_state(universal))
 

@@ -114,7 +114,7 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
     launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
 ) -> None:
-    """FAULTS.md 23. Losses are those of two ranks on one host, bit for bit."""
+    """Fault 23. Losses are those of two ranks on one host, bit for bit."""
     job = launch("killed", 2, *options, faults=["hold:0:4"])
     job.wait_for("held-4")
     (victim,) = real_hosts.ranks(1)
@@ -143,7 +143,7 @@ def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) 
 def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
 ) -> None:
-    """FAULTS.md 23: three hosts, then two, then three, and every sample exactly once."""
+    """Fault 23: three hosts, then two, then three, and every sample exactly once."""
     settings = ["batch.global_batch_size=6", "schedule.steps=12", "checkpoints.every_steps=1", AT_ONCE]
     whole = train(deepspeed, {**tiny_recipe, "name": "whole"}, ranks=2, options=settings)
     faults = ["hold:0:3", "hold:0:7"]
@@ -219,7 +219,7 @@ def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_host
 
 
 def test_hosts_that_do_not_answer_are_named_before_anything_starts(launch: Launch, real_hosts: RealHosts) -> None:
-    """FAULTS.md 20."""
+    """Fault 20."""
     with real_hosts.without_sshd(1):
         job = launch("silent", 2)
         assert job.end() == EXIT_USER_ERROR, job.output()
