@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,12 +175,13 @@ class Run:
         self.recipe = load_recipe(recipe, settings)
         self.directory = RunDirectory(self.recipe.run_directory)
 
-    def start(self, *faults: str, options: Sequence[str] = ()) -> Job:
+    def start(self, *faults: str, env: Mapping[str, str] | None = None) -> Job:
         """Fork ranks, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
         log, marks = self._new_log()
         program, injected = self._program(faults, marks)
-        arguments = [*program, self._recipe, *self._settings, *options, *injected]
-        job = self._starter.server.start(*arguments, ranks=2, cwd=ROOT, env={"HF_TOKEN": TOKEN}, log=log)
+        arguments = [*program, self._recipe, *self._settings, *injected]
+        environment = {"HF_TOKEN": TOKEN, **(env or {})}
+        job = self._starter.server.start(*arguments, ranks=2, cwd=ROOT, env=environment, log=log)
         return self._keep(ForkedRanks(job, marks))
 
     def start_deepspeed(self, *faults: str) -> LaunchedJob:

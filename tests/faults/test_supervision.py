@@ -55,7 +55,7 @@ def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
     ]
 
 
-@pytest.mark.parametrize("fault", ["kill", "crash"])
+@pytest.mark.parametrize("fault", ["crash", pytest.param("kill", marks=pytest.mark.nightly)])
 def test_a_crash_loop_is_ended_and_nothing_is_lost(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], fault: str
 ) -> None:

@@ -28,6 +28,7 @@ from tests.conftest import Launched, read_run
 from tests.faults.jobs import (
     END_SECONDS,
     STEPS,
+    TOKEN,
     NewRun,
     Run,
     Undisturbed,
@@ -36,6 +37,7 @@ from tests.faults.jobs import (
     name_of,
     state_of,
     until,
+    without_token,
 )
 
 pytestmark = pytest.mark.slow
@@ -311,6 +313,19 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     with pytest.raises(CheckpointError, match=f"{name}: refused"):
         ZeroCheckpoint(newest)
     assert not canary.exists()
+
+
+def test_a_token_in_the_environment_is_written_nowhere(new_run: NewRun) -> None:
+    """Fault 21. So it is looked for after every other job of these tests."""
+    settings = ("logging.tensorboard=true", "logging.wandb=true", "evaluation.samples=1")
+    run = new_run("token", 3, *settings)
+    job = run.start(env={"WANDB_MODE": "offline"})
+    assert job.rank(0).is_running()
+    done = job.end()
+    assert done.returncode == 0, done.output
+    assert run.directory.tensorboard.exists()
+    assert TOKEN not in done.output
+    assert without_token(run.directory.path)
 
 
 # Wrong numbers

@@ -76,13 +76,11 @@ def test_a_run_starts_from_other_weights(train_tiny: Train, baseline: Trained, t
     train_tiny("warm3", options=[*options, "schedule.steps=6"])
 
 
-def test_samples_retention_schedule_and_records(
-    train_tiny: Train, baseline: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_samples_retention_schedule_and_records(train_tiny: Train, baseline: Trained) -> None:
     tokens_per_step = 4 * 32
     trained = train_tiny(
         "options",
+        env={"WANDB_MODE": "offline"},
         options=[
             *("evaluation.samples=2", "evaluation.sample_tokens=5", "logging.tensorboard=true", "logging.wandb=true"),
             *("checkpoints.keep_every_steps=4", "checkpoints.keep_last=1", "checkpoints.every_minutes=1e-6"),

@@ -18,9 +18,10 @@ import pytest
 
 from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched
 
-TOOLS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
+TOOLS = ("ip", "tc", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip are not on everyone's PATH
 ADDRESSES = ("192.0.2.1", "192.0.2.2", "192.0.2.3")  # RFC 5737: for documentation, so they stand for no real machine
+LINK_RATE = "200mbit"
 SET_UP_TIMEOUT = 30  # seconds; it takes about one
 
 # Runs as the first process of a host, in namespaces of its own: nothing mounted here is seen outside, and all of it
@@ -281,6 +282,9 @@ def _make_network(names: tuple[str, ...], undo: contextlib.ExitStack) -> None:
         _set_up(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"])
         _set_up(["ip", "-n", name, "link", "set", "lo", "up"])
         _set_up(["ip", "-n", name, "link", "set", "eth0", "up"])
+        # Slow enough that no other test, busy on the same cores, makes one link slower than the others.
+        shaper = ["root", "tbf", "rate", LINK_RATE, "burst", "256kb", "latency", "50ms"]
+        _set_up(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *shaper])
 
 
 def _start_sshd(directory: Path, name: str, undo: contextlib.ExitStack) -> int:

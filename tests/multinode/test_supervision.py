@@ -16,7 +16,7 @@ from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from codeparrot_ds.recipe import load_recipe
 from codeparrot_ds.run_directory import RunDirectory
 from codeparrot_ds.training.ranks import LAUNCHER
-from tests.conftest import ROOT, Trained, read_run, save_recipe, train
+from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe, train
 from tests.faults.jobs import batches, until
 from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
@@ -141,11 +141,11 @@ def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) 
 
 
 def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
-    launch: Launch, real_hosts: RealHosts, deepspeed: Any, tiny_recipe: dict[str, Any]
+    launch: Launch, real_hosts: RealHosts, forked: RunRanks, tiny_recipe: dict[str, Any]
 ) -> None:
     """Fault 23: three hosts, then two, then three, and every sample exactly once."""
     settings = ["batch.global_batch_size=6", "schedule.steps=12", "checkpoints.every_steps=1", AT_ONCE]
-    whole = train(deepspeed, {**tiny_recipe, "name": "whole"}, ranks=2, options=settings)
+    whole = train(forked, {**tiny_recipe, "name": "whole"}, ranks=2, options=settings)
     faults = ["hold:0:3", "hold:0:7"]
     job = launch("cut", 3, "--min-hosts", "2", "--regrow-seconds", "2", faults=faults, settings=settings)
     job.wait_for("held-3")
