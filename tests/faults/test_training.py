@@ -319,9 +319,7 @@ def test_a_token_in_the_environment_is_written_nowhere(new_run: NewRun) -> None:
     """Fault 21. So it is looked for after every other job of these tests."""
     settings = ("logging.tensorboard=true", "logging.wandb=true", "evaluation.samples=1")
     run = new_run("token", 3, *settings)
-    job = run.start(env={"WANDB_MODE": "offline"})
-    assert job.rank(0).is_running()
-    done = job.end()
+    done = run.train(env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.output
     assert run.directory.tensorboard.exists()
     assert TOKEN not in done.output
