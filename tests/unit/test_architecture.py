@@ -143,7 +143,7 @@ def test_launch_scripts_are_short() -> None:
 
 
 def test_the_pages_are_finished_and_their_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         text = page.read_text()
         assert "@@" not in text, f"{page}: a place that was never filled in"
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
