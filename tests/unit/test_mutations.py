@@ -1,4 +1,4 @@
-"""tests/mutations/mutations.yaml fits the tree as it is, so that its next run tells of the tests and of nothing else."""
+"""tests/mutations/mutations.yaml fits the tree, so that its next run tells of the tests and of nothing else."""
 
 import ast
 from pathlib import Path
