@@ -115,7 +115,7 @@ def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
     launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
 ) -> None:
     """Fault 23. Losses are those of two ranks on one host, bit for bit."""
-    job = launch("killed", 2, *options, faults=["hold:0:4"])
+    job = launch("killed", 2, *options, faults=["hold:0:4"], settings=[AT_ONCE])
     job.wait_for("held-4")
     (victim,) = real_hosts.ranks(1)
     victim.kill()
