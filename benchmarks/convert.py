@@ -24,7 +24,7 @@ from typing import Any
 from checkpoint import make_shards
 from measure import Measurement, measure
 
-from codeparrot_ds.files import drop_from_cache, flush_to_disk
+from codeparrot_ds.system.files import drop_from_cache, flush_to_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

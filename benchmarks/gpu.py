@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from codeparrot_ds.cluster.machine import Machine, find_machine, local_gpus
-from codeparrot_ds.cluster.place import free_port
-from codeparrot_ds.cluster.plan import RECOMPUTED, Choice, predict
-from codeparrot_ds.cluster.reach import find_deepspeed
-from codeparrot_ds.cluster.tune import run_group
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.training.engine import load_ds_config, resolve
+from codeparrot_ds.hosts.launchers import find_deepspeed
+from codeparrot_ds.planning.machine import Machine, find_machine
+from codeparrot_ds.planning.plan import RECOMPUTED, Choice, predict
+from codeparrot_ds.planning.tune import run_group
+from codeparrot_ds.run.ds_config import load_ds_config, resolve
+from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.system.gpus import local_gpus
+from codeparrot_ds.system.network import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {name: ROOT / "launch" / "recipes" / f"codeparrot-{name}.yaml" for name in ("xl", "small")}

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.cluster.machine import find_machine
-from codeparrot_ds.cluster.plan import Choice, predict
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.plan import Choice, predict
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.train import end
 from codeparrot_ds.trial import take_steps, trainer_on_random_ids
 

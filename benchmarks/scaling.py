@@ -33,8 +33,8 @@ from step import VOCAB_SIZE, make_shards
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tests`
 
-from codeparrot_ds.cluster.scaling import Cluster, step_time, traffic  # noqa: E402
-from codeparrot_ds.recipe import Model, load_recipe  # noqa: E402
+from codeparrot_ds.planning.scaling import Cluster, step_time, traffic  # noqa: E402
+from codeparrot_ds.run.recipe import Model, load_recipe  # noqa: E402
 from tests.multinode.conftest import RealHosts, make_hosts, run_deepspeed  # noqa: E402
 
 MATPLOTLIB = "matplotlib==3.10.8"

@@ -188,7 +188,7 @@ class Pipelines:
 
     def _prepare(self, shards: Path) -> dict[str, Any]:
         """What the drivers are asked to do. A first run of ours, of two steps, resolves the DeepSpeed JSON."""
-        from codeparrot_ds.recipe import load_recipe
+        from codeparrot_ds.run.recipe import load_recipe
         from codeparrot_ds.shards.sequences import Dataset
 
         options = self._options

@@ -43,7 +43,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        from codeparrot_ds.files import explain_os_error
+        from codeparrot_ds.system.files import explain_os_error
 
         explained = explain_os_error(error)
         if explained is None:
@@ -121,7 +121,7 @@ def corpus_collect(
     json_output: JsonOption = False,
 ) -> None:
     """Collect source files from this machine, without exact copies."""
-    from codeparrot_ds.corpus.build import collect
+    from codeparrot_ds.corpus.collect import collect
 
     if not directories and not installed_python:
         raise ConfigError("nothing to collect from: name directories, or add --installed-python.")
@@ -186,15 +186,15 @@ def shards_build(
 ) -> None:
     """Encode documents into shards. Run again, it goes on where it stopped."""
     if hostfile is not None:
-        from codeparrot_ds.cluster.slices import run_slices
+        from codeparrot_ds.hosts.slices import run_slices
         from codeparrot_ds.shards.format import Manifest
 
         run_slices(hostfile, without_option(sys.argv[1:], "--hostfile"))
         _print_shards(Manifest.read(output), json_output)
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
-    from codeparrot_ds.jobs import Slice, say, slice_from_environment
     from codeparrot_ds.shards.build import build
+    from codeparrot_ds.system.jobs import Slice, say, slice_from_environment
 
     share = Slice.parse(part) if part else None
     if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
@@ -249,7 +249,7 @@ def shards_inspect(
     json_output: JsonOption = False,
 ) -> None:
     """Show the text of a sequence, or of all that a step reads, and where each document comes from."""
-    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.run.recipe import load_recipe
     from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
 
     if (sequence is None) == (step is None):
@@ -329,11 +329,11 @@ def plan_command(
     json_output: JsonOption = False,
 ) -> None:
     """Memory, time, cost and disk of a run before it is started. Exits with 1 if it cannot fit."""
-    from codeparrot_ds.cluster.hostfile import read_hostfile
-    from codeparrot_ds.cluster.machine import find_machine
-    from codeparrot_ds.cluster.plan import compare_with, make_plan, require_fit
-    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.hosts.hostfile import read_hostfile
+    from codeparrot_ds.planning.machine import find_machine
+    from codeparrot_ds.planning.plan import compare_with, make_plan, require_fit
     from codeparrot_ds.report.plan import as_text, comparison_text
+    from codeparrot_ds.run.recipe import load_recipe
 
     if hostfile is not None and (gpus is not None or measure):
         raise ConfigError(
@@ -359,7 +359,7 @@ def plan_command(
     if not json_output:
         print(printable("\n".join(as_text(made))))
     if measure and made.own.fits:
-        from codeparrot_ds.cluster.tune import run_trial
+        from codeparrot_ds.planning.tune import run_trial
 
         measured = run_trial(recipe, overrides or [], None, machine.cluster.gpus, 3, machine.on_cpu)
         result["measured"] = measured
@@ -383,12 +383,12 @@ def tune_command(
     json_output: JsonOption = False,
 ) -> None:
     """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
-    from codeparrot_ds.cluster.machine import find_machine
-    from codeparrot_ds.cluster.plan import make_plan
-    from codeparrot_ds.cluster.tune import tune, winner, write_recipe
-    from codeparrot_ds.files import make_directory
-    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.planning.machine import find_machine
+    from codeparrot_ds.planning.plan import make_plan
+    from codeparrot_ds.planning.tune import tune, winner, write_recipe
     from codeparrot_ds.report.plan import trial_head, trial_text
+    from codeparrot_ds.run.recipe import load_recipe
+    from codeparrot_ds.system.files import make_directory
 
     loaded = load_recipe(recipe, overrides or [])
     plan = make_plan(loaded, find_machine(loaded, gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"))
@@ -427,9 +427,9 @@ def launch(
     restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
 ) -> None:
     """Train with deepspeed, whose command is printed, and start again from the newest checkpoint after a crash."""
-    from codeparrot_ds.cluster.launch import launch as run
-    from codeparrot_ds.cluster.place import Hosts
-    from codeparrot_ds.cluster.supervise import Restarts
+    from codeparrot_ds.supervision.attempt import Restarts
+    from codeparrot_ds.supervision.launch import launch as run
+    from codeparrot_ds.supervision.placement import Hosts
 
     if launcher not in (None, "pdsh", "ssh", "mpirun", "srun"):
         raise ConfigError(f"--launcher {launcher}: pdsh, ssh, mpirun or srun.")
@@ -450,10 +450,10 @@ def doctor_command(
     json_output: JsonOption = False,
 ) -> None:
     """Look at all hosts at once: what is red, and how to mend it. Exits with 1 if anything is."""
-    from codeparrot_ds.cluster.doctor import examine
-    from codeparrot_ds.cluster.hostfile import read_hostfile
-    from codeparrot_ds.cluster.reach import forwarded
-    from codeparrot_ds.recipe import load_recipe
+    from codeparrot_ds.doctor.examine import examine
+    from codeparrot_ds.hosts.hostfile import read_hostfile
+    from codeparrot_ds.hosts.launchers import forwarded
+    from codeparrot_ds.run.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or []) if recipe else None
     cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -472,7 +472,7 @@ def status(
 ) -> None:
     """What happened to a run: its state, and how each attempt of `codeparrot-ds launch` ended."""
     from codeparrot_ds.report.status import run_status
-    from codeparrot_ds.run_directory import RunDirectory
+    from codeparrot_ds.run.directory import RunDirectory
 
     found = run_status(RunDirectory(run))
     _print_result(json_output, str(run), [(name, printable(value)) for name, value in found.rows()], found.to_dict())
@@ -490,7 +490,7 @@ def compare_command(
 ) -> None:
     """Did two runs see the same data and have the same losses? Exits with 0 if they did, else with 1."""
     from codeparrot_ds.report.compare import as_rows, as_table, compare
-    from codeparrot_ds.run_directory import RunDirectory
+    from codeparrot_ds.run.directory import RunDirectory
 
     comparison = compare(RunDirectory(run_a), RunDirectory(run_b), tolerance, *parse_steps(steps))
     rows = [(printable(name), printable(value)) for name, value in as_rows(comparison)]
@@ -530,17 +530,17 @@ def convert_command(
     if hostfile is not None and check:
         raise ConfigError("--check looks at what is here alone: leave --hostfile out.")
     if hostfile is not None:
-        from codeparrot_ds.cluster.gather import gather
-        from codeparrot_ds.cluster.hostfile import read_hostfile
-        from codeparrot_ds.zero import source_checkpoints
+        from codeparrot_ds.checkpoint.zero import source_checkpoints
+        from codeparrot_ds.hosts.gather import gather
+        from codeparrot_ds.hosts.hostfile import read_hostfile
 
         for each in source_checkpoints(source, tag, average):
             gather(each, list(read_hostfile(hostfile)))
     if output is not None and universal:
         if (average, dtype) != (1, "float32"):
             raise ConfigError("--to-universal keeps one checkpoint as it is: leave out --average and --dtype.")
+        from codeparrot_ds.checkpoint.zero import source_checkpoint
         from codeparrot_ds.export.universal import to_universal
-        from codeparrot_ds.zero import source_checkpoint
 
         made = to_universal(source_checkpoint(source, tag), output, parse_size(memory_cap))
         size = sum(file["bytes"] for file in made.files.values())
@@ -553,8 +553,8 @@ def convert_command(
         output = source
         certificate = certificates.check(source)
     else:
+        from codeparrot_ds.checkpoint.zero import source_checkpoints
         from codeparrot_ds.export.convert import convert
-        from codeparrot_ds.zero import source_checkpoints
 
         certificate = convert(
             source_checkpoints(source, tag, average),
@@ -615,10 +615,10 @@ def evaluate_loss(
 ) -> None:
     """Validation loss and perplexity, beside those of the unigram distribution of the same tokens."""
     from codeparrot_ds.evaluation.loss import ValidationLoss, validation_loss
-    from codeparrot_ds.jobs import Slice
+    from codeparrot_ds.system.jobs import Slice
 
     if hostfile is not None:
-        from codeparrot_ds.cluster.slices import run_slices
+        from codeparrot_ds.hosts.slices import run_slices
 
         words = [word for word in without_option(sys.argv[1:], "--hostfile") if word != "--json"]
         result = ValidationLoss.merge([ValidationLoss.parse(it) for it in run_slices(hostfile, [*words, "--json"])])
@@ -683,10 +683,10 @@ def report(
 ) -> None:
     """The figures of a finished run, from source files to converted model."""
     from codeparrot_ds.evaluation.loss import validation_loss
-    from codeparrot_ds.files import write_json
-    from codeparrot_ds.recipe import load_recipe
     from codeparrot_ds.report.summary import as_rows, summarise
-    from codeparrot_ds.run_directory import RunDirectory
+    from codeparrot_ds.run.directory import RunDirectory
+    from codeparrot_ds.run.recipe import load_recipe
+    from codeparrot_ds.system.files import write_json
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe)

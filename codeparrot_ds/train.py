@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from codeparrot_ds.cluster.hostfile import check_launch_command
 from codeparrot_ds.errors import (
     EXIT_CRASHED,
     EXIT_PREEMPTED,
@@ -27,7 +26,21 @@ from codeparrot_ds.errors import (
     UserError,
     list_problems,
 )
-from codeparrot_ds.files import (
+from codeparrot_ds.hosts.hostfile import check_launch_command
+from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.ds_config import (
+    checkpoint_bytes,
+    load_ds_config,
+    offload_device,
+    required_ops,
+    resolve,
+    swap_bytes_per_parameter,
+    swap_directory,
+)
+from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.shards.sequences import Dataset
+from codeparrot_ds.system.files import (
     exclusive_lock,
     explain_os_error,
     make_directory,
@@ -35,31 +48,14 @@ from codeparrot_ds.files import (
     write_atomically,
     write_json,
 )
-from codeparrot_ds.lifeline import Lifeline, Supervisor
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.run_directory import RunDirectory
-from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
-from codeparrot_ds.training.engine import (
-    check_compiler,
-    check_precision,
-    checkpoint_bytes,
-    load_ds_config,
-    offload_device,
-    required_ops,
-    resolve,
-)
-from codeparrot_ds.training.swap import (
-    check_locked_memory,
-    hold_swap_directory,
-    swap_bytes_per_parameter,
-    swap_directory,
-)
+from codeparrot_ds.training.engine import check_compiler, check_precision
+from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
 _ROOM = 1.08  # for what names and shapes add to a checkpoint, and whoever else writes meanwhile
 
 if TYPE_CHECKING:
-    from codeparrot_ds.run_directory import Checkpoint
+    from codeparrot_ds.run.directory import Checkpoint
     from codeparrot_ds.training.ranks import Ranks
 
 
@@ -237,9 +233,9 @@ def _agree(ranks: "Ranks", failure: UserError | None) -> None:
 
 def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
     """Take the run directory for this run and find where it goes on from, which rank 0 of a shared one returns."""
+    from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import find_resume_point
     from codeparrot_ds.training.metrics import open_log
-    from codeparrot_ds.zero import check_pickles
 
     run, recipe = plan.run, plan.recipe
     if not ranks.shares_disk(0) and recipe.checkpoints.shared_disk:
@@ -270,9 +266,9 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
 
 def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
     """Where the run goes on from when each host has its own part of the checkpoints. All ranks must call."""
+    from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import check_identity
     from codeparrot_ds.training.disks import find_resume_point
-    from codeparrot_ds.zero import check_pickles
 
     resume_from = find_resume_point(plan.run, ranks)
     failure = None
@@ -289,7 +285,7 @@ def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
 
 def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
     from codeparrot_ds.export.background import BackgroundExport
-    from codeparrot_ds.memory import manage_freed_memory
+    from codeparrot_ds.system.memory import manage_freed_memory
     from codeparrot_ds.training.engine import build_engine
     from codeparrot_ds.training.guards import StopRequests, Watchdog
     from codeparrot_ds.training.loop import Trainer

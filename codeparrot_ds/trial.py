@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
-from codeparrot_ds.files import write_json
-from codeparrot_ds.lifeline import Lifeline
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.hosts.lifeline import Lifeline
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.ds_config import load_ds_config, resolve, swap_directory
+from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import Order
-from codeparrot_ds.training.engine import check_compiler, check_precision, load_ds_config, resolve
-from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory, swap_directory
+from codeparrot_ds.system.files import write_json
+from codeparrot_ds.training.engine import check_compiler, check_precision
+from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
 if TYPE_CHECKING:
     from codeparrot_ds.training.loop import Trainer

@@ -17,11 +17,11 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from codeparrot_ds.corpus.build import collect
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.corpus.collect import collect
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.ds_config import checkpoint_bytes
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.tokenizer.train import train as train_tokenizer
-from codeparrot_ds.training.engine import checkpoint_bytes
 from tests.forked_ranks import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from codeparrot_ds.jobs import die_with_parent
+from codeparrot_ds.system.jobs import die_with_parent
 
 START_SECONDS = 120  # of the server, which imports for some seconds
 TERMINATE_SECONDS = 10  # between SIGTERM and SIGKILL for the ranks beside one that has failed; DeepSpeed: 30

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.training.model import build_model
 

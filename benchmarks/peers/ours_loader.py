@@ -21,10 +21,10 @@ VOCAB_SIZE = 32_768
 
 def write(directory: str, shards: str, tokens: str) -> dict:
     """Shards of random ids, as many as asked and equally long, in one training split."""
-    from codeparrot_ds.corpus.documents import Document
-    from codeparrot_ds.files import digest_file
+    from codeparrot_ds.documents.document import Document
     from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for
-    from codeparrot_ds.storage import LocalDirectory
+    from codeparrot_ds.system.files import digest_file
+    from codeparrot_ds.system.storage import LocalDirectory
 
     target = Path(directory)
     target.mkdir(parents=True)

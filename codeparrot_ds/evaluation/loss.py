@@ -10,9 +10,9 @@ import torch
 
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.evaluation.pretrained import load_pretrained
-from codeparrot_ds.jobs import Slice, progress
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
+from codeparrot_ds.system.jobs import Slice, progress
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import threading
 from pathlib import Path
 
 from codeparrot_ds.export.certificate import CERTIFICATE
-from codeparrot_ds.recipe import Export
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import Export
 
 log = logging.getLogger("codeparrot_ds")
 # It ends when the thread that started it ends, and leaves the cores to training.
 _COMMAND = """
 import os
-from codeparrot_ds.jobs import die_with_parent
+from codeparrot_ds.system.jobs import die_with_parent
 os.nice(10)
 die_with_parent()
 from codeparrot_ds.cli import main

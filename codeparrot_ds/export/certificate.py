@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError, DataError, list_problems
-from codeparrot_ds.files import FORMAT_VERSION, digest_bytes, digest_file, read_json
+from codeparrot_ds.system.files import FORMAT_VERSION, digest_bytes, digest_file, read_json
 
 CERTIFICATE = "certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

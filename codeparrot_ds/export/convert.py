@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds import memory
+from codeparrot_ds.checkpoint.zero import FP32, OPTIMIZER_STATE, SavedState, open_state
 from codeparrot_ds.errors import CheckpointError, ConfigError, DataError
 from codeparrot_ds.export.certificate import (
     CERTIFICATE,
@@ -19,7 +19,12 @@ from codeparrot_ds.export.certificate import (
 )
 from codeparrot_ds.export.forward import Comparison, activation_bytes_per_token, compare, largest_weight_bytes
 from codeparrot_ds.export.write import BLOCK_ELEMENTS, Weights, write_weights
-from codeparrot_ds.files import (
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.shards.sequences import Dataset
+from codeparrot_ds.shards.validation import validation_sequences
+from codeparrot_ds.system import memory
+from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     digest_file,
     make_directory,
@@ -27,13 +32,8 @@ from codeparrot_ds.files import (
     require_free_space,
     write_json,
 )
-from codeparrot_ds.jobs import progress, say
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
-from codeparrot_ds.shards.sequences import Dataset
-from codeparrot_ds.shards.validation import validation_sequences
+from codeparrot_ds.system.jobs import progress, say
 from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
-from codeparrot_ds.zero import FP32, OPTIMIZER_STATE, SavedState, open_state
 
 DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

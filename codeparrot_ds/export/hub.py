@@ -13,8 +13,8 @@ from typing import Any
 
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.export import certificate as certificates
-from codeparrot_ds.files import MANIFEST, read_json
-from codeparrot_ds.jobs import say
+from codeparrot_ds.system.files import MANIFEST, read_json
+from codeparrot_ds.system.jobs import say
 
 DEFAULT_TRIES, DEFAULT_TIMEOUT_SECONDS = 6, 120.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 120.0

@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds import memory
-from codeparrot_ds.errors import CheckpointError, ConfigError
-from codeparrot_ds.files import digest_file, make_directory, publish_directory, require_free_space
-from codeparrot_ds.jobs import progress
-from codeparrot_ds.run_directory import Checkpoint
-from codeparrot_ds.zero import (
+from codeparrot_ds.checkpoint.zero import (
     FP32,
     MOMENTS,
     OPTIMIZER_STATE,
@@ -32,6 +27,11 @@ from codeparrot_ds.zero import (
     open_state,
     tensor_file,
 )
+from codeparrot_ds.errors import CheckpointError, ConfigError
+from codeparrot_ds.run.directory import Checkpoint
+from codeparrot_ds.system import memory
+from codeparrot_ds.system.files import digest_file, make_directory, publish_directory, require_free_space
+from codeparrot_ds.system.jobs import progress
 
 _OF_TENSORS = {"module", "optimizer"}  # of the model's state: what is in zero/
 

@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.files import start_write_back
+from codeparrot_ds.system.files import start_write_back
 
 BLOCK_ELEMENTS = 1 << 22  # read, converted and written at once: 16 MB in fp32
 _CACHED_ELEMENTS = 1 << 26  # after so many, the kernel may forget them: a run that trains beside this needs its cache

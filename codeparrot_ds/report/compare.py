@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import read_json
-from codeparrot_ds.run_directory import RunDirectory
-from codeparrot_ds.training.metrics import read_metrics
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.system.files import read_json
 
 # What two runs cannot share, or what says no more than their place. The content of ds_config.json is compared instead.
 _ASIDE = {"name", "runs", "engine.deepspeed"}

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.cluster.plan import RECOMPUTED, Plan, Prediction, changes, gigabytes
-from codeparrot_ds.cluster.tune import Trial
 from codeparrot_ds.errors import DataError
+from codeparrot_ds.planning.plan import RECOMPUTED, Plan, Prediction, changes, gigabytes
+from codeparrot_ds.planning.tune import Trial
 
 
 def _shards(plan: Plan) -> str:

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
 
 _SHOWN_ATTEMPTS = 5
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.evaluation.loss import ValidationLoss
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.format import SPLITS, Manifest
-from codeparrot_ds.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)

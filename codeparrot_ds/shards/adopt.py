@@ -10,9 +10,9 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import MANIFEST, digest_file, require_free_space
 from codeparrot_ds.shards.format import Manifest, ShardInfo, dtype_for, read_index
-from codeparrot_ds.storage import LocalDirectory
+from codeparrot_ds.system.files import MANIFEST, digest_file, require_free_space
+from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_files
 
 _READ_TOKENS = 1 << 22

@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 import xxhash
 
-from codeparrot_ds.corpus.documents import BadDocument, Document
-from codeparrot_ds.corpus.inputs import deal, find_inputs, text_bytes
-from codeparrot_ds.corpus.read import Piece, read_documents, require_document
+from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.inputs import deal, find_inputs, text_bytes
+from codeparrot_ds.documents.read import Piece, read_documents, require_document
 from codeparrot_ds.errors import ClusterError, ConfigError, DataError, UserError
-from codeparrot_ds.files import MANIFEST, digest_json, exclusive_lock, require_free_space
-from codeparrot_ds.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
-from codeparrot_ds.storage import Address, Directory, LocalDirectory, is_remote, open_directory
+from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
+from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
+from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_digest, tokenizer_files
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_proof
 

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from codeparrot_ds.corpus.documents import Document
+from codeparrot_ds.documents.document import Document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import (
+from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     MANIFEST,
     digest_file,
@@ -33,7 +33,7 @@ from codeparrot_ds.files import (
     parse_manifest,
     start_write_back,
 )
-from codeparrot_ds.storage import Address, Directory, LocalDirectory, Scratch, open_directory
+from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, Scratch, open_directory
 
 SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from codeparrot_ds.corpus.documents import Document
+from codeparrot_ds.documents.document import Document
 from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
 from codeparrot_ds.shards.order import leave_out
 from codeparrot_ds.shards.sequences import Dataset

@@ -11,11 +11,11 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import digest_json
 from codeparrot_ds.shards.format import SPLITS, Manifest
 from codeparrot_ds.shards.order import BlendedOrder, Order
 from codeparrot_ds.shards.verify import verify
-from codeparrot_ds.storage import Address
+from codeparrot_ds.system.files import digest_json
+from codeparrot_ds.system.storage import Address
 
 
 class PackedSequences:

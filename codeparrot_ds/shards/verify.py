@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from codeparrot_ds.corpus.documents import BadDocument, Document
-from codeparrot_ds.corpus.inputs import deal, find_inputs
-from codeparrot_ds.corpus.read import Piece, read_documents
+from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.inputs import deal, find_inputs
+from codeparrot_ds.documents.read import Piece, read_documents
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
-from codeparrot_ds.files import digest_bytes
 from codeparrot_ds.shards.build import BYTES_PER_TOKEN, split_of
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
-from codeparrot_ds.storage import Address, Directory, is_remote, open_directory
+from codeparrot_ds.system.files import digest_bytes
+from codeparrot_ds.system.storage import Address, Directory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 

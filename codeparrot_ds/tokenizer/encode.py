@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import digest_bytes, digest_file, write_atomically
-from codeparrot_ds.jobs import threads
+from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
+from codeparrot_ds.system.jobs import threads
 from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from codeparrot_ds.errors import ConfigError, DataError, UserError
-from codeparrot_ds.files import dump_json, read_json
-from codeparrot_ds.jobs import say
-from codeparrot_ds.storage import LocalDirectory
+from codeparrot_ds.system.files import dump_json, read_json
+from codeparrot_ds.system.jobs import say
+from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, cpu_digest, fast_label
 from codeparrot_ds.tokenizer.train import EOS_TOKEN
 

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.corpus.inputs import Corpus
+from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import (
+from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     MANIFEST,
     digest_file,

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
+from codeparrot_ds.checkpoint.zero import rank_of_file
 from codeparrot_ds.errors import CheckpointError, list_problems
-from codeparrot_ds.files import digest_file, flush_to_disk
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints, step_of
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory, classes_in_checkpoints, step_of
+from codeparrot_ds.system.files import digest_file, flush_to_disk
 from codeparrot_ds.training import disks, reshard
 from codeparrot_ds.training.engine import silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
-from codeparrot_ds.zero import rank_of_file
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import xxhash
 
 from codeparrot_ds.errors import CheckpointError, ConfigError, list_problems
-from codeparrot_ds.files import MANIFEST, digest_file, flush_to_disk, require_free_space
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.system.files import MANIFEST, digest_file, flush_to_disk, require_free_space
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
 

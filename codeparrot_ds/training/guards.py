@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from codeparrot_ds.errors import EXIT_CRASHED, TrainingError
-from codeparrot_ds.lifeline import Lifeline
+from codeparrot_ds.hosts.lifeline import Lifeline
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import LAUNCHER, Ranks
 

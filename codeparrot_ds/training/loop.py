@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from codeparrot_ds.errors import CheckpointError, TrainingError
-from codeparrot_ds.files import write_json
-from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.inspect import describe_sequences
 from codeparrot_ds.shards.order import BlendedOrder, Order, leave_out
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
+from codeparrot_ds.system.files import write_json
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
 from codeparrot_ds.training import disks

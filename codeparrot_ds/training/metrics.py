@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import digest_json, write_atomically
-from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.system.files import digest_json, write_atomically
+from codeparrot_ds.system.gpus import peak_flops_of
 
 if TYPE_CHECKING:
     import torch
@@ -161,23 +163,6 @@ def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
     return started
 
 
-# Dense TFLOP/s in bf16 by the makers' data sheets, for the first name that the device's holds.
-_PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
-    "MI300X": 1307.0,
-    "MI250X": 191.5,
-}
-
-
 def known_peak_flops(device: "torch.device", precision: str) -> float | None:
     """Peak FLOP/s of one device in half precision; None for others, and for fp32, where tensor cores may take part."""
     if device.type != "cuda" or precision == "fp32":
@@ -187,11 +172,6 @@ def known_peak_flops(device: "torch.device", precision: str) -> float | None:
     return peak_flops_of(torch.cuda.get_device_name(device))
 
 
-def peak_flops_of(name: str) -> float | None:
-    """Peak FLOP/s in half precision of the GPU with this name, as its driver tells it; None where it is not known."""
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
-
-
 def peak_memory_bytes(device: "torch.device") -> int:
     """Most memory that this rank has held so far: on its device, or resident in the host's where it computes there."""
     if device.type == "cuda":
@@ -199,19 +179,6 @@ def peak_memory_bytes(device: "torch.device") -> int:
 
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out. Raises DataError for others."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DataError(f"{path}:{number}: not a line of metrics ({error}). Mend or remove it.") from None
-    return rows
 
 
 def _drop_rows_from(path: Path, first_step: int) -> None:

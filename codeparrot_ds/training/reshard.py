@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, SavedState, open_state
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.run.directory import Checkpoint
 from codeparrot_ds.training.ranks import Ranks
-from codeparrot_ds.zero import FP32, MOMENTS, SavedState, open_state
 
 
 @dataclass

@@ -12,27 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.files import exclusive_lock, make_directory
+from codeparrot_ds.system.files import exclusive_lock, make_directory
 
 _CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
 _OF_DEEPSPEED = "zero_stage_3"  # the directory that it makes
-
-
-def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
-    """Where a resolved configuration offloads to on this host; None when it does not use NVMe."""
-    zero = ds_config["zero_optimization"]
-    for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
-        if section and section.get("device") == "nvme":
-            return Path(section["nvme_path"])
-    return None
-
-
-def swap_bytes_per_parameter(ds_config: Mapping[str, Any]) -> int:
-    """Bytes on NVMe for each parameter of a rank's share."""
-    zero = ds_config["zero_optimization"]
-    optimizer, weights = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    # fp32 weights, two moments and the gradients; the weights that are computed with.
-    return 16 * (optimizer.get("device") == "nvme") + 4 * (weights.get("device") == "nvme")
 
 
 @contextlib.contextmanager

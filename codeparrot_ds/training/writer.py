@@ -16,7 +16,7 @@ import torch
 import xxhash
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from codeparrot_ds.files import flush_to_disk
+from codeparrot_ds.system.files import flush_to_disk
 
 _SPARE_MEMORY = 0.25  # of what is available: to be left by a copy
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.files import write_json
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.system.files import write_json
 from tests.conftest import ROOT, DeepspeedCommand, Trained, once, read_run, recipe_on, save_recipe
 from tests.faults.jobs import STEPS, NewRun, Run, Starter, Undisturbed, batches, state_of, without_token
 from tests.forked_ranks import ForkServer

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from codeparrot_ds.files import digest_bytes
-from codeparrot_ds.recipe import Recipe, load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import leave_out
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
+from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.training.ranks import LAUNCHER
-from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
 from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run
 from tests.forked_ranks import ForkedJob, ForkServer
 

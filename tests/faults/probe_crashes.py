@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.files import MANIFEST
 from codeparrot_ds.shards import preload
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.system.files import MANIFEST
 from tests.shard_commands import files_of
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}  # of Python's audit hooks, each before it happens

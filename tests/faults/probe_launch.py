@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import cli
-from codeparrot_ds.cluster import launch
+from codeparrot_ds.supervision import launch
 
 PROBE = Path(__file__).with_name("probe_train.py")
 MODULE = ["--module", "codeparrot_ds.train"]

@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
-from codeparrot_ds.files import MANIFEST
-from codeparrot_ds.jobs import Slice
 from codeparrot_ds.shards import build as building
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.verify import verify
-from codeparrot_ds.storage import LocalDirectory
+from codeparrot_ds.system.files import MANIFEST
+from codeparrot_ds.system.jobs import Slice
+from codeparrot_ds.system.storage import LocalDirectory
 from tests.conftest import ROOT
 from tests.shard_commands import COMMAND, Corpus, Done, environment, error_of, files_of, shards, write_corpus
 from tests.unit.test_jobs import array, open_mpi, pmi, step, torchrun

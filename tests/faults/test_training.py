@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, CheckpointError
-from codeparrot_ds.files import digest_file, read_json, write_json
-from codeparrot_ds.run_directory import MANIFEST
+from codeparrot_ds.run.directory import MANIFEST
 from codeparrot_ds.shards.inspect import describe_sequences
 from codeparrot_ds.shards.sequences import Dataset
-from codeparrot_ds.zero import FP32, MOMENTS, ZeroCheckpoint
+from codeparrot_ds.system.files import digest_file, read_json, write_json
 from tests.conftest import Launched, read_run
 from tests.faults.jobs import (
     END_SECONDS,

@@ -14,8 +14,8 @@ from deepspeed.accelerator import get_accelerator
 
 import codeparrot_ds.training.memory as memory_module
 from codeparrot_ds import trial
-from codeparrot_ds.files import write_json
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.system.files import write_json
 from codeparrot_ds.train import end
 from codeparrot_ds.training.memory import HostMemory
 

@@ -7,13 +7,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.ds_config import load_ds_config, resolve
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
 from codeparrot_ds.training import reshard
 from codeparrot_ds.training.checkpoint import Saving
-from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
+from codeparrot_ds.training.engine import build_engine
 from codeparrot_ds.training.model import build_model
 
 recipe_path, ds_config_path, out = [Path(each) for each in sys.argv[1:] if not each.startswith("--local_rank")]

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from codeparrot_ds.files import digest_bytes
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.ds_config import load_ds_config, resolve
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.shards.sequences import PackedSequences
+from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
 from codeparrot_ds.training.checkpoint import Saving
-from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
+from codeparrot_ds.training.engine import build_engine
 from codeparrot_ds.training.model import build_model, next_token_loss
 
 parser = argparse.ArgumentParser()

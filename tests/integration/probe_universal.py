@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory, classes_in_checkpoints
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory, classes_in_checkpoints
+from codeparrot_ds.run.ds_config import load_ds_config, resolve
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.train import end
 from codeparrot_ds.training import ranks as rank_module
 from codeparrot_ds.training.checkpoint import Saving
-from codeparrot_ds.training.engine import build_engine, load_ds_config, resolve
+from codeparrot_ds.training.engine import build_engine
 from codeparrot_ds.training.model import build_model
 
 recipe_path, ds_config_path, universal, out = [Path(each) for each in sys.argv[1:] if "--local_rank" not in each]

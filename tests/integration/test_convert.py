@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.errors import CheckpointError, ConfigError
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export import convert as converting
 from codeparrot_ds.export import write as writing
 from codeparrot_ds.export.certificate import CERTIFICATE, check
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.files import digest_file
-from codeparrot_ds.recipe import Model, load_recipe
-from codeparrot_ds.run_directory import Checkpoint
-from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.run.directory import Checkpoint
+from codeparrot_ds.run.recipe import Model, load_recipe
+from codeparrot_ds.system.files import digest_file
 from tests.conftest import ROOT, Trained
 from tests.hub_server import TOKEN, Fault, serve
 

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from codeparrot_ds.corpus.documents import Document
-from codeparrot_ds.corpus.inputs import find_inputs
-from codeparrot_ds.corpus.read import read_documents
-from codeparrot_ds.files import MANIFEST
+from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.inputs import find_inputs
+from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.system.files import MANIFEST
 from tests.conftest import ROOT
 from tests.shard_commands import Corpus, Done, environment, error_of, files_of, shards, write_corpus
 

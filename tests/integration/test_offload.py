@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
 from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators")]

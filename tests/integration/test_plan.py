@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from codeparrot_ds.cluster.machine import find_machine
-from codeparrot_ds.cluster.plan import Plan, make_plan
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.plan import Plan, make_plan
+from codeparrot_ds.run.recipe import load_recipe
 from tests.conftest import LAUNCH_TIMEOUT, ROOT, RunRanks, save_recipe
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from codeparrot_ds.files import digest_bytes
-from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.system.files import digest_bytes
 from tests.conftest import ROOT, SEQ_LEN, VOCAB_SIZE, RunRanks, save_recipe
 
 PROBE = Path(__file__).with_name("probe_step0.py")

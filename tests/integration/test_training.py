@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers
 
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.files import exclusive_lock
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
-from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.system.files import exclusive_lock
 from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, save_recipe, train
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, SavedState, ZeroCheckpoint, open_state, source_checkpoint
 from codeparrot_ds.errors import CheckpointError, ConfigError
 from codeparrot_ds.export.certificate import check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.export.universal import to_universal
-from codeparrot_ds.run_directory import Checkpoint
-from codeparrot_ds.zero import FP32, MOMENTS, SavedState, ZeroCheckpoint, open_state, source_checkpoint
+from codeparrot_ds.run.directory import Checkpoint
 from tests.conftest import ROOT, RunRanks, Trained, save_recipe
 
 pytestmark = pytest.mark.slow

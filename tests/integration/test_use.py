@@ -19,8 +19,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from codeparrot_ds.checkpoint.zero import source_checkpoint
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.zero import source_checkpoint
 from tests.conftest import Trained
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ import pytest
 from codeparrot_ds.errors import EXIT_USER_ERROR
 from codeparrot_ds.export.certificate import read_certificate
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.recipe import Recipe
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
-from codeparrot_ds.training.metrics import read_metrics
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.run.recipe import Recipe
 from tests.conftest import ROOT, Launched, Trained, save_recipe
 from tests.multinode.conftest import TOOLS_PATH, RealHosts, run_deepspeed
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.shards.build import build
 from tests.conftest import ROOT, Trained, read_run, save_recipe
 from tests.faults.jobs import until

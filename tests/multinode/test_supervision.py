@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.training.ranks import LAUNCHER
 from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe, train
 from tests.faults.jobs import batches, until
@@ -136,7 +136,7 @@ def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
 def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) -> None:
     job = launch("plain", 2, "--launcher", "ssh", "--no-doctor")
     assert job.end() == 0, job.output()
-    assert "codeparrot_ds.cluster.fan_out" in job.output()
+    assert "codeparrot_ds.hosts.fan_out" in job.output()
     assert read_run(job.directory.path).losses() == baseline.losses()
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from codeparrot_ds.export.certificate import read_certificate
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.files import read_json
-from codeparrot_ds.run_directory import RunDirectory
-from codeparrot_ds.training.metrics import read_metrics
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.system.files import read_json
 from tests.conftest import Trained, save_recipe
 from tests.multinode.conftest import RealHosts, run_deepspeed
 

@@ -12,28 +12,25 @@ import codeparrot_ds
 from tests.conftest import ROOT
 
 PACKAGE = Path(codeparrot_ds.__file__).parent
-# In the order of docs/reading-the-code.md. A module imports from its own stage and from those above it.
+# Subpackages, and the modules beside them, in the order of docs/reading-the-code.md. One imports from those above it.
 LAYERS = [
     ["errors"],
-    ["files", "memory"],
-    ["storage"],
-    ["jobs"],
-    ["lifeline"],
-    ["recipe"],
-    ["run_directory"],
-    ["corpus"],
+    ["system"],
+    ["run"],
+    ["documents"],
     ["tokenizer"],
+    ["corpus"],
     ["shards"],
-    ["stored"],
-    ["zero"],
-    ["training", "export", "evaluation"],  # side by side: they do not import one another
-    ["cluster"],
+    ["checkpoint"],
+    ["hosts"],
+    ["training", "export", "evaluation", "planning", "doctor"],  # side by side: they do not import one another
+    ["supervision"],
     ["report"],
     ["train"],
     ["trial"],
     ["cli"],
 ]
-RANK = {stage: rank for rank, layer in enumerate(LAYERS) for stage in layer}
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> list[Path]:
@@ -41,39 +38,75 @@ def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def imported_stages(path: Path) -> set[str]:
-    """Stages that a module imports, at its top or inside functions."""
+def name_of(path: Path) -> str:
+    """`training.loop`; a subpackage's own file has the subpackage's name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(source: str) -> set[str]:
+    """Modules of this package that a module imports, at its top, inside functions and for types alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         names = []
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import hides its stage"
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "a relative import hides what is imported"
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
             parts = name.split(".")
-            if parts[0] == "codeparrot_ds" and len(parts) > 1 and parts[1] in RANK:
-                found.add(parts[1])
+            if parts[0] == "codeparrot_ds" and len(parts) > 1 and parts[1] in LAYER_OF:
+                found.add(".".join(parts[1:3]) if (PACKAGE / parts[1]).is_dir() else parts[1])
     return found
 
 
-def violations(stage: str, imported: set[str]) -> set[str]:
-    """Stages that `stage` must not import."""
-    return {other for other in imported if other != stage and RANK[other] >= RANK[stage]}
+def from_below(module: str, others: set[str]) -> set[str]:
+    """What `module` must not import: all that does not come before its subpackage, and is not in it."""
+    own = module.partition(".")[0]
+    return {
+        other
+        for other in others
+        if other.partition(".")[0] != own and LAYER_OF[other.partition(".")[0]] >= LAYER_OF[own]
+    }
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, if any do."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, set())):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path: Path) -> None:
-    stage = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert stage in RANK, "a new stage: give it its place in LAYERS and in the docs"
-    assert not violations(stage, imported_stages(path))
+    assert name_of(path).partition(".")[0] in LAYER_OF, "a new subpackage: give it its place in LAYERS and in the docs"
+    assert not from_below(name_of(path), imported(path.read_text()))
 
 
-def test_the_rule_can_be_broken() -> None:
-    assert violations("corpus", {"training"}) == {"training"}
-    assert violations("export", {"evaluation"}) == {"evaluation"}
-    assert violations("training", {"shards", "recipe"}) == set()
+def test_no_modules_import_one_another() -> None:
+    assert cycle({name_of(path): imported(path.read_text()) for path in modules()}) == []
+
+
+def test_the_rules_can_be_broken() -> None:
+    lazy = "def f():\n    from codeparrot_ds.training import loop\n    import codeparrot_ds.training.ranks"
+    assert imported(lazy) == {"training.loop", "training.ranks"}
+    assert imported("from codeparrot_ds.errors import ConfigError") == {"errors"}
+    assert from_below("corpus.collect", {"training.loop", "documents.read"}) == {"training.loop"}
+    assert from_below("export.convert", {"evaluation.loss", "export.write"}) == {"evaluation.loss"}
+    assert from_below("training.loop", {"shards.order", "run.recipe", "training.ranks"}) == set()
+    assert sorted(cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def heavy_imports(statement: str) -> set[str]:
@@ -86,9 +119,9 @@ def heavy_imports(statement: str) -> set[str]:
 
 def test_preprocessing_starts_without_torch() -> None:
     loaded = heavy_imports(
-        "import codeparrot_ds.corpus.build, codeparrot_ds.tokenizer.train, codeparrot_ds.tokenizer.encode\n"
+        "import codeparrot_ds.corpus.collect, codeparrot_ds.tokenizer.train, codeparrot_ds.tokenizer.encode\n"
         "import codeparrot_ds.shards.build, codeparrot_ds.shards.verify, codeparrot_ds.shards.sequences\n"
-        "import codeparrot_ds.recipe, codeparrot_ds.training.engine, codeparrot_ds.train"
+        "import codeparrot_ds.run.recipe, codeparrot_ds.training.engine, codeparrot_ds.train"
     )
     assert not loaded & {"torch", "transformers", "deepspeed", "datasets"}
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import _check_losses
-from codeparrot_ds.files import digest_file
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
+from codeparrot_ds.system.files import digest_file
 from codeparrot_ds.training.checkpoint import find_resume_point
-from codeparrot_ds.zero import ZeroCheckpoint, source_checkpoint
 
 IDENTITY = {"model": {"n_layer": 1}, "seed": 1}
 

@@ -14,7 +14,7 @@ import yaml
 from codeparrot_ds.cli import parse_steps
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.report.compare import Peak, as_rows, as_table, compare
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
 
 COMMAND = Path(sys.executable).with_name("codeparrot-ds")
 STEPS = 40
@@ -392,7 +392,7 @@ def test_comparing_loads_no_torch(make: Make) -> None:
 import sys
 from pathlib import Path
 from codeparrot_ds.report.compare import as_rows, compare
-from codeparrot_ds.run_directory import RunDirectory
+from codeparrot_ds.run.directory import RunDirectory
 as_rows(compare(*(RunDirectory(Path(run)) for run in sys.argv[1:])))
 print(*{"torch", "transformers", "deepspeed", "datasets", "numpy"} & set(sys.modules))
 """

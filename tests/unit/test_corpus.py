@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.corpus.build import collect
-from codeparrot_ds.corpus.inputs import Corpus
-from codeparrot_ds.corpus.read import read_local
+from codeparrot_ds.corpus.collect import collect
+from codeparrot_ds.documents.inputs import Corpus
+from codeparrot_ds.documents.read import read_local
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import MANIFEST
+from codeparrot_ds.system.files import MANIFEST
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codeparrot_ds.run_directory import Checkpoint, RunDirectory
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.training import disks
 
 FILES = {name: {"bytes": 1, "xxh3_128": "", "host": f"host-{name[-1]}"} for name in ("part-a", "part-b", "part-c")}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from codeparrot_ds.cluster import probe
-from codeparrot_ds.cluster.doctor import COLUMNS, Expected, Report, blame, judge, rounds
+from codeparrot_ds.doctor import probe
+from codeparrot_ds.doctor.examine import COLUMNS, Expected, Report, blame, judge, rounds
 
 HERE: dict[str, Any] = {
     "asked_seconds": 0.4,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds import files
 from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.system import files
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from codeparrot_ds.files import publish_directory\n"
+        "import sys; from pathlib import Path; from codeparrot_ds.system.files import publish_directory\n"
         "with publish_directory(Path(sys.argv[1])) as unfinished:\n"
         "    (unfinished / 'its').write_text('x'); print('held', flush=True); sys.stdin.read()"
     )
@@ -59,7 +59,7 @@ def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from codeparrot_ds.files import exclusive_lock\n"
+        "import sys; from pathlib import Path; from codeparrot_ds.system.files import exclusive_lock\n"
         "with exclusive_lock(Path(sys.argv[1]), 'busy'): print('held', flush=True); sys.stdin.read()"
     )
     lock = tmp_path / "lock"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.cluster.gather import gather
 from codeparrot_ds.errors import CheckpointError, ClusterError
-from codeparrot_ds.files import digest_bytes
-from codeparrot_ds.run_directory import Checkpoint
+from codeparrot_ds.hosts.gather import gather
+from codeparrot_ds.run.directory import Checkpoint
+from codeparrot_ds.system.files import digest_bytes
 
 # What `ssh … -- HOST "exec cat -- PATH"` would print: the file of that name in the directory of that host.
 SSH = """#!{python}

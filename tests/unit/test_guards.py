@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from codeparrot_ds.errors import TrainingError
-from codeparrot_ds.lifeline import Lifeline
+from codeparrot_ds.hosts.lifeline import Lifeline
 from codeparrot_ds.training.guards import SkippedSteps, SpikeDetector, StopRequests, replicas_differ
 from codeparrot_ds.training.ranks import Ranks
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from codeparrot_ds.export.certificate import CERTIFICATE
-from codeparrot_ds.files import digest_bytes, digest_file, write_json
+from codeparrot_ds.system.files import digest_bytes, digest_file, write_json
 from tests.conftest import ROOT
 from tests.hub_server import TOKEN, Fault, Hub, serve
 

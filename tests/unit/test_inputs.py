@@ -18,16 +18,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codeparrot_ds.corpus import read as reading
-from codeparrot_ds.corpus.documents import PROVENANCE_FIELDS, BadDocument, Document
-from codeparrot_ds.corpus.inputs import deal, find_inputs
-from codeparrot_ds.corpus.read import Piece, Read, read_documents, require_document
+from codeparrot_ds.documents import read as reading
+from codeparrot_ds.documents.document import PROVENANCE_FIELDS, BadDocument, Document
+from codeparrot_ds.documents.inputs import deal, find_inputs
+from codeparrot_ds.documents.read import Piece, Read, read_documents, require_document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.files import MANIFEST, write_json
-from codeparrot_ds.jobs import Slice
 from codeparrot_ds.shards.build import QUARANTINE, build
 from codeparrot_ds.shards.format import Manifest, read_provenance
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
+from codeparrot_ds.system.files import MANIFEST, write_json
+from codeparrot_ds.system.jobs import Slice
 from codeparrot_ds.tokenizer import proof as proving
 from codeparrot_ds.tokenizer.encode import Encoder
 

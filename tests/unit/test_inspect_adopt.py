@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codeparrot_ds.corpus.inputs import Corpus
+from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.recipe import load_recipe
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.adopt import adopt
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codeparrot_ds import jobs
 from codeparrot_ds.errors import ClusterError, ConfigError, DataError
-from codeparrot_ds.jobs import Slice, progress, run_apart, run_tasks, slice_from_environment
+from codeparrot_ds.system import jobs
+from codeparrot_ds.system.jobs import Slice, progress, run_apart, run_tasks, slice_from_environment
 from tests.conftest import ROOT
 
 # Slices
@@ -229,7 +229,7 @@ def test_a_worker_killed_when_all_is_done_is_not_waited_for() -> None:
 
 KILLER = """
     import os, signal, time
-    from codeparrot_ds import jobs
+    from codeparrot_ds.system import jobs
     from tests.unit.test_jobs import process_id_after
     jobs.threads = lambda: {1}  # workers fork, which takes no time
     for number in range(50):
@@ -251,7 +251,7 @@ PARENT = """
     import sys, threading, time
     from pathlib import Path
     from tests.unit import test_jobs
-    from codeparrot_ds import jobs
+    from codeparrot_ds.system import jobs
     if sys.argv[2] == "2":
         threading.Thread(target=time.sleep, args=(120,), daemon=True).start()
     if sys.argv[3] == "late":

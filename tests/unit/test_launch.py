@@ -15,13 +15,15 @@ from typing import Any, cast
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from codeparrot_ds.cluster import place, reach, supervise
-from codeparrot_ds.cluster.place import Hosts, ManyHosts
-from codeparrot_ds.cluster.reach import forwarded
-from codeparrot_ds.cluster.supervise import Attempt, Outcome, Restarts, Stop
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, ClusterError, ConfigError
-from codeparrot_ds.lifeline import Lines, Supervisor
-from codeparrot_ds.recipe import Batch, Recipe
+from codeparrot_ds.hosts import launchers
+from codeparrot_ds.hosts.launchers import forwarded
+from codeparrot_ds.hosts.lifeline import Lines, Supervisor
+from codeparrot_ds.run.recipe import Batch, Recipe
+from codeparrot_ds.supervision import attempt as attempts
+from codeparrot_ds.supervision import placement
+from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop
+from codeparrot_ds.supervision.placement import Hosts, ManyHosts
 from codeparrot_ds.train import rank_of_scheduler
 
 FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
@@ -30,12 +32,12 @@ FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 @pytest.fixture
 def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What is started on four hosts of two slots, some of them `lost`."""
-    monkeypatch.setattr(reach, "resolve_name", lambda host: "192.0.2.1")
-    monkeypatch.setattr(place, "_address_towards", lambda hosts: "192.0.2.9")
+    monkeypatch.setattr(launchers, "resolve_name", lambda host: "192.0.2.1")
+    monkeypatch.setattr(placement, "_address_towards", lambda hosts: "192.0.2.9")
     (tmp_path / "hosts").write_text(FOUR)
 
     def make(lost: Iterable[str] = (), batch: int = 24, **how: Any) -> Any:
-        monkeypatch.setattr(reach, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
+        monkeypatch.setattr(launchers, "find_unreachable", lambda hosts: dict.fromkeys(set(lost) & set(hosts), "gone"))
         recipe = SimpleNamespace(batch=Batch(global_batch_size=batch), run_directory=tmp_path)
         return ManyHosts(Hosts(tmp_path / "hosts", doctor=False, **how), cast(Recipe, recipe))
 
@@ -226,7 +228,7 @@ def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
 
 
 def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "_OTHERS_SECONDS", 0.5)
+    monkeypatch.setattr(attempts, "_OTHERS_SECONDS", 0.5)
 
     def scenario(supervisor: Supervisor) -> None:
         first = rank(supervisor, 0)
@@ -244,11 +246,11 @@ def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DeepSpeed 0.19.8 puts it into a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    ssh = reach.Ssh("pdsh")
+    ssh = launchers.Ssh("pdsh")
     arguments = SimpleNamespace(user_args=[ssh.quote(text)], launcher_args="")
     runner = PDSHRunner.__new__(PDSHRunner)
     runner.args, runner.exports = arguments, {}
-    runner.add_export("VALUE", reach._escape(text))
+    runner.add_export("VALUE", launchers._escape(text))
     script = f"export VALUE={runner.exports['VALUE']}; printf '%s\\n' {runner.parse_user_args()[0]} \"$VALUE\""
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert said.stdout.splitlines() == [text, text]
@@ -280,7 +282,7 @@ def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     supervisor = Supervisor("127.0.0.1", listener.getsockname()[1], "job")
     program = (
-        "import sys, time\nfrom codeparrot_ds.lifeline import Lifeline, Supervisor\n"
+        "import sys, time\nfrom codeparrot_ds.hosts.lifeline import Lifeline, Supervisor\n"
         "Lifeline(Supervisor.parse(sys.argv[1]), 3)\ntime.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(supervisor)], stderr=subprocess.PIPE, text=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from codeparrot_ds.cluster.hostfile import read_hostfile
+from codeparrot_ds.hosts.hostfile import read_hostfile
 from tests.conftest import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch")])

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.cli import parse_bandwidth
-from codeparrot_ds.cluster.footprint import footprint
-from codeparrot_ds.cluster.layout import Layout
-from codeparrot_ds.cluster.machine import find_machine, local_gpus
-from codeparrot_ds.cluster.plan import Plan, changes, make_plan, require_fit
-from codeparrot_ds.cluster.tune import Trial, candidates, says_out_of_memory, tune, winner
 from codeparrot_ds.errors import ClusterError, ConfigError
-from codeparrot_ds.recipe import load_recipe
-from codeparrot_ds.training.engine import load_ds_config, resolve
+from codeparrot_ds.planning.footprint import footprint
+from codeparrot_ds.planning.layout import Layout
+from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.plan import Plan, changes, make_plan, require_fit
+from codeparrot_ds.planning.tune import Trial, candidates, says_out_of_memory, tune, winner
+from codeparrot_ds.run.ds_config import load_ds_config, resolve
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.system.gpus import local_gpus
 from tests.conftest import ROOT
 
 XL = ROOT / "launch" / "recipes" / "codeparrot-xl.yaml"
@@ -132,7 +133,7 @@ def test_time_and_cost_follow_mfu_and_price() -> None:
 
 
 def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codeparrot_ds.cluster.machine.local_gpus", list)
+    monkeypatch.setattr("codeparrot_ds.planning.machine.local_gpus", list)
     recipe = load_recipe(XL)
     with pytest.raises(ConfigError, match="--gpus 16 --gpu-memory 80GB"):
         find_machine(recipe)
@@ -201,7 +202,7 @@ def test_a_trial_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPa
             raise ClusterError("a trial failed with exit code 1:\nno such kernel")
         return result(1.0)
 
-    monkeypatch.setattr("codeparrot_ds.cluster.tune.run_trial", trial)
+    monkeypatch.setattr("codeparrot_ds.planning.tune.run_trial", trial)
     done = list(tune(plan(80, 8), XL, [], steps=3, most=9))
     assert [each.failure.endswith("no such kernel") for each in done].count(True) == 3
     assert winner(done).result is not None
@@ -268,7 +269,7 @@ def test_the_command_prints_memory_time_cost_disk_and_advice(tmp_path: Path) -> 
 
 
 def test_planning_needs_no_torch() -> None:
-    modules = "codeparrot_ds.cluster.plan, codeparrot_ds.cluster.tune, codeparrot_ds.report.plan, sys"
+    modules = "codeparrot_ds.planning.plan, codeparrot_ds.planning.tune, codeparrot_ds.report.plan, sys"
     code = f"import {modules}\nprint('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -289,7 +290,7 @@ def test_tune_tries_the_largest_first_and_smaller_ones_while_they_are_faster(mon
         largest = len({way[:2] for way in seen}) == len(seen)  # the first of its way
         return None if choice.recompute == "none" and largest else result(1.0 + 1.0 / choice.micro_batch_size)
 
-    monkeypatch.setattr("codeparrot_ds.cluster.tune.run_trial", trial)
+    monkeypatch.setattr("codeparrot_ds.planning.tune.run_trial", trial)
     done = list(tune(made, XL, [], steps=3, most=200))
     ways = {(deepspeed, recompute) for deepspeed, recompute, _ in seen}
     assert len(ways) == 9  # three stages, three recomputations

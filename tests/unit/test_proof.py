@@ -13,13 +13,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from codeparrot_ds.corpus.inputs import Corpus
+from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import MANIFEST
 from codeparrot_ds.shards import build as building
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
+from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.tokenizer import proof
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.proof import (

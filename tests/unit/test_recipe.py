@@ -12,13 +12,9 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.recipe import Recipe, Schedule, load_recipe
-from codeparrot_ds.training.engine import (
-    check_compiler,
-    load_ds_config,
-    required_ops,
-    resolve,
-)
+from codeparrot_ds.run.ds_config import load_ds_config, required_ops, resolve
+from codeparrot_ds.run.recipe import Recipe, Schedule, load_recipe
+from codeparrot_ds.training.engine import check_compiler
 from tests.conftest import ROOT, save_recipe
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

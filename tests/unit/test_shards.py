@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from codeparrot_ds.corpus.documents import Document
-from codeparrot_ds.corpus.inputs import Corpus
+from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.files import MANIFEST, exclusive_lock
 from codeparrot_ds.shards.build import build, split_of
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
 from codeparrot_ds.shards.verify import verify
-from codeparrot_ds.storage import LocalDirectory
+from codeparrot_ds.system.files import MANIFEST, exclusive_lock
+from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder
 
 

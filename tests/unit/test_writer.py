@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.model_checkpointing import CHECKPOINT_SERIALIZATION
 
-from codeparrot_ds.files import digest_file
+from codeparrot_ds.system.files import digest_file
 from codeparrot_ds.training import writer as module
 from codeparrot_ds.training.writer import CheckpointWriter, copy_to_host, tensor_bytes
 

@@ -1,0 +1,1 @@
+"""Tensors of a checkpoint without loading it: files, ZeRO partitions."""

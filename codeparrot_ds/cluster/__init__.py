@@ -1,1 +1,0 @@
-"""Hosts: which there are, whether they are fit, and launching on them."""

@@ -1,0 +1,1 @@
+"""A look at every host before training."""

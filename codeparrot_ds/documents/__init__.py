@@ -1,0 +1,1 @@
+"""A document and its provenance, and every format that it comes in."""

@@ -1,0 +1,70 @@
+"""Start DeepSpeed's launcher on every host over plain ssh, as `deepspeed` does with pdsh, where that is missing.
+
+Usage: python -m codeparrot_ds.hosts.fan_out --hostfile H --environment FILE --master_addr A --master_port P ARGUMENTS
+The exit code is the largest of all hosts.
+"""
+
+import argparse
+import base64
+import json
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TextIO
+
+from codeparrot_ds.hosts.hostfile import read_hostfile
+from codeparrot_ds.hosts.ssh import ssh_command
+from codeparrot_ds.system.jobs import die_with_parent
+
+
+def main() -> int:
+    """Run, and print each line with the name of its host before it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--hostfile", type=Path, required=True)
+    parser.add_argument("--environment", type=Path, required=True, help="lines NAME=VALUE, quoted for a shell")
+    parser.add_argument("--master_addr", required=True)
+    parser.add_argument("--master_port", type=int, required=True)
+    options, arguments = parser.parse_known_args()
+    hosts = read_hostfile(options.hostfile)
+    variables = options.environment.read_text().splitlines()
+    launcher = launcher_command(hosts, options.master_addr, options.master_port)
+    processes, threads = [], []
+    for number, host in enumerate(hosts):
+        program = shlex.join([*launcher, f"--node_rank={number}", *arguments])
+        script = f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {program}"
+        process = subprocess.Popen(
+            [*ssh_command(host), script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+        assert process.stdout is not None
+        threads.append(threading.Thread(target=pass_on, args=(host, process.stdout, sys.stdout)))
+        threads[-1].start()
+        processes.append(process)
+    codes = [process.wait() & 0xFF for process in processes]
+    for thread in threads:
+        thread.join()
+    return max(codes)
+
+
+def launcher_command(slots: Mapping[str, int], master: str, port: int) -> list[str]:
+    """DeepSpeed's launcher of one host, without the number of that host and what its ranks run."""
+    world = base64.urlsafe_b64encode(json.dumps({host: list(range(count)) for host, count in slots.items()}).encode())
+    options = [f"--world_info={world.decode()}", f"--master_addr={master}", f"--master_port={port}", "--quiet"]
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options]
+
+
+def pass_on(host: str, output: IO[bytes], to: TextIO) -> None:
+    """Print what comes, with the name of the host before each line."""
+    for line in output:
+        to.write(f"{host}: {line.decode(errors='replace')}")
+        to.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A run's memory, time and cost before it is started."""

@@ -1,0 +1,209 @@
+"""What a rank holds in memory in a training step, reckoned without training.
+
+The step is walked through in the order in which DeepSpeed, PyTorch's autograd and this package's loss take memory and
+give it back; the most that is ever held is the peak, and what it consists of then is the answer to "why". Nothing is
+multiplied by a safety factor. `tests/integration/test_plan.py` holds the peaks against real steps on CPU ranks, and
+`benchmarks/gpu.py` against `torch.cuda.max_memory_allocated`.
+
+Sources: transformers' `modeling_gpt2.py`, `training/model.py` of this package, and those of `zero_memory.py`.
+"""
+
+from dataclasses import dataclass
+
+from codeparrot_ds.planning.layout import BLOCK, Layout, Ledger
+from codeparrot_ds.planning.zero_memory import Zero, zero_of
+
+
+@dataclass
+class Footprint:
+    """What a rank holds, in bytes.
+
+    Attributes:
+        between_steps: part by part, while nothing is computed, from the first step on.
+        at_peak: part by part, when the most is held.
+        peak_at: what is done then.
+        phases: the most in each phase of a step.
+        on_host: part by part, what is offloaded to the host's memory or its NVMe.
+    """
+
+    between_steps: dict[str, int]
+    at_peak: dict[str, int]
+    peak_at: str
+    phases: dict[str, int]
+    on_host: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        return sum(self.at_peak.values())
+
+
+def footprint(layout: Layout) -> Footprint:
+    """Walk through an optimizer step, the second of a run, when all that the optimizer keeps is there."""
+    ledger = Ledger()
+    ledger.begin("between steps")
+    zero = zero_of(layout, ledger)
+    between_steps = {part: count for part, count in ledger.held.items() if count}
+    step = _Step(layout, ledger, zero)
+    # The last micro-batch holds all that one between it and the first does, and more.
+    count = min(2, layout.accumulation)
+    for number in range(count):
+        step.micro_batch(number, first=number == 0, last=number == count - 1)
+    ledger.begin("optimizer")
+    zero.step()
+    assert {part: count for part, count in ledger.held.items() if count} == between_steps  # all was given back
+    at_peak = {part: count for part, count in ledger.at_peak.items() if count}
+    return Footprint(between_steps, at_peak, ledger.peak_at, ledger.phases, ledger.on_host)
+
+
+class _Step:
+    """Forward and backward of micro-batches: activations, logits, and gradients as they come."""
+
+    def __init__(self, layout: Layout, ledger: Ledger, zero: Zero) -> None:
+        self._layout, self._ledger, self._zero = layout, ledger, zero
+        model = layout.model
+        self._unit = layout.tokens * model.n_embd * layout.item  # bytes of a [tokens, n_embd] tensor
+        self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # of attention
+        self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and 1 / deviation of a norm
+        self._positions = model.seq_len * model.n_embd * layout.item
+
+    def micro_batch(self, number: int, first: bool, last: bool) -> None:
+        """Forward and backward."""
+        self._ledger.begin(f"forward of micro-batch {number + 1}")
+        self._forward()
+        self._ledger.begin(f"backward of micro-batch {number + 1}")
+        self._zero.begin_backward(first, last)
+        self._backward()
+        self._zero.end_backward()
+
+    def _forward(self) -> None:
+        ledger, unit, modules = self._ledger, self._unit, self._layout.modules
+        for number, count in enumerate((unit, self._positions)):
+            self._zero.use(number, forward=True)
+            ledger.take("activations", count)
+        ledger.take("activations", unit)  # their sum, which the first block keeps
+        for block in range(self._layout.model.n_layer):
+            if self._layout.recomputes(block):
+                self._forward_without_keeping(block)
+            else:
+                self._forward_block(block)
+        self._zero.use(len(modules) - 2, forward=True)
+        ledger.take("activations", unit + self._moments)
+        ledger.give("activations", unit + self._positions)  # the embeddings, which transformers holds until it returns
+        self._zero.use(len(modules) - 1, forward=True)
+        self._logits()
+        ledger.give("activations", unit)  # the final norm's result
+
+    def _forward_block(self, block: int, again: bool = False) -> None:
+        """In units of [tokens, n_embd]: norm 1, attention 3 + 1, sum 1, norm 1, MLP 4 + 4, sum 1, and two results that
+        live only until their sums are made: 18, of which 16 are kept. A second forward ends at the last projection."""
+        ledger, unit = self._ledger, self._unit
+        first = 2 + block * len(BLOCK)
+        counts = (unit + self._moments, 3 * unit + unit + self._logsumexp, 2 * unit, unit + self._moments, 8 * unit)
+        for module, count in enumerate(counts):
+            self._zero.use(first + module, forward=True)
+            ledger.take("activations", count)
+        self._zero.use(first + 5, forward=True, leave=not again)
+        if again:
+            ledger.give("activations", unit)
+            return
+        ledger.take("activations", 2 * unit)
+        ledger.give("activations", 2 * unit)
+
+    def _forward_without_keeping(self, block: int) -> None:
+        ledger, unit = self._ledger, self._unit
+        first = 2 + block * len(BLOCK)
+        takes = (1, 4, 2, 1, 8, 2)
+        gives = (0, 0, 5, 0, 4, 8)  # the norm's result and attention's; the MLP's input to its activation; the rest
+        for module, (taken, given) in enumerate(zip(takes, gives, strict=True)):
+            self._zero.use(first + module, forward=True)
+            ledger.take("activations", taken * unit)
+            ledger.give("activations", given * unit)
+
+    def _logits(self) -> None:
+        """`training.model.LossHead`, chunk by chunk."""
+        layout, ledger = self._layout, self._ledger
+        width, vocabulary, item = layout.model.n_embd, layout.model.vocab_size, layout.item
+        head = width * vocabulary
+        ledger.take("activations", self._unit)  # the gradient of the final norm's result
+        left, first = layout.tokens, True
+        while left > 0:
+            count = min(layout.loss_chunk_tokens, left) * vocabulary
+            cast = 4 * count if layout.on_cpu and item == 2 else 0
+            ledger.take("logits", item * count + cast + 4 * count)
+            ledger.give("logits", item * count + cast)
+            rounded = item * count if item == 2 else 0
+            ledger.take("logits", rounded)
+            product = item * head if item == 2 else 0
+            if product:
+                ledger.pass_through("logits", product + (4 * head if first else 0))
+            if first:
+                ledger.take("gradient of the head", 4 * head)
+            ledger.give("logits", rounded + 4 * count)
+            left, first = left - layout.loss_chunk_tokens, False
+
+    def _backward(self) -> None:
+        layout, ledger, unit, zero = self._layout, self._ledger, self._unit, self._zero
+        last = len(layout.modules) - 1
+        head = layout.modules[0][0].elements
+        zero.use(last, forward=False)
+        ledger.take("activations", unit)
+        ledger.take("gradient of the head", 4 * head)
+        if layout.item == 2:
+            ledger.take("gradient of the head", 2 * head)
+            ledger.give("gradient of the head", 4 * head)
+        ledger.give("activations", unit)
+        ledger.give("gradient of the head", 4 * head)
+        zero.use(last - 1, forward=False)
+        ledger.take("activations", unit)
+        ledger.give("activations", 2 * unit + self._moments)
+        self._gradients(last - 1)
+        for block in reversed(range(layout.model.n_layer)):
+            if self._layout.recomputes(block):
+                self._forward_block(block, again=True)
+            self._backward_block(block)
+        # The positions' gradient is summed over sequences; the tokens' joins that of the head.
+        zero.use(1, forward=False)
+        ledger.pass_through("activations", self._positions)
+        self._gradients(1)
+        zero.use(0, forward=False)
+        if layout.on_cpu and layout.precision == "bf16":  # summed in fp32
+            ledger.pass_through("gradient of the head", 4 * layout.tokens * layout.model.n_embd + 4 * head)
+            ledger.pass_through("gradient of the head", 4 * head + layout.item * head)
+        ledger.take("gradient of the head", layout.item * head)
+        ledger.give("gradient of the head", 2 * layout.item * head)
+        self._gradients(0)
+        ledger.give("activations", unit)
+
+    def _backward_block(self, block: int) -> None:
+        """Each module's gradients of input and weights, then what was kept for them; the gradient of the residual
+        stream, one unit, is there all the time."""
+        first = 2 + block * len(BLOCK)
+        self._backward_module(first + 5, taken=4, kept=4)
+        self._ledger.pass_through("activations", 4 * self._unit)  # of the activation function
+        self._ledger.give("activations", 4 * self._unit)
+        self._backward_module(first + 4, taken=1, kept=1, consumed=4)
+        self._backward_module(first + 3, taken=1, kept=1, consumed=2, moments=True)
+        self._backward_module(first + 2, taken=1, kept=0)
+        layout, unit = self._layout, self._unit
+        if not layout.on_cpu:  # flash attention gathers the queries' gradient in fp32
+            self._ledger.pass_through("activations", 3 * unit + 4 * layout.tokens * layout.model.n_embd)
+        self._ledger.take("activations", 3 * unit)
+        self._ledger.give("activations", 2 * unit + 3 * unit + self._logsumexp)
+        self._ledger.pass_through("activations", 3 * unit)  # the three of attention, put together
+        self._backward_module(first + 1, taken=1, kept=1, consumed=3)
+        self._backward_module(first, taken=1, kept=1, consumed=2, moments=True)
+
+    def _backward_module(self, number: int, taken: int, kept: int, consumed: int = 0, moments: bool = False) -> None:
+        self._zero.use(number, forward=False, leave=False)
+        self._ledger.take("activations", taken * self._unit)
+        self._gradients(number)
+        self._ledger.give("activations", (kept + consumed) * self._unit + (self._moments if moments else 0))
+        self._zero.leave(number, forward=False)
+
+    def _gradients(self, number: int) -> None:
+        tensors = self._layout.modules[number]
+        for tensor in tensors:
+            self._ledger.take("gradients", self._layout.item * tensor.elements)
+        for tensor in tensors:
+            self._zero.gradient(tensor)

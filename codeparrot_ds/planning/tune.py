@@ -1,0 +1,160 @@
+"""Real steps of a recipe on this machine: trials of one way to run it, or of all that may be the fastest."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import ClusterError
+from codeparrot_ds.hosts.launchers import find_deepspeed, ranks_here
+from codeparrot_ds.planning.plan import Choice, Plan, Prediction
+from codeparrot_ds.system.network import free_port
+
+_SECONDS = 1800.0  # for a trial; the first compiles operators
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A way that was tried.
+
+    Attributes:
+        prediction: what the plan says of it.
+        result: what `codeparrot_ds.trial` measured; None when it failed.
+        failure: why, unless it has run out of memory.
+    """
+
+    prediction: Prediction
+    result: dict[str, Any] | None
+    failure: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks, without the first step; 0 when it did not fit."""
+        if self.result is None:
+            return 0.0
+        seconds = self.result["step_seconds"][1:]
+        return float(self.result["tokens_per_step"]) * len(seconds) / sum(seconds)
+
+
+def run_trial(
+    recipe: Path, overrides: Sequence[str], choice: Choice | None, ranks: int, steps: int, on_cpu: bool
+) -> dict[str, Any] | None:
+    """Take `steps` optimizer steps with `deepspeed` on this machine; None when it ran out of memory.
+
+    Raises ClusterError when it fails otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="codeparrot-trial-") as directory:
+        output, log = Path(directory) / "result.json", Path(directory) / "log"
+        changes = [*overrides, *(choice.overrides() if choice else [])]
+        command = [*find_deepspeed(), "--quiet", "--master_port", free_port(), *ranks_here(ranks, on_cpu)]
+        command += ["--module", "codeparrot_ds.trial", str(recipe), "--steps", str(steps), "--output", str(output)]
+        command += [part for change in changes for part in ("--set", change)]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        if on_cpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        code = run_group(command, environment, log, _SECONDS)
+        if output.exists():
+            result: dict[str, Any] = json.loads(output.read_text())
+            return result
+        text = log.read_text(errors="replace")
+        if says_out_of_memory(text):
+            return None
+        what = f"took more than {_SECONDS:,.0f} s" if code is None else f"failed with exit code {code}"
+        raise ClusterError(f"a trial {what}:\n" + "\n".join(text.splitlines()[-15:]))
+
+
+def run_group(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
+    """Run a command and all that it starts to its end, or for so long: its exit code, None when it was ended."""
+    with open(log, "ab") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # ranks have groups of their own, and end with their launcher
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_SECONDS)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error of PyTorch, CUDA, NCCL or the kernel says that memory has run out."""
+    return re.search(r"out of memory|OutOfMemoryError|ALLOC_FAILED|can.t allocate memory|MemoryError", text) is not None
+
+
+def candidates(plan: Plan) -> list[Prediction]:
+    """What is worth timing, in this order: of each DeepSpeed JSON and recomputation the largest micro-batch that fits,
+    the fastest by the plan first; then the next smaller of each, and so on. Offload only where nothing else fits."""
+    fitting = [each for each in (plan.own, *plan.others) if each.fits]
+    on_device = [each for each in fitting if not each.offloads]
+    ways: dict[tuple[Path, str], list[Prediction]] = {}
+    for each in sorted(on_device or fitting, key=lambda each: -each.choice.micro_batch_size):
+        ways.setdefault((each.choice.deepspeed, each.choice.recompute), []).append(each)
+    in_turn = sorted(ways.values(), key=lambda way: way[0].time.in_turn)
+    rounds = max(map(len, in_turn), default=0)
+    return [way[number] for number in range(rounds) for way in in_turn if number < len(way)]
+
+
+def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: int) -> Iterator[Trial]:
+    """Try up to `most` of the candidates. A way whose smaller micro-batch was slower is not tried with still smaller
+    ones."""
+    machine, tried = plan.machine, 0
+    best: dict[tuple[Path, str], float] = {}
+    done: set[tuple[Path, str]] = set()
+    for prediction in candidates(plan):
+        choice = prediction.choice
+        way = (choice.deepspeed, choice.recompute)
+        if tried == most or way in done:
+            continue
+        try:
+            trial = Trial(prediction, run_trial(recipe, overrides, choice, machine.cluster.gpus, steps, machine.on_cpu))
+        except ClusterError as error:  # the others may do
+            trial = Trial(prediction, None, str(error))
+        yield trial
+        tried += 1
+        if trial.tokens_per_second < best.get(way, 0.0):
+            done.add(way)
+        best[way] = max(best.get(way, 0.0), trial.tokens_per_second)
+
+
+def winner(trials: Sequence[Trial]) -> Trial:
+    """The fastest. Raises ClusterError when none fitted."""
+    fastest = max(trials, key=lambda trial: trial.tokens_per_second, default=None)
+    if fastest is None or fastest.result is None:
+        reasons = [trial.failure for trial in trials if trial.failure]
+        raise ClusterError(
+            reasons[0] if reasons else "no trial fitted into memory. See what `codeparrot-ds plan` says of this recipe."
+        )
+    return fastest
+
+
+def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials: Sequence[Trial], output: Path) -> None:
+    """The recipe with the fastest way in it, and what was measured as comments."""
+    import yaml
+
+    from codeparrot_ds.run.recipe import load_recipe, read_recipe
+    from codeparrot_ds.system.files import write_atomically
+
+    choice = fastest.prediction.choice
+    body = read_recipe(source, [*overrides, *choice.overrides()])
+    result = fastest.result or {}
+    lines = [f"# {source.name}, tuned on {result['world_size']} x {result['device']}. Tokens a second:"]
+    for trial in sorted(trials, key=lambda trial: -trial.tokens_per_second):
+        each = trial.prediction.choice
+        speed = f"{trial.tokens_per_second:>13,.0f}" if trial.result else "failed" if trial.failure else "out of memory"
+        way = f"{each.deepspeed.name}, recomputing {each.recompute}, micro-batch {each.micro_batch_size}"
+        lines.append(f"# {speed:>13}  {way}")
+    write_atomically(output, "\n".join([*lines, yaml.safe_dump(body, sort_keys=False)]))
+    load_recipe(output)

@@ -1,0 +1,158 @@
+"""DeepSpeed's JSON: resolved against the recipe, and what follows from it. Arithmetic alone: no torch, no GPU."""
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import ConfigError, list_problems
+from codeparrot_ds.run.recipe import Recipe
+
+# Sections that would decide twice what the recipe decides, or that DeepSpeed 0.19.8 accepts and does not honour.
+_REFUSED = {
+    "optimizer": "the recipe's `optimizer` section decides",
+    "scheduler": "the recipe's `schedule` section decides",
+    "elasticity": "DeepSpeed 0.19.8 has no elastic training any more",
+    "bfloat16": "`bf16` is its name now, and the recipe's `engine.precision` decides",
+    "amp": "the recipe's `engine.precision` decides",
+    "torch_autocast": "the recipe's `engine.precision` decides",
+    "checkpoint.writer": "this writer saves what DeepSpeed cannot load again",
+}
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON. Raises ConfigError."""
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed configuration. Those shipped are in ds_configs/.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable DeepSpeed JSON ({error}).") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object.")
+    return body
+
+
+def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with every "auto" filled in from the recipe. Touches nothing outside.
+
+    A key that the recipe decides may be "auto", absent, or equal to the recipe's value.
+
+    Raises:
+        ConfigError: names every contradicted, refused or left-over key.
+    """
+    micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
+    decided = {
+        "train_batch_size": recipe.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "bf16.enabled": recipe.engine.precision == "bf16",
+        "fp16.enabled": recipe.engine.precision == "fp16",
+        "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default under bf16 is bf16, which loses small gradients
+    }
+    resolved = deepcopy(dict(ds_config))
+    problems = [
+        f'{section}: {resolved.pop(section)!r}; it is a section, as {{"enabled": "auto"}}.'
+        for section in ("bf16", "fp16", "data_types", "zero_optimization")
+        if not isinstance(resolved.setdefault(section, {}), dict)
+    ]
+    for section in _OFFLOADS:
+        key = f"zero_optimization.{section}.nvme_path"
+        if _get(resolved, f"zero_optimization.{section}.device") == "nvme" and recipe.swap_directory is not None:
+            decided[key] = str(recipe.swap_directory)
+        elif _get(resolved, f"zero_optimization.{section}.device") == "nvme":
+            _set(resolved, key, None)
+            problems.append(f"{key}: set engine.nvme in the recipe to a directory on a fast local disk of every host.")
+    for key, value in decided.items():
+        given = _get(resolved, key)
+        if given is None or given == "auto":
+            _set(resolved, key, value)
+        elif given != value:
+            problems.append(f'{key}: {given!r}, but the recipe makes it {value!r}. Write "auto", or the same value.')
+    for key, reason in _REFUSED.items():
+        if _get(resolved, key) is not None:
+            problems.append(f"{key}: remove it; {reason}.")
+    problems += [f'{key}: "auto" is left, and the recipe has no value for it. Give one.' for key in _autos(resolved)]
+    stage = _get(resolved, "zero_optimization.stage")
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage: {stage!r}; give 0, 1, 2 or 3.")
+    elif stage == 0 and recipe.engine.precision != "fp32":
+        problems.append(
+            f"zero_optimization.stage: 0 cannot accumulate {recipe.engine.precision} gradients in fp32. Use 1."
+        )
+    if problems:
+        raise ConfigError(list_problems(str(recipe.engine.deepspeed), problems))
+    # Ours reports the steps; DeepSpeed's own lines would repeat them.
+    resolved.setdefault("steps_per_print", 2**31 - 1)
+    return resolved
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[last] = value
+
+
+def _autos(config: Any, key: str = "") -> Iterator[str]:
+    if config == "auto":
+        yield key
+    elif isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _autos(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from _autos(value, f"{key}[{number}]")
+
+
+def offload_device(ds_config: Mapping[str, Any]) -> str:
+    """Where a resolved configuration keeps the optimizer's state: "none" (with the weights), "cpu" or "nvme"."""
+    return str(_get(ds_config, "zero_optimization.offload_optimizer.device") or "none")
+
+
+def checkpoint_bytes(parameters: int, zero_stage: int, precision: str) -> tuple[int, int]:
+    """Of a checkpoint of so many parameters: bytes in the partitions of all ranks together, and in a file of rank 0's.
+
+    The partitions are fp32 weights and AdamW's two moments, the file the weights that are computed with. ZeRO-3 leaves
+    those out. Without ZeRO the file holds all, and in fp32 one kind of weights is the other.
+    """
+    masters_and_moments, computed_with = 12 * parameters, (4 if precision == "fp32" else 2) * parameters
+    if zero_stage == 0:
+        return 0, masters_and_moments + (0 if precision == "fp32" else computed_with)
+    return masters_and_moments, computed_with if zero_stage < 3 else 0
+
+
+def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
+    devices = {section: _get(ds_config, f"zero_optimization.{section}.device") for section in _OFFLOADS}
+    ops = ["cpu_adam"] if devices["offload_optimizer"] in ("cpu", "nvme") else []
+    return ops + (["async_io"] if "nvme" in devices.values() else [])
+
+
+def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
+    """Where a resolved configuration offloads to on this host; None when it does not use NVMe."""
+    zero = ds_config["zero_optimization"]
+    for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
+        if section and section.get("device") == "nvme":
+            return Path(section["nvme_path"])
+    return None
+
+
+def swap_bytes_per_parameter(ds_config: Mapping[str, Any]) -> int:
+    """Bytes on NVMe for each parameter of a rank's share."""
+    zero = ds_config["zero_optimization"]
+    optimizer, weights = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
+    # fp32 weights, two moments and the gradients; the weights that are computed with.
+    return 16 * (optimizer.get("device") == "nvme") + 4 * (weights.get("device") == "nvme")

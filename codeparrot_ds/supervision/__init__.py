@@ -1,0 +1,1 @@
+"""Attempts to train, watched to their end and started again."""

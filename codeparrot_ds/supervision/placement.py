@@ -1,0 +1,262 @@
+"""Where an attempt to train runs: this machine, or those hosts of a hostfile or allocation that answer."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codeparrot_ds.doctor.examine import examine
+from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.hosts.hostfile import read_hostfile
+from codeparrot_ds.hosts.launchers import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, ranks_here, slurm_slots
+from codeparrot_ds.planning.machine import CPU_RANKS
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import Batch, Recipe
+from codeparrot_ds.system.jobs import say
+
+_DEEPSPEED_PORT = 29500  # its default `--master_port`
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where to train, and what to do when a host is lost.
+
+    Attributes:
+        hostfile: hosts and slots; None with `launcher` srun, where they are those of the allocation.
+        min_hosts: go on with so few, when no more are left; by default all that are not spare.
+        spare_hosts: so many, the last of the file, only take the place of others.
+        regrow_seconds: how often to look whether lost hosts are back; then the job saves and starts again on more.
+        address: of this machine, as the hosts reach it; found out by default.
+        master_addr: of the first host, as the others reach it; its name, resolved here, by default.
+        doctor: look at all hosts first, over ssh; what is not fit is left out, or refused.
+        launcher: "pdsh", "ssh", "mpirun" or "srun"; pdsh if it is installed, else ssh, by default.
+        ranks: on each host, with srun.
+    """
+
+    hostfile: Path | None
+    min_hosts: int | None = None
+    spare_hosts: int = 0
+    regrow_seconds: float = 300.0
+    address: str | None = None
+    master_addr: str | None = None
+    doctor: bool = True
+    launcher: str | None = None
+    ranks: int | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt runs.
+
+    Attributes:
+        program: what starts the ranks, without what they run.
+        extra: to be added to its environment.
+        address: of this machine, as the ranks reach it.
+        slots: hosts in the order of their ranks, and how many each has.
+        give_up: a reason why the job is to stop and start again, or nothing.
+        kill: ends processes of a host.
+        quote: an argument of the ranks, for what lies between.
+    """
+
+    program: Sequence[str]
+    extra: Mapping[str, str]
+    address: str
+    slots: Mapping[str, int]
+    give_up: Callable[[], str]
+    kill: Callable[[str, Iterable[int]], None]
+    quote: Callable[[str], str] = str
+
+
+class ThisMachine:
+    """As many ranks as there are GPUs here, or as asked for."""
+
+    def __init__(self, ranks: int | None, batch: Batch) -> None:
+        gpus = _count_gpus()
+        self._extra = {} if gpus else {"DS_ACCELERATOR": "cpu"}
+        self._ranks = ranks or (most_ranks(batch, gpus) if gpus else CPU_RANKS)
+
+    def prepare(self, number: int) -> Start:
+        """What the attempt with this number needs."""
+        program = [*find_deepspeed(), "--quiet", *_port_options(), *ranks_here(self._ranks, on_cpu=bool(self._extra))]
+        slots = {socket.gethostname(): self._ranks}
+        return Start(program, self._extra, "127.0.0.1", slots, lambda: "", _kill_here)
+
+    def lost(self, host: str | None, in_a_row: int) -> None:
+        """There is no other machine to go to."""
+
+
+def _kill_here(host: str, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class ManyHosts:
+    """Hosts of a hostfile: those that answer now are used, spare ones in the place of others."""
+
+    def __init__(self, hosts: Hosts, recipe: Recipe) -> None:
+        self._hosts, self._recipe, self._batch = hosts, recipe, recipe.batch
+        self._run = RunDirectory(recipe.run_directory)
+        self._reach: Reach
+        if hosts.hostfile is None:
+            self._reach, self._slots = Srun(), slurm_slots(hosts.ranks)
+            self._from = "this Slurm allocation"
+        else:
+            self._reach = Mpirun() if hosts.launcher == "mpirun" else Ssh(hosts.launcher)
+            self._slots, self._from = read_hostfile(hosts.hostfile), str(hosts.hostfile)
+        self._wanted = len(self._slots) - hosts.spare_hosts
+        self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
+        if not 1 <= self._fewest <= self._wanted:
+            raise ConfigError(
+                f"{self._from}: {len(self._slots)} hosts, {hosts.spare_hosts} of them spare, at least "
+                f"{self._fewest} wanted. Give --min-hosts of at least 1, and fewer --spare-hosts than there are hosts."
+            )
+        self._suspect = ""
+        self._answered: set[str] = set()  # when last looked
+        self._unfit: dict[str, str] = {}  # by the doctor, though they answer
+        self._regrow: _Regrow | None = None
+
+    def prepare(self, number: int) -> Start:
+        """What the attempt with this number needs. Raises ClusterError when too few hosts are fit."""
+        if self._regrow is not None:
+            self._regrow.stop()
+        silent = self._reach.unreachable(self._slots)
+        answer = set(self._slots) - set(silent)
+        if self._hosts.doctor and isinstance(self._reach, Ssh) and answer - self._answered:
+            self._unfit = self._examine()
+        self._answered = answer
+        active = self._choose({**self._unfit, **silent})
+        # Ranks of an attempt before may hold its port for a while.
+        port = _DEEPSPEED_PORT + number % 100
+        program, extra = self._reach.command(self._run, active, self._master_address(active), port)
+        self._regrow = None
+        if len(active) < self._wanted:
+            without = ", ".join(host for host in self._slots if host not in active)
+            say(f"training on {len(active)} of {self._wanted} hosts, without {without}")
+            self._regrow = _Regrow(self._reach, set(silent), self._hosts.regrow_seconds)
+        return Start(
+            program,
+            extra,
+            self._hosts.address or _address_towards(map(self._reach.address, active)),
+            active,
+            lambda: self._regrow.found if self._regrow else "",
+            self._reach.kill,
+            self._reach.quote,
+        )
+
+    def lost(self, host: str | None, in_a_row: int) -> None:
+        """A host that was at fault twice in a row is passed over, where others suffice."""
+        self._suspect = host or "" if in_a_row > 1 else ""
+
+    def _examine(self) -> dict[str, str]:
+        """Hosts that are not fit, though they answer, and why."""
+        cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        report = examine(
+            self._slots, self._recipe, port=_DEEPSPEED_PORT + 1, cpu=cpu, environment=forwarded(os.environ)
+        )
+        say("\n".join(report.table()))
+        return {each.host: "; ".join(each.red.values()) for each in report.hosts if each.red and "ssh" not in each.red}
+
+    def _choose(self, unreachable: Mapping[str, str]) -> dict[str, int]:
+        """Hosts and slots of the next attempt. Raises ClusterError when too few are left."""
+        good = [host for host in self._slots if host not in unreachable]
+        if self._suspect in good and len(good) > self._fewest:
+            good.remove(self._suspect)
+        active = good[: self._wanted]
+        while len(active) >= self._fewest:
+            try:
+                self._batch.micro_batch_and_accumulation(sum(self._slots[host] for host in active))
+            except ConfigError:
+                active.pop()  # the batch cannot be dealt to so many
+                continue
+            return {host: self._slots[host] for host in active}
+        lost = (
+            "; ".join(f"{host}: {reason}" for host, reason in unreachable.items())
+            or "the batch cannot be dealt to them"
+        )
+        raise ClusterError(
+            f"{self._from}: {len(good)} of {len(self._slots)} hosts can train, and {self._fewest} are needed "
+            f"({lost}). Mend them, or go on with fewer: --min-hosts."
+        )
+
+    def _master_address(self, active: Mapping[str, int]) -> str:
+        if self._hosts.master_addr:
+            return self._hosts.master_addr
+        first, *others = active
+        found = self._reach.address(first)
+        # A machine's own name often stands for its loopback address, which means another machine to the others.
+        return _address_towards(map(self._reach.address, others)) if found.startswith("127.") and others else found
+
+
+class _Regrow(threading.Thread):
+    """Looks whether hosts that were lost answer again. `found` then says which."""
+
+    def __init__(self, reach: Reach, lost: set[str], every_seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.found = ""
+        self._reach, self._lost, self._seconds = reach, lost, every_seconds
+        self._stopped = threading.Event()
+        self.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Look now and then, until one is back."""
+        while not self.found and self._lost and not self._stopped.wait(self._seconds):
+            if back := self._lost - set(self._reach.unreachable(self._lost)):
+                self.found = f"{', '.join(sorted(back))} answers again"
+
+
+def _address_towards(addresses: Iterable[str]) -> str:
+    """This machine's address on the way to the first of `addresses` that is another machine's."""
+    own = "127.0.0.1"
+    for address in addresses:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            try:
+                probe.connect((address, 9))
+            except OSError as error:
+                raise ClusterError(f"{address}: no way there from this machine ({error}).") from None
+            own = str(probe.getsockname()[0])
+        if not own.startswith("127.") and own != address:
+            return own
+    return own
+
+
+def most_ranks(batch: Batch, gpus: int) -> int:
+    """The largest number of GPUs to which the recipe's batch can be dealt."""
+    for ranks in range(gpus, 1, -1):
+        try:
+            batch.micro_batch_and_accumulation(ranks)
+        except ConfigError:
+            continue
+        return ranks
+    return 1
+
+
+def _port_options() -> list[str]:
+    """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
+    for port in (_DEEPSPEED_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            found = probe.getsockname()[1]
+            return [] if found == _DEEPSPEED_PORT else ["--master_port", str(found)]
+    return []
+
+
+def _count_gpus() -> int:
+    """GPUs that torch can use here, of any maker (a plan asks nvidia-smi, at once); 0 when the CPU is asked for."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,1 @@
+"""This machine: files, object stores, tasks on processes, memory."""
