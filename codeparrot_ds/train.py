@@ -11,8 +11,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +31,6 @@ from codeparrot_ds.hosts.hostfile import check_launch_command
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
-    checkpoint_bytes,
     load_ds_config,
     offload_device,
     required_ops,
@@ -39,6 +39,7 @@ from codeparrot_ds.run.ds_config import (
     swap_directory,
 )
 from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.system.files import (
     exclusive_lock,
@@ -48,11 +49,10 @@ from codeparrot_ds.system.files import (
     write_atomically,
     write_json,
 )
+from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
 from codeparrot_ds.training.engine import check_compiler, check_precision
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
-
-_ROOM = 1.08  # for what names and shapes add to a checkpoint, and whoever else writes meanwhile
 
 if TYPE_CHECKING:
     from codeparrot_ds.run.directory import Checkpoint
@@ -86,29 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lifeline is not None:
         lifeline.end(code, message)
     return code
-
-
-def rank_of_scheduler(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK and its kin where a scheduler, not deepspeed or torchrun, has started the ranks: mpirun or srun.
-
-    Without them each rank would train on its own. Raises ConfigError when nobody says where rank 0 is.
-    """
-    if "RANK" in environment:
-        return {}
-    for size, rank, local_rank, local_size in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    ):
-        if int(environment.get(size, "1")) > 1:
-            if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
-                raise ConfigError(
-                    f"{environment[size]} ranks were started by a scheduler, and nothing says where they meet. Set "
-                    "MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there."
-                )
-            found = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
-            # Slurm writes "2(x3),1": of the first nodes.
-            return {name: environment[source].partition("(")[0].partition(",")[0] for name, source in found.items()}
-    return {}
 
 
 def _user_error(error: Exception) -> UserError | None:
@@ -210,14 +187,9 @@ def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _local_world_size(world_size: int) -> int:
-    """Ranks on this host, by what deepspeed (LOCAL_SIZE) or torchrun (LOCAL_WORLD_SIZE) says."""
-    return _environment("LOCAL_SIZE", _environment("LOCAL_WORLD_SIZE", world_size))
-
-
 def _spans_hosts(world_size: int) -> bool:
     """Whether there are ranks on other hosts."""
-    return _local_world_size(world_size) < world_size
+    return local_world_size(world_size) < world_size
 
 
 def _agree(ranks: "Ranks", failure: UserError | None) -> None:
@@ -392,26 +364,22 @@ def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None
     swap = swap_directory(plan.ds_config)
     needs: list[tuple[Path, int, str]] = []
     if ranks.sees_to_disk:
-        writers = sum(map(ranks.shares_disk, range(ranks.world_size)))
-        keep, left = recipe.checkpoints, recipe.schedule.last_step - step
-        # One more than are kept, while it is written.
-        missing = max(1, keep.keep_last + 1 - len(plan.run.checkpoint_directories()))
-        to_come = -(-left // keep.every_steps)
-        if keep.every_minutes is None and to_come <= missing:
+        to_come = checkpoints_to_come(recipe, step, len(plan.run.checkpoint_directories()))
+        is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
+        if is_last and recipe.checkpoints.every_minutes is None and offload_device(plan.ds_config) == "nvme":
             # The last moves there from NVMe, which takes no room on the same disk.
-            on_nvme = swap if offload_device(plan.ds_config) == "nvme" else None
-            moved = on_nvme is not None and on_nvme.stat().st_dev == plan.run.path.stat().st_dev
-            missing = to_come - 1 if moved else to_come
+            to_come -= swap is not None and swap.stat().st_dev == plan.run.path.stat().st_dev
+        writers = Fraction(sum(map(ranks.shares_disk, range(ranks.world_size))), ranks.world_size)
         zero_stage = plan.ds_config["zero_optimization"]["stage"]
-        partitions, rank_0s = checkpoint_bytes(parameters, zero_stage, recipe.engine.precision)
-        bytes_each = partitions * writers // ranks.world_size + rank_0s * ranks.shares_disk(0)
-        needs.append((plan.run.path, int(missing * bytes_each * _ROOM), f"{missing} more checkpoints"))
+        room = checkpoint_room_bytes(recipe, zero_stage, parameters, to_come, writers, ranks.shares_disk(0))
+        needs.append((plan.run.path, room, f"{to_come} more checkpoints"))
         if recipe.export.every_steps is not None:
+            left = recipe.schedule.last_step - step
             exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
             bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)
             needs.append((plan.run.path, exports * bytes_each, f"{exports} exported models"))
     if swap is not None and ranks.local_rank == 0:
-        share = parameters * _local_world_size(ranks.world_size) // ranks.world_size
+        share = parameters * local_world_size(ranks.world_size) // ranks.world_size
         needs.append((swap, share * swap_bytes_per_parameter(plan.ds_config), "what is offloaded"))
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for need in needs:

@@ -66,12 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="JSON, by rank 0")
-    parser.add_argument("--trace", type=Path, help="where rank 0 puts a table of where the last step's time goes")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.set)
-        result = run(recipe, options.steps, options.trace)
+        result = run(recipe, options.steps)
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Build the engine and take `steps` optimizer steps. Returns what they took; all ranks must call.
 
     `between_steps_bytes` is what tensors hold after the last, `peak_bytes` the most in any step but the first,
@@ -92,7 +91,7 @@ def run(recipe: Recipe, steps: int, trace: Path | None = None) -> dict[str, Any]
 
     with trainer_on_random_ids(recipe) as (trainer, memory):
         first = take_steps(trainer, memory, 1)
-        found = take_steps(trainer, memory, steps - 1, trace)
+        found = take_steps(trainer, memory, steps - 1)
     rank_module.leave()
     return {
         **found,

@@ -14,14 +14,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from codeparrot_ds.doctor import probe
 from codeparrot_ds.hosts.ssh import ssh_command
+from codeparrot_ds.run.directory import RunDirectory, step_of
 from codeparrot_ds.run.ds_config import load_ds_config, required_ops, swap_bytes_per_parameter
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 
 COLUMNS = ("ssh", "name", "software", "slots", "clock", "disk", "memory", "data", "shared", "compiler", "port", "links")
 _FACTS_SECONDS = 15.0
@@ -159,10 +162,7 @@ def examine(
     if recipe is not None:
         ds_config = load_ds_config(recipe.engine.deepspeed)  # what is "auto" there does not matter here
         ops += required_ops(ds_config)
-        parameters = recipe.model.parameters
-        share = -(-parameters * max(slots.values()) // sum(slots.values()))
-        written = 13 * (parameters if recipe.checkpoints.shared_disk else share) + 4 * parameters
-        needs = {"runs": 2 * written, "swap": share * swap_bytes_per_parameter(ds_config)}
+        needs = disk_needs(recipe, ds_config, slots)
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
         wanted["runs"] = str(recipe.run_directory.resolve())
         wanted["swap"] = str(recipe.swap_directory) if recipe.swap_directory else None
@@ -190,6 +190,20 @@ def examine(
             token.unlink(missing_ok=True)
     report.seconds = time.monotonic() - started
     return report
+
+
+def disk_needs(recipe: Recipe, ds_config: Mapping[str, Any], slots: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that a run needs on the disk of its directory, "runs", and of what it offloads, "swap", on any host."""
+    published = RunDirectory(recipe.run_directory).checkpoint_directories()
+    to_come = checkpoints_to_come(recipe, step_of(published[-1]) if published else 0, len(published))
+    of_host = Fraction(max(slots.values()), sum(slots.values()))  # the most ranks that any host has
+    on_disk = Fraction(1) if recipe.checkpoints.shared_disk else of_host
+    zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    parameters = recipe.model.parameters
+    return {
+        "runs": checkpoint_room_bytes(recipe, zero_stage, parameters, to_come, on_disk),
+        "swap": int(parameters * of_host) * swap_bytes_per_parameter(ds_config),
+    }
 
 
 def judge(host: str, facts: Mapping[str, Any], expected: Expected) -> HostReport:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Export
+from codeparrot_ds.system.launched import without_launcher
 
 log = logging.getLogger("codeparrot_ds")
 # It ends when the thread that started it ends, and leaves the cores to training.
@@ -23,10 +23,6 @@ die_with_parent()
 from codeparrot_ds.cli import main
 main()
 """
-# What launchers tell a rank, and what would have the process take the GPU that training uses.
-_OF_RANKS = re.compile(
-    r"^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|CROSS_\w+|MASTER_\w+|TORCHELASTIC_\w+|OMPI_\w+|PMI\w*)$"
-)
 
 
 class BackgroundExport:
@@ -87,7 +83,8 @@ class BackgroundExport:
         """Run a verb; the log has its message when it fails."""
         if self._given_up.is_set():
             return False
-        environment = {name: value for name, value in os.environ.items() if not _OF_RANKS.match(name)}
+        environment = without_launcher(os.environ)
+        # The GPU is taken by training.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, *arguments],

@@ -7,7 +7,6 @@ The exit code is the largest of all hosts.
 import argparse
 import base64
 import json
-import shlex
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from codeparrot_ds.hosts.hostfile import read_hostfile
-from codeparrot_ds.hosts.ssh import ssh_command
+from codeparrot_ds.hosts.ssh import remote_script, ssh_command
 from codeparrot_ds.system.jobs import die_with_parent
 
 
@@ -33,8 +32,7 @@ def main() -> int:
     launcher = launcher_command(hosts, options.master_addr, options.master_port)
     processes, threads = [], []
     for number, host in enumerate(hosts):
-        program = shlex.join([*launcher, f"--node_rank={number}", *arguments])
-        script = f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {program}"
+        script = remote_script(variables, [*launcher, f"--node_rank={number}", *arguments])
         process = subprocess.Popen(
             [*ssh_command(host), script],
             stdin=subprocess.DEVNULL,

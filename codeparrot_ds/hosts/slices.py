@@ -13,7 +13,7 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ClusterError
 from codeparrot_ds.hosts.fan_out import pass_on
 from codeparrot_ds.hosts.hostfile import read_hostfile
 from codeparrot_ds.hosts.launchers import forwarded
-from codeparrot_ds.hosts.ssh import ssh_command
+from codeparrot_ds.hosts.ssh import remote_script, ssh_command
 from codeparrot_ds.system.jobs import say
 
 _USAGE = 2
@@ -84,8 +84,7 @@ def _serve(host: str, work: _Work, arguments: Sequence[str]) -> None:
     program = str(Path(sys.executable).with_name("codeparrot-ds"))
     variables = [f"{name}={shlex.quote(value)}" for name, value in forwarded(os.environ).items()]
     while (part := work.take()) is not None:
-        command = shlex.join([program, *arguments, "--slice", f"{part}/{work.total}"])
-        script = f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {command}"
+        script = remote_script(variables, [program, *arguments, "--slice", f"{part}/{work.total}"])
         code, output = _LOST, ""
         try:
             process = subprocess.Popen(

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 CONNECT_SECONDS = 5
 _MOST_AT_ONCE = 64
@@ -17,12 +18,10 @@ class Answer:
 
     Attributes:
         code: its exit code; 255 when ssh itself failed; None when it was not done in time.
-        output: its standard output.
         errors: its standard error, or ssh's.
     """
 
     code: int | None
-    output: str
     errors: str
 
     @property
@@ -47,13 +46,19 @@ def ssh_command(host: str) -> list[str]:
     return ["ssh", *ssh_options(), "--", host]
 
 
-def run_on(host: str, command: Sequence[str], timeout: float, stdin: str | None = None) -> Answer:
-    """Run a command on one host, with `stdin` as its input."""
+def remote_script(variables: Iterable[str], command: Sequence[str]) -> str:
+    """For the shell of another host: the command, in this directory and with `variables`, NAME=VALUE quoted for it."""
+    return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {shlex.join(command)}"
+
+
+def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
+    """Run a command on one host."""
     try:
         done = subprocess.run(
             [*ssh_command(host), shlex.join(command)],
-            input=stdin or "",
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             timeout=timeout,
@@ -62,16 +67,16 @@ def run_on(host: str, command: Sequence[str], timeout: float, stdin: str | None 
         )
     except subprocess.TimeoutExpired as error:
         said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        return Answer(None, "", said)
+        return Answer(None, said)
     except FileNotFoundError:
-        return Answer(255, "", "ssh is not installed here")
-    return Answer(done.returncode, done.stdout, done.stderr)
+        return Answer(255, "ssh is not installed here")
+    return Answer(done.returncode, done.stderr)
 
 
-def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float, stdin: str | None = None) -> dict[str, Answer]:
+def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Answer]:
     """Run a command on each host, at once. What they answered, by host."""
     with ThreadPoolExecutor(min(_MOST_AT_ONCE, max(1, len(commands)))) as pool:
-        futures = {host: pool.submit(run_on, host, command, timeout, stdin) for host, command in commands.items()}
+        futures = {host: pool.submit(run_on, host, command, timeout) for host, command in commands.items()}
     return {host: future.result() for host, future in futures.items()}
 
 

@@ -22,9 +22,11 @@ from codeparrot_ds.run.ds_config import (
     load_ds_config,
     offload_device,
     resolve,
+    swap_buffer_bytes,
     swap_bytes_per_parameter,
 )
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.shards.format import dtype_for
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> share of blocks
 _MOST_SEQUENCES = 64  # of a micro-batch that is tried
@@ -144,9 +146,7 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
         host["offloaded"] = ranks_here * sum(memory.on_host.values())
     if nvme:
         largest = max(tensor.elements for tensor in layout.parameters) // ranks
-        group = min(share // ranks_here, int(float(zero.get("sub_group_size", 1e9))) + largest)
-        buffers = int((zero.get("offload_optimizer") or {}).get("buffer_count", 4))
-        host["buffers of the disk"] = ranks_here * 4 * group * buffers
+        host["buffers of the disk"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
     if layout.stage < 3:  # each rank builds the model on its host, in fp32
         building = 4 * sum(layout.groups) * ranks_here
         host["building the model"] = max(0, building - sum(host.values()) + host["processes"])
@@ -220,7 +220,7 @@ class Plan:
     @property
     def token_bytes(self) -> int:
         """Of a token in shards."""
-        return 2 if self.recipe.model.vocab_size <= 1 << 16 else 4
+        return dtype_for(self.recipe.model.vocab_size).itemsize
 
     def hours(self, each: Prediction) -> tuple[float, float]:
         """Of the run, all that can be sent while computing, and nothing; evaluations and checkpoints left out."""

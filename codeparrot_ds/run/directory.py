@@ -132,11 +132,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def hugging_face(self) -> Path:
-        """Default place of the converted model."""
-        return self.path / "hf"
-
-    @property
     def exports(self) -> Path:
         """Models converted while the run trains."""
         return self.path / "exports"

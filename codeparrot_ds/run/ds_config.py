@@ -150,6 +150,26 @@ def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
     return None
 
 
+def swap_buffer_bytes(ds_config: Mapping[str, Any], share: int, largest: int) -> int:
+    """Bytes of host memory that a rank locks for what goes to and from NVMe.
+
+    Args:
+        ds_config: resolved.
+        share: parameters of this rank.
+        largest: parameters of this rank in the model's largest tensor.
+    """
+    zero, needed_bytes = ds_config["zero_optimization"], 0
+    optimizer, weights = (zero.get(name) or {} for name in _OFFLOADS)
+    if optimizer.get("device") == "nvme":
+        # Each buffer holds one fp32 tensor of the largest group, which is closed by the parameter that fills it.
+        group = min(share, int(zero.get("sub_group_size", 1e9)) + largest)
+        needed_bytes += 4 * group * int(optimizer.get("buffer_count", 4))
+    if weights.get("device") == "nvme":
+        item_bytes = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4
+        needed_bytes += item_bytes * int(weights.get("buffer_size", 1e8)) * int(weights.get("buffer_count", 5))
+    return needed_bytes
+
+
 def swap_bytes_per_parameter(ds_config: Mapping[str, Any]) -> int:
     """Bytes on NVMe for each parameter of a rank's share."""
     zero = ds_config["zero_optimization"]

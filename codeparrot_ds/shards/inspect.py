@@ -11,7 +11,7 @@ from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
-from codeparrot_ds.shards.order import leave_out
+from codeparrot_ds.shards.order import places_of_step
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import Encoder
 
@@ -52,14 +52,13 @@ def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: i
 
     Raises ConfigError when the global batch cannot be shared by `world_size` ranks, or there is no such rank.
     """
-    size = recipe.batch.global_batch_size
     if rank is not None and rank >= world_size:
         raise ConfigError(f"rank {rank} of {world_size}: name one from 0 to {world_size - 1}, or --world-size.")
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     share = micro * accumulation
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     left_out = RunDirectory(recipe.run_directory).left_out()  # after loss spikes
-    numbers = data.order(recipe.seed).at(leave_out(np.arange(step * size, (step + 1) * size), left_out))
+    numbers = data.order(recipe.seed).at(places_of_step(step, recipe.batch.global_batch_size, left_out))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
 
 

@@ -88,6 +88,11 @@ class Order:
         return taken
 
 
+def places_of_step(step: int, global_batch_size: int, left_out: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+    """Places in the order that optimizer step `step` (from 0) reads, [global_batch_size] int64."""
+    return leave_out(np.arange(step * global_batch_size, (step + 1) * global_batch_size), left_out)
+
+
 def leave_out(samples: np.ndarray, left_out: Sequence[tuple[int, int]]) -> np.ndarray:
     """Places in an order, [n] int64, of `samples`, [n] integers from 0, that are counted without some stretches of it.
 

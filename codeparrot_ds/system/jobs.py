@@ -6,7 +6,6 @@ the tasks that are done.
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.system.launched import task_of_launcher
+from codeparrot_ds.system.processes import kill_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +36,6 @@ Result = TypeVar("Result")
 ENGINES = ("local", "ray")
 _LOG_SECONDS = 10.0  # one plain line every ten seconds where there is no terminal
 _RETRIES = 5  # of a Ray task whose worker or node was lost
-_PR_SET_PDEATHSIG = 1
 _CONNECT_SECONDS = 10.0
 _forked_from: int | None = None  # inherited by workers that are forked from this process
 
@@ -173,10 +173,7 @@ def die_with_parent() -> None:
 
     The kernel sees to a forked worker; one of a fork server, whose parent is another process, watches as well.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if _forked_from is not None and os.getppid() != _forked_from:  # it ended before the call
-        os._exit(1)
+    kill_with_parent(_forked_from)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
@@ -269,27 +266,11 @@ def slice_from_environment(environment: Mapping[str, str]) -> Slice | None:
 
     Raises ConfigError when an array's numbers have gaps, so that its parts cannot be counted.
     """
-    array = _array_slice(environment)
-    step = next(
-        (
-            Slice(int(environment[index]), int(environment[count]))
-            for index, count, launched_by in _STEP_VARIABLES
-            if {index, count, launched_by} <= environment.keys() and int(environment[count]) > 1
-        ),
-        None,
-    )
-    if array is None or step is None:
-        return array or step
-    return Slice(array.index * step.count + step.index, array.count * step.count)
-
-
-# (index, count, a variable that only this launcher sets)
-_STEP_VARIABLES = [
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"),  # in a batch script outside srun: no step, no slice
-    ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "PMI_RANK"),
-]
+    array, task = _array_slice(environment), task_of_launcher(environment)
+    if task is None:
+        return array
+    step = Slice(*task)
+    return step if array is None else Slice(array.index * step.count + step.index, array.count * step.count)
 
 
 def _array_slice(environment: Mapping[str, str]) -> Slice | None:

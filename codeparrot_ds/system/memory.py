@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+from pathlib import Path
 
 import psutil
 
@@ -17,6 +18,21 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """The most that this process has ever held in memory."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def available_bytes() -> int:
+    """Bytes that this process may still take: of the machine, and of the container or job that it runs in."""
+    free = [int(psutil.virtual_memory().available)]
+    try:
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        place = Path("/sys/fs/cgroup", group.lstrip("/"))
+        for directory in (place, *place.parents):
+            limit = (directory / "memory.max").read_text().strip() if (directory / "memory.max").exists() else "max"
+            if limit != "max":
+                free.append(int(limit) - int((directory / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass  # no such groups here, or older ones
+    return max(0, min(free))
 
 
 def manage_freed_memory(scarce: bool) -> None:

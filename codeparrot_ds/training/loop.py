@@ -15,7 +15,7 @@ from codeparrot_ds.errors import CheckpointError, TrainingError
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory, step_of
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.inspect import describe_sequences
-from codeparrot_ds.shards.order import BlendedOrder, Order, leave_out
+from codeparrot_ds.shards.order import BlendedOrder, Order, places_of_step
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.system.files import write_json
@@ -178,8 +178,7 @@ class Trainer:
         return self._order.at(self._places(step))
 
     def _places(self, step: int) -> np.ndarray:
-        size = self.recipe.batch.global_batch_size
-        return leave_out(np.arange(step * size, (step + 1) * size), self.left_out)
+        return places_of_step(step, self.recipe.batch.global_batch_size, self.left_out)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64."""

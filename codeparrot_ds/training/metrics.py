@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.system.files import digest_json, write_atomically
 from codeparrot_ds.system.gpus import peak_flops_of
+from codeparrot_ds.system.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +178,7 @@ def peak_memory_bytes(device: "torch.device") -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return peak_resident_bytes()
 
 
 def _drop_rows_from(path: Path, first_step: int) -> None:

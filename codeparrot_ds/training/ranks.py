@@ -1,10 +1,8 @@
 """What a rank knows of itself and the others, and the few collectives that training needs beside DeepSpeed's."""
 
-import ctypes
 import logging
 import os
 import secrets
-import signal
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from codeparrot_ds.errors import ClusterError
+from codeparrot_ds.system.launched import local_world_size
+from codeparrot_ds.system.network import free_port
+from codeparrot_ds.system.processes import kill_with_parent
 
-_PR_SET_PDEATHSIG = 1
 LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks of a host
 
 
@@ -90,9 +90,7 @@ def die_with_launcher() -> None:
     """Have the kernel end this rank when DeepSpeed's launcher dies: its SIGKILL would leave orphans that train on."""
     parent = psutil.Process(os.getppid())
     if LAUNCHER in parent.cmdline():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent.pid:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
+        kill_with_parent(parent.pid)
 
 
 def join() -> Ranks:
@@ -100,8 +98,8 @@ def join() -> Ranks:
     _quieten_libraries()
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", _free_port())
-    local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    os.environ.setdefault("MASTER_PORT", free_port())
+    on_this_host = local_world_size(1)
     # Our checkpoints hold tensors and plain values; what could run code is refused everywhere.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     import deepspeed
@@ -110,12 +108,12 @@ def join() -> Ranks:
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
-        _prepare_cpu(local_world_size)
+        _prepare_cpu(on_this_host)
         device = torch.device("cpu")
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    if local_world_size < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if on_this_host < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
         _choose_interface()
     deepspeed.init_distributed(verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.new_group(backend="gloo"))
@@ -132,13 +130,13 @@ def _choose_interface() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def _prepare_cpu(local_world_size: int) -> None:
+def _prepare_cpu(ranks: int) -> None:
     """Settings for ranks that compute on CPU cores."""
     import deepspeed
 
     if "OMP_NUM_THREADS" not in os.environ:
         # One thread a core: ranks that each take all cores wait for one another.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -173,12 +171,6 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _quieten_libraries() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.run.ds_config import swap_buffer_bytes
 from codeparrot_ds.system.files import exclusive_lock, make_directory
 
 _CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
@@ -40,15 +41,7 @@ def check_locked_memory(ds_config: Mapping[str, Any], share: int, largest: int) 
         share: parameters of this rank.
         largest: parameters of this rank in the model's largest tensor.
     """
-    zero, needed_bytes = ds_config["zero_optimization"], 0
-    optimizer, weights = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    if optimizer.get("device") == "nvme":
-        # Each buffer holds one fp32 tensor of the largest group, which is closed by the parameter that fills it.
-        group = min(share, int(zero.get("sub_group_size", 1e9)) + largest)
-        needed_bytes += 4 * group * int(optimizer.get("buffer_count", 4))
-    if weights.get("device") == "nvme":
-        item_bytes = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4
-        needed_bytes += item_bytes * int(weights.get("buffer_size", 1e8)) * int(weights.get("buffer_count", 5))
+    needed_bytes = swap_buffer_bytes(ds_config, share, largest)
     if not needed_bytes:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)

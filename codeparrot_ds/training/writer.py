@@ -5,18 +5,18 @@ that writes a file, so the files are the same.
 """
 
 import copy
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
-import psutil
 import torch
 import xxhash
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from codeparrot_ds.system.files import flush_to_disk
+from codeparrot_ds.system.launched import local_world_size
+from codeparrot_ds.system.memory import available_bytes
 
 _SPARE_MEMORY = 0.25  # of what is available: to be left by a copy
 
@@ -44,8 +44,7 @@ class CheckpointWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or copy what goes into it. Where memory is too short for a copy, it is written at once."""
         # All ranks of a host copy at once.
-        ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        room = (1 - _SPARE_MEMORY) * available_memory() / ranks
+        room = (1 - _SPARE_MEMORY) * available_bytes() / local_world_size(1)
         if self._background and tensor_bytes(state_dict) < room:
             self._waiting.append((copy_to_host(state_dict), Path(path)))
         elif self._error is None:
@@ -115,21 +114,6 @@ class _DigestingFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the container or job that it runs in."""
-    free = [int(psutil.virtual_memory().available)]
-    try:
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
-        place = Path("/sys/fs/cgroup", group.lstrip("/"))
-        for directory in (place, *place.parents):
-            limit = (directory / "memory.max").read_text().strip() if (directory / "memory.max").exists() else "max"
-            if limit != "max":
-                free.append(int(limit) - int((directory / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass  # no such groups here, or older ones
-    return max(0, min(free))
 
 
 def copy_to_host(state: Any) -> Any:

@@ -129,4 +129,4 @@ def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
     assert "refused" in measured["error"]
     port = probe.listen()
     link = probe.measure("127.0.0.1", port)
-    assert link["bandwidth"] > 1e6 and 0 < link["round_trip"] < 5
+    assert link["bandwidth"] > 1e6

@@ -24,7 +24,7 @@ from codeparrot_ds.supervision import attempt as attempts
 from codeparrot_ds.supervision import placement
 from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop
 from codeparrot_ds.supervision.placement import Hosts, ManyHosts
-from codeparrot_ds.train import rank_of_scheduler
+from codeparrot_ds.system.launched import rank_of_scheduler
 
 FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 
