@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.cli import parse_size, printable
+from codeparrot_ds.cli.output import parse_size, printable
 from codeparrot_ds.errors import ConfigError
 
 COMMAND = Path(sys.executable).with_name("codeparrot-ds")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from codeparrot_ds.cli import parse_steps
+from codeparrot_ds.cli.output import parse_steps
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.report.compare import Peak, as_rows, as_table, compare
 from codeparrot_ds.run.directory import RunDirectory

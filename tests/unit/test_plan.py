@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from codeparrot_ds.cli import parse_bandwidth
+from codeparrot_ds.cli.output import parse_bandwidth
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.planning.footprint import footprint
 from codeparrot_ds.planning.layout import Layout

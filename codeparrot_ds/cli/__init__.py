@@ -1,0 +1,62 @@
+"""The `codeparrot-ds` command. Every verb imports its stage only when it is called, so that --help is quick."""
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from codeparrot_ds import __version__
+from codeparrot_ds.cli import corpus, evaluate, export, planning, report, shards, tokenizer, training
+from codeparrot_ds.cli.output import group
+from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
+
+app = group("From folders of source code to a trained GPT-2 code model in Hugging Face format.")
+for name, noun in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
+    app.add_typer(noun.app, name=name)
+app.command("plan")(planning.plan_command)
+app.command("tune")(planning.tune_command)
+app.command("doctor")(training.doctor_command)
+app.command("launch")(training.launch)
+app.command("status")(report.status)
+app.command("compare")(report.compare_command)
+app.command("report")(report.report)
+app.command("convert")(export.convert_command)
+app.command("push")(export.push_command)
+app.command("complete")(evaluate.complete_command)
+
+
+def main() -> NoReturn:
+    """Run a verb. Exit codes: 0 done, 1 something you can mend, 2 usage; a traceback is a defect of ours."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        from codeparrot_ds.system.files import explain_os_error
+
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        _fail(str(explained))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit

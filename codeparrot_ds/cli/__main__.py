@@ -1,0 +1,5 @@
+"""`python -m codeparrot_ds.cli`."""
+
+from codeparrot_ds.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""What all verbs share: groups, results as a table or JSON, and the values of options."""
+
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+
+from codeparrot_ds.errors import ConfigError
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def group(help_text: str) -> typer.Typer:
+    """A command with verbs below it."""
+    return typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
+
+
+def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result: dict[str, Any]) -> None:
+    """A result as a titled table, or as JSON."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_table(title, rows)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model writes must not drive the user's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "30MB", "32kB", "5GB" or "1000" (decimal units). Raises ConfigError."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.")
+    return int(float(match[1]) * units[match[2]])
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second from "200Gb" or "800Mb" (bits per second, as networks are named). Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])(?:b|bps|b/s|bit|bit/s)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"network {text!r}: write it in bits per second, like 200Gb or 800Mb.")
+    return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]] / 8
+
+
+def parse_steps(text: str) -> tuple[int, int | None]:
+    """(first, end) from "100:200", "100:", ":200" or ":"; no end is None. Raises ConfigError."""
+    match = re.fullmatch(r"(\d*):(\d*)", text.strip())
+    first, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
+    if end is not None and end <= first:
+        raise ConfigError(f"steps {text!r}: write them like 100:200, 100: or :200, the first below the second.")
+    return first, end
+
+
+def without_option(arguments: list[str], name: str) -> list[str]:
+    """Command-line arguments without an option and its value."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept

@@ -1,0 +1,66 @@
+"""`codeparrot-ds status`, `compare`, `report`: what became of runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codeparrot_ds.cli.output import JsonOption, parse_steps, print_result, printable
+from codeparrot_ds.errors import EXIT_USER_ERROR
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    json_output: JsonOption = False,
+) -> None:
+    """What happened to a run: its state, and how each attempt of `codeparrot-ds launch` ended."""
+    from codeparrot_ds.report.status import run_status
+    from codeparrot_ds.run.directory import RunDirectory
+
+    found = run_status(RunDirectory(run))
+    print_result(json_output, str(run), [(name, printable(value)) for name, value in found.rows()], found.to_dict())
+
+
+def compare_command(
+    run_a: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_b: Annotated[Path, typer.Argument(help="Run directory of the same global batch.")],
+    tolerance: Annotated[float, typer.Option(help="Of losses, relative; 0: equal to the bit.")] = 1e-3,
+    steps: Annotated[
+        str, typer.Option(help="A:B, from step A up to, but without, step B; 100: is all from 100.")
+    ] = ":",
+    json_output: JsonOption = False,
+) -> None:
+    """Did two runs see the same data and have the same losses? Exits with 0 if they did, else with 1."""
+    from codeparrot_ds.report.compare import as_rows, as_table, compare
+    from codeparrot_ds.run.directory import RunDirectory
+
+    comparison = compare(RunDirectory(run_a), RunDirectory(run_b), tolerance, *parse_steps(steps))
+    rows = [(printable(name), printable(value)) for name, value in as_rows(comparison)]
+    print_result(json_output, "two runs, step by step", rows, comparison.to_dict())
+    if not json_output:
+        print("", *as_table(comparison), sep="\n")
+    raise typer.Exit(0 if comparison.same else EXIT_USER_ERROR)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    model: Annotated[Path, typer.Option(help="Its converted model.")],
+    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer's directory.")],
+    seconds: Annotated[float | None, typer.Option(help="Wall time to report.")] = None,
+    summary_file: Annotated[Path | None, typer.Option("--summary", help="Also write the figures here.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The figures of a finished run, from source files to converted model."""
+    from codeparrot_ds.evaluation.loss import validation_loss
+    from codeparrot_ds.report.summary import as_rows, summarise
+    from codeparrot_ds.run.directory import RunDirectory
+    from codeparrot_ds.run.recipe import load_recipe
+    from codeparrot_ds.system.files import write_json
+
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe)
+    loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences)
+    summary = summarise(directory, model, tokenizer, loss, seconds)
+    if summary_file is not None:
+        write_json(summary_file, summary.to_dict())
+    print_result(json_output, str(run), as_rows(summary), summary.to_dict())

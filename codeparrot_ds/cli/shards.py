@@ -1,0 +1,171 @@
+"""`codeparrot-ds shards`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codeparrot_ds.cli.output import (
+    JsonOption,
+    group,
+    print_result,
+    printable,
+    without_option,
+)
+from codeparrot_ds.errors import ConfigError
+
+app = group("Token ids in memory-mapped shards.")
+
+
+@app.command("build")
+def shards_build(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Corpus directories, JSON Lines or parquet files, globs, URLs (s3://, hf://), hub:DATASET."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    suffix: Annotated[str | None, typer.Option(help="Take files like .py in a directory, one document each.")] = None,
+    valid_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.005,
+    shard_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a shard, about; a 64th of all by default, 4 to 128 million.", min=1)
+    ] = None,
+    on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
+    encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.", min=1)] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
+    part: Annotated[
+        str | None,
+        typer.Option("--slice", help="I/N: this part of the work only; Slurm, torchrun and MPI say it themselves."),
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="A slice on each of these hosts, over ssh.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Encode documents into shards. Run again, it goes on where it stopped."""
+    if hostfile is not None:
+        from codeparrot_ds.hosts.slices import run_slices
+        from codeparrot_ds.shards.format import Manifest
+
+        run_slices(hostfile, without_option(sys.argv[1:], "--hostfile"))
+        _print_shards(Manifest.read(output), json_output)
+        return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
+    from codeparrot_ds.shards.build import build
+    from codeparrot_ds.system.jobs import Slice, say, slice_from_environment
+
+    share = Slice.parse(part) if part else None
+    if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
+        say(f"slice {share} of the work, as the scheduler's environment says (all of it: --slice 0/1)")
+    manifest = build(
+        inputs,
+        tokenizer,
+        output,
+        text_field=text_field,
+        suffix=suffix,
+        valid_fraction=valid_fraction,
+        shard_tokens=shard_tokens,
+        on_bad_document=on_bad_document,
+        encoder=encoder,
+        workers=workers,
+        engine=engine,
+        part=share,
+    )
+    if manifest is not None:
+        _print_shards(manifest, json_output)
+    elif json_output:
+        print(json.dumps({"directory": output, "finished": False}))
+
+
+@app.command("verify")
+def shards_verify(
+    shards: Annotated[str, typer.Argument(help="Shard directory or URL.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: digests, indices, ids.")] = False,
+    against_corpus: Annotated[
+        bool, typer.Option("--against-corpus", help="Encode a sample of the input again and compare.")
+    ] = False,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="Where the input lies now, if it moved.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Hold shards against their manifest."""
+    from codeparrot_ds.shards.verify import verify, verify_against_corpus
+
+    manifest = verify(shards, deep=deep)
+    compared = verify_against_corpus(manifest, inputs or []) if against_corpus or inputs else None
+    _print_shards(manifest, json_output, {} if compared is None else {"compared with the input": compared})
+
+
+@app.command("inspect")
+def shards_inspect(
+    source: Annotated[Path, typer.Argument(help="Shard directory, or a recipe.")],
+    sequence: Annotated[int | None, typer.Option(help="Number of a sequence.", min=0)] = None,
+    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    seq_len: Annotated[int | None, typer.Option(help="Tokens; of a recipe by default, else 1,024.", min=1)] = None,
+    step: Annotated[int | None, typer.Option(help="Of a recipe: what this optimizer step reads.", min=0)] = None,
+    rank: Annotated[int | None, typer.Option(help="Only this rank's part of the step.", min=0)] = None,
+    world_size: Annotated[int, typer.Option(help="Ranks that share the step.", min=1)] = 1,
+    json_output: JsonOption = False,
+) -> None:
+    """Show the text of a sequence, or of all that a step reads, and where each document comes from."""
+    from codeparrot_ds.run.recipe import load_recipe
+    from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
+
+    if (sequence is None) == (step is None):
+        raise ConfigError("name either --sequence I, or --step K of a recipe.")
+    if source.is_file():
+        recipe = load_recipe(source)
+        sources, length = recipe.data.sources, seq_len or recipe.model.seq_len
+    elif step is not None:
+        raise ConfigError(f"{source}: --step needs a recipe, which says the batch, the seed and the shards.")
+    else:
+        sources, length = {source: 1.0}, seq_len or 1024
+    numbers = [sequence] if sequence is not None else sequences_of_step(recipe, step or 0, rank, world_size)
+    found = {number: inspect_sequence(sources, split, length, number) for number in numbers}
+    if json_output:
+        import msgspec
+
+        print(msgspec.json.encode(found).decode())
+        return
+    for number, excerpts in found.items():
+        print(f"=== {split} sequence {number:,} of {length:,} tokens")
+        for excerpt in excerpts:
+            print(f"--- {printable(excerpt.describe())}\n{printable(excerpt.text)}")
+
+
+@app.command("adopt")
+def shards_adopt(
+    prefix: Annotated[Path, typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that made the ids.")],
+    valid_prefix: Annotated[Path | None, typer.Option(help="A dataset beside it that is the validation split.")] = None,
+    valid_fraction: Annotated[float, typer.Option(help="Else: share of the tokens, at the end.")] = 0.005,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on a dataset of Megatron-LM or nanoGPT where it lies: writes a manifest beside it."""
+    from codeparrot_ds.shards.adopt import adopt
+
+    _print_shards(adopt(prefix, tokenizer, valid_prefix=valid_prefix, valid_fraction=valid_fraction), json_output)
+
+
+def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
+    from codeparrot_ds.shards.format import SPLITS
+
+    rows = [
+        (f"{split} tokens", f"{manifest.tokens(split):,} in {len(manifest.split(split))} shards") for split in SPLITS
+    ]
+    rows.append(("type", f"{manifest.dtype}, {manifest.vocab_size:,} tokens in the vocabulary"))
+    counts = {**manifest.documents, **(also or {})}
+    rows += [(f"documents {name}", f"{count:,}") for name, count in counts.items() if count or name == "read"]
+    result = {
+        "directory": str(manifest.directory),
+        "tokens": {split: manifest.tokens(split) for split in SPLITS},
+        "documents": counts,
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "digest": manifest.digest,
+    }
+    print_result(json_output, str(manifest.directory), rows, result)

@@ -1,0 +1,67 @@
+"""`codeparrot-ds doctor`, `launch`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codeparrot_ds.cli.output import (
+    JsonOption,
+    printable,
+)
+from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
+
+
+def launch(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; srun inside a Slurm allocation.")] = None,
+    min_hosts: Annotated[int | None, typer.Option(help="Go on with so few when hosts are lost.", min=1)] = None,
+    spare_hosts: Annotated[int, typer.Option(help="So many, the last of the file, replace others.", min=0)] = 0,
+    regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
+    address: Annotated[str | None, typer.Option(help="Of this machine, as the hosts reach it.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Of the first host, as the others reach it.")] = None,
+    doctor: Annotated[bool, typer.Option(help="Look at all hosts first.")] = True,
+    max_restarts: Annotated[int, typer.Option(help="In a row without a new checkpoint.", min=0)] = 3,
+    restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
+) -> None:
+    """Train with deepspeed, whose command is printed, and start again from the newest checkpoint after a crash."""
+    from codeparrot_ds.supervision.attempt import Restarts
+    from codeparrot_ds.supervision.launch import launch as run
+    from codeparrot_ds.supervision.placement import Hosts
+
+    if launcher not in (None, "pdsh", "ssh", "mpirun", "srun"):
+        raise ConfigError(f"--launcher {launcher}: pdsh, ssh, mpirun or srun.")
+    if (launcher == "srun") == (hostfile is not None) and launcher is not None:
+        raise ConfigError("--launcher srun takes the hosts of its Slurm allocation; the others need a --hostfile.")
+    hosts = None
+    if hostfile is not None or launcher == "srun":
+        hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor, launcher, ranks)
+    raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
+
+
+def doctor_command(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe: looks for its shards, its disks, …")] = None,
+    hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    port: Annotated[int, typer.Option(help="Of the rendezvous.")] = 29500,
+    json_output: JsonOption = False,
+) -> None:
+    """Look at all hosts at once: what is red, and how to mend it. Exits with 1 if anything is."""
+    from codeparrot_ds.doctor.examine import examine
+    from codeparrot_ds.hosts.hostfile import read_hostfile
+    from codeparrot_ds.hosts.launchers import forwarded
+    from codeparrot_ds.run.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or []) if recipe else None
+    cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    report = examine(read_hostfile(hostfile), loaded, port=port, cpu=cpu, environment=forwarded(os.environ))
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(printable("\n".join(report.table())))
+    raise typer.Exit(EXIT_USER_ERROR if report.red else 0)
