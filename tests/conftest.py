@@ -146,9 +146,7 @@ def operators(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPat
     """DeepSpeed's cpu_adam and async_io, compiled side by side unless they are: longer than a job may take."""
 
     def compile_all(directory: Path) -> None:
-        code = (
-            "import sys; from deepspeed.ops import op_builder; getattr(op_builder, sys.argv[1])().load(verbose=False)"
-        )
+        code = "from deepspeed.ops import op_builder; op_builder.{}().load(verbose=False)"
         # Behind all other tests, of which some wait for a process that is nice itself. Each compiler takes 1.5 GB.
         builds = [
             subprocess.Popen(
