@@ -27,9 +27,7 @@ _MPIRUN = _Launcher(
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 # In a batch script outside srun there is no step. Slurm writes "2(x3),1" of the tasks on each node.
-_SRUN = _Launcher(
-    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
-)
+_SRUN = _Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 _TORCHRUN = _Launcher("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PMI = _Launcher("PMI_RANK", "PMI_SIZE", "PMI_RANK")  # MPICH, Intel MPI
 # DeepSpeed's launcher sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and CROSS_RANK, the place of a host.
