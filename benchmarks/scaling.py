@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `tests`
 
 from codeparrot_ds.planning.scaling import Cluster, step_time, traffic  # noqa: E402
-from codeparrot_ds.run.recipe import Model, load_recipe  # noqa: E402
+from codeparrot_ds.run.recipe import load_recipe  # noqa: E402
+from codeparrot_ds.run.sections import Model  # noqa: E402
 from tests.multinode.conftest import RealHosts, make_hosts, run_deepspeed  # noqa: E402
 
 MATPLOTLIB = "matplotlib==3.10.8"

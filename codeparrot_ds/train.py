@@ -12,8 +12,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,31 +25,22 @@ from codeparrot_ds.errors import (
     UserError,
     list_problems,
 )
-from codeparrot_ds.hosts.hostfile import check_launch_command
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
-    load_ds_config,
     offload_device,
     required_ops,
-    resolve,
-    swap_bytes_per_parameter,
     swap_directory,
 )
-from codeparrot_ds.run.recipe import Recipe, load_recipe
-from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
-from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.system.files import (
     exclusive_lock,
     explain_os_error,
-    make_directory,
-    require_free_space,
     write_atomically,
     write_json,
 )
 from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
 from codeparrot_ds.tokenizer.encode import copy_tokenizer
-from codeparrot_ds.training.engine import check_compiler, check_precision
+from codeparrot_ds.training.preflight import CheckedRun, check, check_precision, check_space
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
 if TYPE_CHECKING:
@@ -95,25 +84,15 @@ def _user_error(error: Exception) -> UserError | None:
     return explain_os_error(error) if isinstance(error, OSError) else None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check that needs no other rank and no memory."""
-
-    recipe: Recipe
-    ds_config: dict[str, Any]
-    data: Dataset
-    run: RunDirectory
-
-
 def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
     """Train one recipe to its last step on this rank; False when it has saved and stopped before, as it was asked to.
 
     Raises UserError for what a user can mend.
     """
     world_size = _environment("WORLD_SIZE", 1)
-    plan, failure = None, None
+    checked, failure = None, None
     try:
-        plan = check(recipe_path, overrides, world_size)
+        checked = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
         failure = _user_error(error)
         if failure is None:
@@ -129,57 +108,32 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     rank_module.die_with_launcher()
     ranks = rank_module.join()
     _agree(ranks, failure)
-    assert plan is not None
+    assert checked is not None
     with contextlib.ExitStack() as stack:
         resume_from = None
         if _spans_hosts(world_size):
-            ranks = rank_module.find_disks(ranks, plan.run.path)
+            ranks = rank_module.find_disks(ranks, checked.run.path)
         try:
-            resume_from = _accept(plan, ranks, stack)
+            resume_from = _accept(checked, ranks, stack)
         except (UserError, OSError) as error:
             failure = _user_error(error)
             if failure is None:
                 raise
         _agree(ranks, failure)
-        if not plan.recipe.checkpoints.shared_disk:
-            resume_from = _find_on_all_disks(plan, ranks)
+        if not checked.recipe.checkpoints.shared_disk:
+            resume_from = _find_on_all_disks(checked, ranks)
         resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
         try:
-            finished = _train_on_rank(plan, ranks, resume_from, lifeline)
+            finished = _train_on_rank(checked, ranks, resume_from, lifeline)
         except BaseException as error:
             if ranks.rank == 0:
                 with contextlib.suppress(OSError):  # on a full disk, what has failed is said all the same
-                    plan.run.write_status("failed", error=f"{type(error).__name__}: {error}")
+                    checked.run.write_status("failed", error=f"{type(error).__name__}: {error}")
             elif isinstance(error, UserError) and not isinstance(error, TrainingError):  # that one all ranks raise
                 print(f"error: rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             raise
     rank_module.leave()
     return finished
-
-
-def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Plan:
-    """Check all that this host can know before training: recipe, DeepSpeed JSON, shards, compiler, run directory."""
-    check_launch_command()
-    recipe = load_recipe(recipe_path, overrides)
-    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
-    check_compiler(ds_config)
-    data = check_shards(recipe)
-    run = RunDirectory(recipe.run_directory)
-    make_directory(run.path)
-    return Plan(recipe, ds_config, data, run)
-
-
-def check_shards(recipe: Recipe) -> Dataset:
-    """The recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
-    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    data.order(recipe.seed)  # weights that cannot be dealt are told now
-    manifest = data.manifests[0]
-    if manifest.vocab_size != recipe.model.vocab_size:
-        raise ConfigError(
-            f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
-            f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or name the right shards."
-        )
-    return data
 
 
 def _environment(name: str, default: int) -> int:
@@ -203,13 +157,13 @@ def _agree(ranks: "Ranks", failure: UserError | None) -> None:
         raise ClusterError(list_problems("training cannot start", problems))
 
 
-def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
+def _accept(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
     """Take the run directory for this run and find where it goes on from, which rank 0 of a shared one returns."""
     from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import find_resume_point
     from codeparrot_ds.training.metrics import open_log
 
-    run, recipe = plan.run, plan.recipe
+    run, recipe = checked.run, checked.recipe
     if not ranks.shares_disk(0) and recipe.checkpoints.shared_disk:
         raise ConfigError(
             f"{run.path}: is another directory than on the host of rank 0. Mount the disk that all hosts share, or let "
@@ -218,7 +172,7 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
     if ranks.sees_to_disk:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
         stack.enter_context(exclusive_lock(run.lock, busy))
-    swap = swap_directory(plan.ds_config)
+    swap = swap_directory(checked.ds_config)
     if swap is not None and ranks.local_rank == 0:
         stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
@@ -227,26 +181,26 @@ def _accept(plan: Plan, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpo
         return None
     resume_from = None
     if recipe.checkpoints.shared_disk:
-        resume_from = find_resume_point(run, recipe.identity(plan.data.digest))
+        resume_from = find_resume_point(run, recipe.identity(checked.data.digest))
     if resume_from is not None:
         check_pickles(resume_from)
-    write_json(run.ds_config, plan.ds_config)
+    write_json(run.ds_config, checked.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
     copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
     return resume_from
 
 
-def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
+def _find_on_all_disks(checked: CheckedRun, ranks: "Ranks") -> "Checkpoint | None":
     """Where the run goes on from when each host has its own part of the checkpoints. All ranks must call."""
     from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import check_identity
     from codeparrot_ds.training.disks import find_resume_point
 
-    resume_from = find_resume_point(plan.run, ranks)
+    resume_from = find_resume_point(checked.run, ranks)
     failure = None
     if resume_from is not None:
         try:
-            check_identity(resume_from, plan.recipe.identity(plan.data.digest))
+            check_identity(resume_from, checked.recipe.identity(checked.data.digest))
             if ranks.sees_to_disk:
                 check_pickles(resume_from)
         except UserError as error:
@@ -255,7 +209,7 @@ def _find_on_all_disks(plan: Plan, ranks: "Ranks") -> "Checkpoint | None":
     return resume_from
 
 
-def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
+def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
     from codeparrot_ds.export.background import BackgroundExport
     from codeparrot_ds.system.memory import manage_freed_memory
     from codeparrot_ds.training.engine import build_engine
@@ -264,7 +218,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
 
-    recipe, ds_config, data, run = plan.recipe, plan.ds_config, plan.data, plan.run
+    recipe, ds_config, data, run = checked.recipe, checked.ds_config, checked.data, checked.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
         if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
@@ -298,7 +252,7 @@ def _train_on_rank(plan: Plan, ranks: "Ranks", resume_from: "Checkpoint | None",
     if ranks.rank == 0:
         run.write_status("running", **facts)
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
-    _check_space(plan, ranks, parameters, resume_from.step if resume_from else 0)
+    check_space(checked, ranks, parameters, resume_from.step if resume_from else 0)
     engine = build_engine(network, recipe, ds_config)
     export = BackgroundExport(run, recipe.export, recipe.name) if ranks.rank == 0 else None
     trainer = Trainer(
@@ -356,36 +310,6 @@ def _left_out(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
     if ranks.sees_to_disk and mine != longest:
         write_json(run.left_out_file, longest)
     return longest
-
-
-def _check_space(plan: Plan, ranks: "Ranks", parameters: int, step: int) -> None:
-    """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
-    recipe = plan.recipe
-    swap = swap_directory(plan.ds_config)
-    needs: list[tuple[Path, int, str]] = []
-    if ranks.sees_to_disk:
-        to_come = checkpoints_to_come(recipe, step, len(plan.run.checkpoint_directories()))
-        is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
-        if is_last and recipe.checkpoints.every_minutes is None and offload_device(plan.ds_config) == "nvme":
-            # The last moves there from NVMe, which takes no room on the same disk.
-            to_come -= swap is not None and swap.stat().st_dev == plan.run.path.stat().st_dev
-        writers = Fraction(sum(map(ranks.shares_disk, range(ranks.world_size))), ranks.world_size)
-        zero_stage = plan.ds_config["zero_optimization"]["stage"]
-        room = checkpoint_room_bytes(recipe, zero_stage, parameters, to_come, writers, ranks.shares_disk(0))
-        needs.append((plan.run.path, room, f"{to_come} more checkpoints"))
-        if recipe.export.every_steps is not None:
-            left = recipe.schedule.last_step - step
-            exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
-            bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)
-            needs.append((plan.run.path, exports * bytes_each, f"{exports} exported models"))
-    if swap is not None and ranks.local_rank == 0:
-        share = parameters * local_world_size(ranks.world_size) // ranks.world_size
-        needs.append((swap, share * swap_bytes_per_parameter(plan.ds_config), "what is offloaded"))
-    by_disk: dict[int, list[tuple[Path, int, str]]] = {}
-    for need in needs:
-        by_disk.setdefault(need[0].stat().st_dev, []).append(need)
-    for directories, needed, purposes in (zip(*group, strict=True) for group in by_disk.values()):
-        require_free_space(directories[0], sum(needed), " and ".join(purposes))
 
 
 def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> None:

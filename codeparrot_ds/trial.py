@@ -26,7 +26,7 @@ from codeparrot_ds.run.ds_config import load_ds_config, resolve, swap_directory
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.system.files import write_json
-from codeparrot_ds.training.engine import check_compiler, check_precision
+from codeparrot_ds.training.preflight import check_compiler, check_precision
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ def convert_command(
     if hostfile is not None and check:
         raise ConfigError("--check looks at what is here alone: leave --hostfile out.")
     if hostfile is not None:
-        from codeparrot_ds.checkpoint.zero import source_checkpoints
+        from codeparrot_ds.checkpoint.source import source_checkpoints
         from codeparrot_ds.hosts.gather import gather
         from codeparrot_ds.hosts.hostfile import read_hostfile
 
@@ -48,7 +48,7 @@ def convert_command(
     if output is not None and universal:
         if (average, dtype) != (1, "float32"):
             raise ConfigError("--to-universal keeps one checkpoint as it is: leave out --average and --dtype.")
-        from codeparrot_ds.checkpoint.zero import source_checkpoint
+        from codeparrot_ds.checkpoint.source import source_checkpoint
         from codeparrot_ds.export.universal import to_universal
 
         made = to_universal(source_checkpoint(source, tag), output, parse_size(memory_cap))
@@ -62,7 +62,7 @@ def convert_command(
         output = source
         certificate = certificates.check(source)
     else:
-        from codeparrot_ds.checkpoint.zero import source_checkpoints
+        from codeparrot_ds.checkpoint.source import source_checkpoints
         from codeparrot_ds.export.convert import convert
 
         certificate = convert(

@@ -31,7 +31,8 @@ def compare_command(
     json_output: JsonOption = False,
 ) -> None:
     """Did two runs see the same data and have the same losses? Exits with 0 if they did, else with 1."""
-    from codeparrot_ds.report.compare import as_rows, as_table, compare
+    from codeparrot_ds.report.compare import compare
+    from codeparrot_ds.report.compare_text import as_rows, as_table
     from codeparrot_ds.run.directory import RunDirectory
 
     comparison = compare(RunDirectory(run_a), RunDirectory(run_b), tolerance, *parse_steps(steps))

@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 
 from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.read import Piece, open_hub_dataset, printable_name, read_local
+from codeparrot_ds.documents.hub import open_hub_dataset
+from codeparrot_ds.documents.read import Piece, printable_name, read_local
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import MANIFEST, digest_json, read_manifest
 from codeparrot_ds.system.storage import filesystem, is_remote, open_binary

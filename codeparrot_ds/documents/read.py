@@ -22,6 +22,7 @@ from codeparrot_ds.documents.document import (
     document_from_row,
     make_document,
 )
+from codeparrot_ds.documents.hub import open_hub_dataset
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.storage import open_binary
 
@@ -367,36 +368,6 @@ def _from_row(row: dict[str, Any], text_field: str, where: str, place: str) -> R
             where, f"{len(text):,} characters; {MAX_DOCUMENT_BYTES:,} bytes are the most for one document"
         )
     return document_from_row(row, text_field, where, place)
-
-
-def open_hub_dataset(address: str) -> Any:
-    """The `datasets.IterableDataset` of "hub:NAME", "hub:NAME?split=train&config=C&revision=R". Raises DataError.
-
-    NAME is a dataset of the Hub, or a local directory that `datasets` understands. No code of the dataset is run.
-    """
-    from urllib.parse import parse_qsl
-
-    from datasets import load_dataset
-
-    name, _, query = address.removeprefix("hub:").partition("?")
-    options = dict(parse_qsl(query))
-    unknown = sorted(set(options) - {"split", "config", "revision"})
-    if unknown:
-        raise DataError(f"{address}: unknown option {unknown[0]!r}; split, config and revision are known.")
-    try:
-        return load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=options.get("revision"),
-            streaming=True,
-        )
-    except Exception as error:  # datasets raises errors of many libraries for one fact: it cannot be opened
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{address}: this dataset cannot be opened ({type(error).__name__}: {reason}). Check its name, split and "
-            "configuration, the network, and for a private one `hf auth login`."
-        ) from error
 
 
 _READERS = {"jsonl": _read_jsonl, "file": _read_file, "parquet": _read_parquet, "hub": _read_hub}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.recipe import Export
+from codeparrot_ds.run.sections import Export
 from codeparrot_ds.system.launched import without_launcher
 
 log = logging.getLogger("codeparrot_ds")

@@ -11,7 +11,8 @@ Sources: transformers' `modeling_gpt2.py`, `training/model.py` of this package, 
 from dataclasses import dataclass
 
 from codeparrot_ds.planning.layout import BLOCK, Layout, Ledger
-from codeparrot_ds.planning.zero_memory import Zero, zero_of
+from codeparrot_ds.planning.zero3_memory import zero_of
+from codeparrot_ds.planning.zero_memory import Zero
 
 
 @dataclass

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from codeparrot_ds.run.recipe import Model, Recipe
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.sections import Model
 
 # Of a block, in order: module, and rows and columns of its weight in widths of the model; 0 rows make it a vector.
 BLOCK = (

@@ -10,7 +10,7 @@ cards carry what one link does. Source of what is sent when: ZeRO (Rajbhandari e
 import math
 from dataclasses import dataclass
 
-from codeparrot_ds.run.recipe import Model
+from codeparrot_ds.run.sections import Model
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ call keeps what has a receipt and makes the rest. When all receipts are there, t
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,15 @@ import xxhash
 from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.inputs import deal, find_inputs, text_bytes
 from codeparrot_ds.documents.read import Piece, read_documents, require_document
-from codeparrot_ds.errors import ClusterError, ConfigError, DataError, UserError
+from codeparrot_ds.errors import ClusterError, ConfigError, DataError
+from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
-from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_apart, run_tasks, say
+from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
+from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
-from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label, tokenizer_digest, tokenizer_files
-from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome, record_proof
+from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.proof import record_proof
 
 QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
@@ -41,7 +41,6 @@ _DIGEST_SPACE = 1 << 32
 _REFEREE_EVERY = 1000  # documents, about: encoded again by the referee
 _REFEREE_CHARACTERS = 1 << 16  # at most: it takes 150 bytes of memory and half a microsecond for each
 _LISTED_SOURCES = 10_000
-_SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # of real documents in the proof, a file each
 _PRELOAD = "codeparrot_ds.shards.preload"
 
 
@@ -124,7 +123,7 @@ def build(
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
     pieces = find_inputs(arguments, suffix)
     text = sum(map(text_bytes, pieces))
-    referee = _referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
+    referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,
@@ -155,16 +154,16 @@ def build(
         if finished := _finished(target, manifest):  # by the process that held the lock
             return finished
         target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
-        chosen = _choose_encoder(tokenizer, referee, encoder, pieces, text_field)
+        chosen = choose_with_sample(tokenizer, referee, encoder, pieces, text_field)
         skip_bad = on_bad_document == "skip"
         job = _Job(target, tokenizer.resolve(), referee.digest, text_field, valid_fraction, skip_bad, chosen)
         dealt = deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN)
         tasks = [_Task(number, its_pieces, job) for number, its_pieces in enumerate(dealt)]
-        labels = _trusted_labels(chosen, referee)
+        labels = trusted_labels(chosen, referee)
         mine = part.of(tasks) if part else tasks
         unfinished = [task for task in mine if _read_receipt(task, labels) is None]
         os.environ["CODEPARROT_DS_PRELOAD_TOKENIZER"] = f"{job.tokenizer}\n{referee.digest}\n{chosen}"
-        results = run_tasks(_build_one, unfinished, workers or _cores(), engine=engine, preload=_PRELOAD)
+        results = run_tasks(_build_one, unfinished, workers or available_cores(), engine=engine, preload=_PRELOAD)
         for _ in progress(results, "encoding", len(mine), "task", done=len(mine) - len(unfinished)):
             pass
         return _finish(tasks, labels, target, manifest, tokenizer, alone=part is None)
@@ -179,15 +178,6 @@ def _check_options(valid_fraction: float, on_bad_document: str, engine: str, par
         raise ConfigError(f"engine {engine!r}: must be one of {', '.join(ENGINES)}.")
     if engine == "ray" and part is not None:
         raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
-
-
-def _cores() -> int:
-    """CPUs that this process may use, by affinity and by the quota of its control group, as in containers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max", no quota
-    return cores
 
 
 def _shard_tokens(text: float) -> int:
@@ -232,42 +222,6 @@ def _lock(target: Directory, part: Slice | None) -> Any:
     return exclusive_lock(target.path / name, busy)
 
 
-def _choose_encoder(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
-    """As `proof.choose_encoder`, with a sample of the documents at hand. The proof, if needed, is made in a process
-    of its own: it takes a few hundred megabytes for some seconds."""
-    if known_outcome(referee) is not None or wanted == "tokenizers":
-        return choose_encoder(tokenizer, referee, wanted, [])
-    files = [piece for piece in pieces if piece.kind != "hub"]
-    sample = files[:: -(-len(files) // _SAMPLE_FILES) or 1]
-    return run_apart(_choose_apart, (tokenizer, wanted, sample, text_field))
-
-
-def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
-    tokenizer, wanted, pieces, text_field = task
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # alone in its process: the referee may use all cores
-    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, text_field))
-
-
-def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
-    """Documents from the start of some files; what cannot be read is for the build to report."""
-    for piece in pieces[:_SAMPLE_FILES]:
-        characters = 0
-        with suppress(UserError, OSError):
-            for read in islice(read_documents(piece, text_field), 1000):
-                if isinstance(read, Document):
-                    yield read.text[:_SAMPLE_CHARACTERS]
-                    characters += len(read.text)
-                if characters > _SAMPLE_CHARACTERS:
-                    break
-
-
-def _trusted_labels(chosen: str, referee: Encoder) -> set[str]:
-    """Encoders whose finished shards may be kept: the referee's always, fastokens' while it has not been refuted."""
-    if chosen == "tokenizers":
-        return {referee.label}
-    return {referee.label, fast_label()}
-
-
 def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
     """The task's receipt, unless it is missing, or of other inputs, or of an encoder that is not trusted."""
     output = task.job.output
@@ -278,25 +232,6 @@ def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
     except (DataError, msgspec.DecodeError):
         return None
     return receipt if receipt.fingerprint == task.fingerprint and receipt.encoder in labels else None
-
-
-@lru_cache(maxsize=1)
-def _referee(tokenizer: Path, digest: str) -> Encoder:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallel by processes
-    referee = Encoder(tokenizer)
-    if referee.digest != digest:
-        raise DataError(f"{tokenizer}: the tokenizer is another one on this host, or has changed. Copy it again.")
-    return referee
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, digest: str, name: str) -> Encoder | FastEncoder:
-    return FastEncoder(tokenizer) if name == "fastokens" else _referee(tokenizer, digest)
-
-
-def load_encoders(tokenizer: Path, digest: str, name: str) -> tuple[Encoder, Encoder | FastEncoder]:
-    """The referee and the encoder of this name, loaded once a process. Raises DataError for another tokenizer."""
-    return _referee(tokenizer, digest), _encoder(tokenizer, digest, name)
 
 
 def _build_one(task: _Task) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow.parquet
 from isal import igzip
 
-from codeparrot_ds.shards import build
+from codeparrot_ds.shards import encoders
 
 LIBRARIES = (pyarrow.parquet, igzip)
 TOKENIZER = "CODEPARROT_DS_PRELOAD_TOKENIZER"  # directory, digest and encoder, a line each
 
 with suppress(Exception):  # whatever is wrong with it, the task that needs it says so
     directory, digest, name = os.environ[TOKENIZER].split("\n")
-    build.load_encoders(Path(directory), digest, name)
+    encoders.load_encoders(Path(directory), digest, name)

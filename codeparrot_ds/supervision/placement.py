@@ -15,7 +15,8 @@ from codeparrot_ds.hosts.hostfile import read_hostfile
 from codeparrot_ds.hosts.launchers import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, ranks_here, slurm_slots
 from codeparrot_ds.planning.machine import CPU_RANKS
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.recipe import Batch, Recipe
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.system.jobs import say
 
 _DEEPSPEED_PORT = 29500  # its default `--master_port`

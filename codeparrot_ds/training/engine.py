@@ -3,65 +3,15 @@
 import contextlib
 import inspect
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.ds_config import required_ops
-from codeparrot_ds.run.recipe import Optimizer, Recipe
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.sections import Optimizer
 
 if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before anything is imported or allocated
     from torch import nn
-
-
-def check_compiler(ds_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError when DeepSpeed must compile operators, and lacks a C++ compiler, ninja or libaio for it."""
-    ops = required_ops(ds_config)
-    if not ops:
-        return
-    compiler = _find_compiler()
-    needed = {  # and the Debian package that has it
-        "g++": ("g++", compiler),
-        "ninja": ("ninja-build", shutil.which("ninja")),
-        "libaio": ("libaio-dev", "async_io" not in ops or (compiler and _has_libaio(compiler))),
-    }
-    missing = {name: package for name, (package, found) in needed.items() if not found}
-    if missing:
-        raise ConfigError(
-            f"DeepSpeed compiles {' and '.join(ops)} for this configuration, and {' and '.join(missing)} cannot be "
-            f"found. Install it (Debian or Ubuntu: `apt-get install {' '.join(missing.values())}`), or use a "
-            "configuration without offload, such as ds_configs/zero3.json."
-        )
-
-
-def check_precision(precision: str) -> None:
-    """Raise ConfigError when DeepSpeed cannot compute in this precision on the device at hand."""
-    from deepspeed.accelerator import get_accelerator
-
-    device = get_accelerator()
-    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}
-    if precision in supported and not supported[precision]():
-        raise ConfigError(
-            f"engine.precision: {precision} is not supported on {device.device_name()} devices like these. "
-            f"Use {'bf16' if precision == 'fp16' and device.is_bf16_supported() else 'fp32'}."
-        )
-
-
-def _find_compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-
-
-def _has_libaio(compiler: str) -> bool:
-    """Whether a program that uses libaio can be built, its headers included: the library alone is not enough."""
-    flags = [shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "LDFLAGS")]  # where DeepSpeed looks as well
-    source = "#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }"
-    with tempfile.TemporaryDirectory() as directory:
-        command = [compiler, *flags[0], "-x", "c++", "-", *flags[1], "-laio", "-o", f"{directory}/probe"]
-        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:

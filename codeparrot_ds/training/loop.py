@@ -31,26 +31,11 @@ from codeparrot_ds.training.guards import (
     drop_gradients_unless_finite,
     replicas_differ,
 )
-from codeparrot_ds.training.metrics import Metrics, log, peak_memory_bytes
+from codeparrot_ds.training.metrics import Metrics, Step, log, peak_memory_bytes
 from codeparrot_ds.training.ranks import Ranks
 
 _GO_BACK_STEPS = 8  # before a spike whose samples may have caused it
 _MOST_GO_BACKS = 5
-
-
-@dataclass
-class Step:
-    """One optimizer step as this rank saw it; summed over ranks only when it is logged."""
-
-    step: int
-    loss: torch.Tensor  # [] mean over this rank's tokens, on the device: reading it would wait for the device
-    digest: int  # of the ids this rank fed
-    learning_rate: float
-    gradient_norm: Any
-    skipped_steps: int  # so far, by the engine, for gradients that are not finite
-    skipped: bool  # this one
-    seconds: float
-    data_seconds: float  # of them, until the batch was there
 
 
 @dataclass
@@ -207,44 +192,11 @@ class Trainer:
                 if median is not None and spike is None:
                     spike = (step.step, loss, median)
         if self.metrics is not None:
-            self._write_rows(self.metrics, steps, losses.tolist(), digests.tolist(), memory)
+            self.metrics.steps(steps, losses.tolist(), digests.tolist(), memory, self.ranks)
             skipped = [step.step for step in steps if step.skipped]
             if skipped and self.recipe.engine.precision != "fp16":  # which skips steps as it looks for its scale
                 self._name_samples(skipped, "skipped: gradients that are not finite")
         return spike
-
-    def _write_rows(
-        self, metrics: Metrics, steps: list[Step], losses: list[float], digests: list[int], memory: int
-    ) -> None:
-        batch_size, tokens_per_step = self.recipe.batch.global_batch_size, self.tokens_per_step
-        flops_per_step = tokens_per_step * self.recipe.model.flops_per_token
-        for step, loss, digest in zip(steps, losses, digests, strict=True):
-            metrics.step(
-                {
-                    "step": step.step,
-                    "loss": loss,
-                    "learning_rate": step.learning_rate,
-                    "gradient_norm": None if step.gradient_norm is None else float(step.gradient_norm),
-                    "step_seconds": step.seconds,
-                    "data_seconds": step.data_seconds,
-                    "tokens_per_second": tokens_per_step / step.seconds,
-                    "mfu": metrics.mfu(flops_per_step / step.seconds, self.ranks),
-                    "peak_memory_bytes": memory,
-                    "samples_seen": (step.step + 1) * batch_size,
-                    "tokens_seen": (step.step + 1 - step.skipped_steps) * tokens_per_step,
-                    "skipped_steps": step.skipped_steps,
-                    "batch_digest": f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}",
-                }
-            )
-        seconds = sum(step.seconds for step in steps)
-        log.info(
-            "step %d of %d: loss %.4f, learning rate %.2e, %s tokens/s",
-            self.step,
-            self.recipe.schedule.last_step,
-            losses[-1],
-            steps[-1].learning_rate,
-            f"{len(steps) * tokens_per_step / seconds:,.0f}",
-        )
 
     def answer_spike(self, step: int, loss: float, median: float) -> bool:
         """Name the samples of a loss spike and do what the recipe says; whether the run went back. All ranks call.

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -39,6 +40,21 @@ def open_log(run: RunDirectory, rank: int) -> None:
     user.setFormatter(logging.Formatter("%(message)s"))
     user.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.addHandler(user)
+
+
+@dataclass
+class Step:
+    """One optimizer step as this rank saw it; summed over ranks only when it is logged."""
+
+    step: int
+    loss: "torch.Tensor"  # [] mean over this rank's tokens, on the device: reading it would wait for the device
+    digest: int  # of the ids this rank fed
+    learning_rate: float
+    gradient_norm: Any
+    skipped_steps: int  # so far, by the engine, for gradients that are not finite
+    skipped: bool  # this one
+    seconds: float
+    data_seconds: float  # of them, until the batch was there
 
 
 class Metrics:
@@ -78,9 +94,46 @@ class Metrics:
                 skipped_before = row["skipped_steps"]
         return found
 
-    def step(self, row: dict[str, Any]) -> None:
-        """One optimizer step: `step` is the number of steps taken before it."""
-        self._write({"kind": "train", **row}, row["step"])
+    def steps(
+        self, steps: Sequence[Step], losses: Sequence[float], digests: Sequence[int], memory: int, ranks: "Ranks"
+    ) -> None:
+        """Rows of optimizer steps, in order, and a line about the last of them.
+
+        Args:
+            steps: as this rank saw them.
+            losses: of each, the mean over ranks.
+            digests: of the ids of each, summed over ranks, modulo 2^64.
+            memory: most bytes that any rank has held so far.
+            ranks: all of them.
+        """
+        batch_size, model = self._recipe.batch.global_batch_size, self._recipe.model
+        tokens_per_step = batch_size * model.seq_len
+        flops_per_step = tokens_per_step * model.flops_per_token
+        for step, loss, digest in zip(steps, losses, digests, strict=True):
+            row = {
+                "step": step.step,
+                "loss": loss,
+                "learning_rate": step.learning_rate,
+                "gradient_norm": None if step.gradient_norm is None else float(step.gradient_norm),
+                "step_seconds": step.seconds,
+                "data_seconds": step.data_seconds,
+                "tokens_per_second": tokens_per_step / step.seconds,
+                "mfu": self.mfu(flops_per_step / step.seconds, ranks),
+                "peak_memory_bytes": memory,
+                "samples_seen": (step.step + 1) * batch_size,
+                "tokens_seen": (step.step + 1 - step.skipped_steps) * tokens_per_step,
+                "skipped_steps": step.skipped_steps,
+                "batch_digest": f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}",
+            }
+            self._write({"kind": "train", **row}, step.step)
+        log.info(
+            "step %d of %d: loss %.4f, learning rate %.2e, %s tokens/s",
+            steps[-1].step + 1,
+            self._recipe.schedule.last_step,
+            losses[-1],
+            steps[-1].learning_rate,
+            f"{len(steps) * tokens_per_step / sum(step.seconds for step in steps):,.0f}",
+        )
 
     def evaluation(self, step: int, loss_valid: float, perplexity_valid: float) -> None:
         """One evaluation of the weights after `step` optimizer steps."""

@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from codeparrot_ds.errors import CheckpointError, list_problems
-from codeparrot_ds.run.recipe import Model
+from codeparrot_ds.run.sections import Model
 
 _INIT_STD = 0.02  # GPT-2's `initializer_range`
 

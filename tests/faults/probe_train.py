@@ -40,7 +40,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from codeparrot_ds import train
-from codeparrot_ds.training.loop import Step, Trainer
+from codeparrot_ds.training.loop import Trainer
+from codeparrot_ds.training.metrics import Step
 
 SLOW_SECONDS = 2.0
 PAUSE_SECONDS = 120.0

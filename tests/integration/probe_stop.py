@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from codeparrot_ds import train
-from codeparrot_ds.training.loop import Step, Trainer
+from codeparrot_ds.training.loop import Trainer
+from codeparrot_ds.training.metrics import Step
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 recipe, stop_at, *overrides = arguments

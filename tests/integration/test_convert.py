@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.errors import CheckpointError, ConfigError
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export import convert as converting
@@ -23,7 +24,8 @@ from codeparrot_ds.export import write as writing
 from codeparrot_ds.export.certificate import CERTIFICATE, check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.directory import Checkpoint
-from codeparrot_ds.run.recipe import Model, load_recipe
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.run.sections import Model
 from codeparrot_ds.system.files import digest_file
 from tests.conftest import ROOT, Trained
 from tests.hub_server import TOKEN, Fault, serve

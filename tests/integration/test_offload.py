@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
 from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, train

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.export.convert import convert
 from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import EXIT_PREEMPTED
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from tests.conftest import ROOT, RunRanks, Trained, read_run, recipe_on, save_recipe, train

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.system.files import digest_bytes
 from tests.conftest import ROOT, SEQ_LEN, VOCAB_SIZE, RunRanks, save_recipe
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 
-from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.directory import RunDirectory

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, SavedState, ZeroCheckpoint, open_state, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, SavedState, ZeroCheckpoint, open_state
 from codeparrot_ds.errors import CheckpointError, ConfigError
 from codeparrot_ds.export.certificate import check
 from codeparrot_ds.export.convert import convert

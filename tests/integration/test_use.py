@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from codeparrot_ds.checkpoint.zero import source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.export.convert import convert
 from tests.conftest import Trained
 

@@ -30,6 +30,7 @@ LAYERS = [
     ["trial"],
     ["cli"],
 ]
+MOST_LINES = 400
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -98,6 +99,15 @@ def test_no_modules_import_one_another() -> None:
     assert cycle({name_of(path): imported(path.read_text()) for path in modules()}) == []
 
 
+def too_long(lines: dict[str, int]) -> dict[str, int]:
+    """Modules that are more than one thing."""
+    return {name: count for name, count in lines.items() if count > MOST_LINES}
+
+
+def test_no_module_is_too_long() -> None:
+    assert too_long({name_of(path): len(path.read_text().splitlines()) for path in modules()}) == {}
+
+
 def test_the_rules_can_be_broken() -> None:
     lazy = "def f():\n    from codeparrot_ds.training import loop\n    import codeparrot_ds.training.ranks"
     assert imported(lazy) == {"training.loop", "training.ranks"}
@@ -107,6 +117,7 @@ def test_the_rules_can_be_broken() -> None:
     assert from_below("training.loop", {"shards.order", "run.recipe", "training.ranks"}) == set()
     assert sorted(cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert too_long({"a": 400, "b": 401}) == {"b": 401}
 
 
 def heavy_imports(statement: str) -> set[str]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from codeparrot_ds.checkpoint.zero import ZeroCheckpoint, source_checkpoint
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import _check_losses
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory

@@ -13,7 +13,8 @@ import yaml
 
 from codeparrot_ds.cli.output import parse_steps
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.report.compare import Peak, as_rows, as_table, compare
+from codeparrot_ds.report.compare import Peak, compare
+from codeparrot_ds.report.compare_text import as_rows, as_table
 from codeparrot_ds.run.directory import RunDirectory
 
 COMMAND = Path(sys.executable).with_name("codeparrot-ds")

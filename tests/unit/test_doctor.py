@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.doctor import probe
-from codeparrot_ds.doctor.examine import COLUMNS, Expected, Report, blame, judge, rounds
+from codeparrot_ds.doctor.examine import blame, rounds
+from codeparrot_ds.doctor.judge import COLUMNS, Expected, Report, judge
 
 HERE: dict[str, Any] = {
     "asked_seconds": 0.4,

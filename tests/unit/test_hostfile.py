@@ -6,7 +6,7 @@ import pytest
 
 from codeparrot_ds.errors import ClusterError
 from codeparrot_ds.hosts.hostfile import check_launch_command, read_hostfile
-from codeparrot_ds.run.recipe import Batch
+from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.supervision.launch import deepspeed_command
 from codeparrot_ds.supervision.placement import most_ranks
 from tests.conftest import ROOT

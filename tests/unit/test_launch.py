@@ -19,7 +19,8 @@ from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, 
 from codeparrot_ds.hosts import launchers
 from codeparrot_ds.hosts.launchers import forwarded
 from codeparrot_ds.hosts.lifeline import Lines, Supervisor
-from codeparrot_ds.run.recipe import Batch, Recipe
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.supervision import attempt as attempts
 from codeparrot_ds.supervision import placement
 from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.complete import first_block
-from codeparrot_ds.run.recipe import Model
+from codeparrot_ds.run.sections import Model
 from codeparrot_ds.training.model import (
     LossHead,
     TokenEmbedding,

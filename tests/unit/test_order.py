@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.run.recipe import Batch
+from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.shards.order import Blend, BlendedOrder, Order, Permutation, leave_out
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 from codeparrot_ds.training.ranks import Ranks

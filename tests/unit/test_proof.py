@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards import build as building
+from codeparrot_ds.shards import encoders
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
@@ -596,8 +597,8 @@ def test_a_build_loads_each_encoder_once(
             right(self, directory)
 
         monkeypatch.setattr(encoder, "__init__", load)
-    building._referee.cache_clear()
-    building._encoder.cache_clear()
+    encoders.load_referee.cache_clear()
+    encoders._encoder.cache_clear()
     make(data, inputs, tmp_path / "shards")
     assert sorted(each.__name__ for each in loaded) == ["Encoder", "FastEncoder"]
 

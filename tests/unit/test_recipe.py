@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.ds_config import load_ds_config, required_ops, resolve
-from codeparrot_ds.run.recipe import Recipe, Schedule, load_recipe
-from codeparrot_ds.training.engine import check_compiler
+from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.run.sections import Schedule
+from codeparrot_ds.training.preflight import check_compiler
 from tests.conftest import ROOT, save_recipe
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

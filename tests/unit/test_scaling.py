@@ -3,7 +3,7 @@
 import pytest
 
 from codeparrot_ds.planning.scaling import Cluster, Traffic, step_time, traffic
-from codeparrot_ds.run.recipe import Model
+from codeparrot_ds.run.sections import Model
 
 XL = Model(vocab_size=32_768, n_layer=48, n_head=25, n_embd=1600)
 

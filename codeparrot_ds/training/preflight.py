@@ -1,0 +1,153 @@
+"""All that can be refused before anything is allocated: recipe, DeepSpeed JSON, shards, operators, room on disks."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.run.ds_config import required_ops
+from codeparrot_ds.run.recipe import Recipe
+
+if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before anything is imported or allocated
+    pass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codeparrot_ds.hosts.hostfile import check_launch_command
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.ds_config import (
+    load_ds_config,
+    offload_device,
+    resolve,
+    swap_bytes_per_parameter,
+    swap_directory,
+)
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
+from codeparrot_ds.shards.sequences import Dataset
+from codeparrot_ds.system.files import (
+    make_directory,
+    require_free_space,
+)
+from codeparrot_ds.system.launched import local_world_size
+
+if TYPE_CHECKING:
+    from codeparrot_ds.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that has passed every check that needs no other rank and no memory."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    data: Dataset
+    run: RunDirectory
+
+
+def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> CheckedRun:
+    """Check all that this host can know before training: recipe, DeepSpeed JSON, shards, compiler, run directory."""
+    check_launch_command()
+    recipe = load_recipe(recipe_path, overrides)
+    ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
+    check_compiler(ds_config)
+    data = check_shards(recipe)
+    run = RunDirectory(recipe.run_directory)
+    make_directory(run.path)
+    return CheckedRun(recipe, ds_config, data, run)
+
+
+def check_shards(recipe: Recipe) -> Dataset:
+    """The recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
+    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    data.order(recipe.seed)  # weights that cannot be dealt are told now
+    manifest = data.manifests[0]
+    if manifest.vocab_size != recipe.model.vocab_size:
+        raise ConfigError(
+            f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
+            f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or name the right shards."
+        )
+    return data
+
+
+def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int) -> None:
+    """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
+    recipe = checked.recipe
+    swap = swap_directory(checked.ds_config)
+    needs: list[tuple[Path, int, str]] = []
+    if ranks.sees_to_disk:
+        to_come = checkpoints_to_come(recipe, step, len(checked.run.checkpoint_directories()))
+        is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
+        if is_last and recipe.checkpoints.every_minutes is None and offload_device(checked.ds_config) == "nvme":
+            # The last moves there from NVMe, which takes no room on the same disk.
+            to_come -= swap is not None and swap.stat().st_dev == checked.run.path.stat().st_dev
+        writers = Fraction(sum(map(ranks.shares_disk, range(ranks.world_size))), ranks.world_size)
+        zero_stage = checked.ds_config["zero_optimization"]["stage"]
+        room = checkpoint_room_bytes(recipe, zero_stage, parameters, to_come, writers, ranks.shares_disk(0))
+        needs.append((checked.run.path, room, f"{to_come} more checkpoints"))
+        if recipe.export.every_steps is not None:
+            left = recipe.schedule.last_step - step
+            exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
+            bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)
+            needs.append((checked.run.path, exports * bytes_each, f"{exports} exported models"))
+    if swap is not None and ranks.local_rank == 0:
+        share = parameters * local_world_size(ranks.world_size) // ranks.world_size
+        needs.append((swap, share * swap_bytes_per_parameter(checked.ds_config), "what is offloaded"))
+    by_disk: dict[int, list[tuple[Path, int, str]]] = {}
+    for need in needs:
+        by_disk.setdefault(need[0].stat().st_dev, []).append(need)
+    for directories, needed, purposes in (zip(*group, strict=True) for group in by_disk.values()):
+        require_free_space(directories[0], sum(needed), " and ".join(purposes))
+
+
+def check_compiler(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError when DeepSpeed must compile operators, and lacks a C++ compiler, ninja or libaio for it."""
+    ops = required_ops(ds_config)
+    if not ops:
+        return
+    compiler = _find_compiler()
+    needed = {  # and the Debian package that has it
+        "g++": ("g++", compiler),
+        "ninja": ("ninja-build", shutil.which("ninja")),
+        "libaio": ("libaio-dev", "async_io" not in ops or (compiler and _has_libaio(compiler))),
+    }
+    missing = {name: package for name, (package, found) in needed.items() if not found}
+    if missing:
+        raise ConfigError(
+            f"DeepSpeed compiles {' and '.join(ops)} for this configuration, and {' and '.join(missing)} cannot be "
+            f"found. Install it (Debian or Ubuntu: `apt-get install {' '.join(missing.values())}`), or use a "
+            "configuration without offload, such as ds_configs/zero3.json."
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError when DeepSpeed cannot compute in this precision on the device at hand."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}
+    if precision in supported and not supported[precision]():
+        raise ConfigError(
+            f"engine.precision: {precision} is not supported on {device.device_name()} devices like these. "
+            f"Use {'bf16' if precision == 'fp16' and device.is_bf16_supported() else 'fp32'}."
+        )
+
+
+def _find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def _has_libaio(compiler: str) -> bool:
+    """Whether a program that uses libaio can be built, its headers included: the library alone is not enough."""
+    flags = [shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "LDFLAGS")]  # where DeepSpeed looks as well
+    source = "#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }"
+    with tempfile.TemporaryDirectory() as directory:
+        command = [compiler, *flags[0], "-x", "c++", "-", *flags[1], "-laio", "-o", f"{directory}/probe"]
+        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
