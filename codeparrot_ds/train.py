@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -104,25 +104,18 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     # torch warns of every address that has no name, as on machines without DNS. Its errors are still printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from codeparrot_ds.training import ranks as rank_module
+    from codeparrot_ds.training.disks import find_resume_point
 
     rank_module.die_with_launcher()
     ranks = rank_module.join()
     _agree(ranks, failure)
     assert checked is not None
     with contextlib.ExitStack() as stack:
-        resume_from = None
         if _spans_hosts(world_size):
             ranks = rank_module.find_disks(ranks, checked.run.path)
-        try:
-            resume_from = _accept(checked, ranks, stack)
-        except (UserError, OSError) as error:
-            failure = _user_error(error)
-            if failure is None:
-                raise
-        _agree(ranks, failure)
-        if not checked.recipe.checkpoints.shared_disk:
-            resume_from = _find_on_all_disks(checked, ranks)
-        resume_from = ranks.gather(resume_from)[0]  # rank 0 has looked, and all must go on from the same
+        _on_all(ranks, _take_run_directory, checked, ranks, stack)
+        resume_from = find_resume_point(checked.run, ranks)
+        _on_all(ranks, _accept, checked, ranks, resume_from)
         try:
             finished = _train_on_rank(checked, ranks, resume_from, lifeline)
         except BaseException as error:
@@ -146,6 +139,18 @@ def _spans_hosts(world_size: int) -> bool:
     return local_world_size(world_size) < world_size
 
 
+def _on_all(ranks: "Ranks", function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function that may fail on some ranks; then it fails on all. All ranks must call."""
+    failure = None
+    try:
+        function(*arguments)
+    except (UserError, OSError) as error:
+        failure = _user_error(error)
+        if failure is None:
+            raise
+    _agree(ranks, failure)
+
+
 def _agree(ranks: "Ranks", failure: UserError | None) -> None:
     """Raise on every rank when any rank has failed, so that none waits for it and rank 0 can say why."""
     found = ranks.gather(None if failure is None else (socket.gethostname(), str(failure)))
@@ -157,14 +162,12 @@ def _agree(ranks: "Ranks", failure: UserError | None) -> None:
         raise ClusterError(list_problems("training cannot start", problems))
 
 
-def _accept(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) -> "Checkpoint | None":
-    """Take the run directory for this run and find where it goes on from, which rank 0 of a shared one returns."""
-    from codeparrot_ds.checkpoint.zero import check_pickles
-    from codeparrot_ds.training.checkpoint import find_resume_point
+def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) -> None:
+    """Lock what this run writes to, for as long as `stack` lasts."""
     from codeparrot_ds.training.metrics import open_log
 
-    run, recipe = checked.run, checked.recipe
-    if not ranks.shares_disk(0) and recipe.checkpoints.shared_disk:
+    run = checked.run
+    if not ranks.shares_disk(0) and checked.recipe.checkpoints.shared_disk:
         raise ConfigError(
             f"{run.path}: is another directory than on the host of rank 0. Mount the disk that all hosts share, or let "
             "each keep what its ranks write on its own: --set checkpoints.shared_disk=false."
@@ -176,37 +179,24 @@ def _accept(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) ->
     if swap is not None and ranks.local_rank == 0:
         stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
-    check_precision(recipe.engine.precision)
+    check_precision(checked.recipe.engine.precision)
+
+
+def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
+    """Check that the run may be resumed from this checkpoint, and only then store what it is from now on."""
+    from codeparrot_ds.checkpoint.zero import check_pickles
+    from codeparrot_ds.training.checkpoint import check_identity
+
+    run, recipe = checked.run, checked.recipe
+    if resume_from is not None:
+        check_identity(resume_from, recipe.identity(checked.data.digest))
     if not ranks.sees_to_disk:
-        return None
-    resume_from = None
-    if recipe.checkpoints.shared_disk:
-        resume_from = find_resume_point(run, recipe.identity(checked.data.digest))
+        return
     if resume_from is not None:
         check_pickles(resume_from)
     write_json(run.ds_config, checked.ds_config)
     write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
     copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
-    return resume_from
-
-
-def _find_on_all_disks(checked: CheckedRun, ranks: "Ranks") -> "Checkpoint | None":
-    """Where the run goes on from when each host has its own part of the checkpoints. All ranks must call."""
-    from codeparrot_ds.checkpoint.zero import check_pickles
-    from codeparrot_ds.training.checkpoint import check_identity
-    from codeparrot_ds.training.disks import find_resume_point
-
-    resume_from = find_resume_point(checked.run, ranks)
-    failure = None
-    if resume_from is not None:
-        try:
-            check_identity(resume_from, checked.recipe.identity(checked.data.digest))
-            if ranks.sees_to_disk:
-                check_pickles(resume_from)
-        except UserError as error:
-            failure = error
-    _agree(ranks, failure)
-    return resume_from
 
 
 def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:

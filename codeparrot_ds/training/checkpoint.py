@@ -213,34 +213,6 @@ def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]
     return files
 
 
-def find_resume_point(run: RunDirectory, identity: dict[str, Any]) -> Checkpoint | None:
-    """The newest undamaged checkpoint to go on from, or None when the run has none yet. For rank 0, on a shared disk.
-
-    Damaged ones are reported and passed over, and renamed so that retention never counts them. Raises
-    CheckpointError when all are damaged (never silently back to step 0), or when the newest good one is of another
-    model or other data.
-    """
-    damaged: list[Path] = []
-    for directory in reversed(run.checkpoint_directories(whole=False)):
-        try:
-            checkpoint = Checkpoint.read(directory)
-            checkpoint.verify()
-        except CheckpointError as error:
-            log.warning("%s", error)
-            damaged.append(directory)
-            continue
-        check_identity(checkpoint, identity)
-        for path in damaged:
-            run.set_aside(path)
-        return checkpoint
-    if damaged:
-        raise CheckpointError(
-            f"{run.checkpoints}: no undamaged checkpoint is left ({len(damaged)} damaged, see above). Restore one from "
-            "a copy, or remove them all to start again from step 0."
-        )
-    return None
-
-
 def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
     """Raise CheckpointError unless `checkpoint` is of the `wanted` model, data, …: `Recipe.identity`."""
     saved = checkpoint.identity

@@ -1,4 +1,6 @@
-"""Checkpoints whose files lie on the disks of several hosts, each with those that its own ranks wrote.
+"""Which checkpoint to resume from, whose files lie on one disk, or on those of several hosts.
+
+Without a shared disk, each host has the files that its own ranks wrote.
 
 Every disk has the same manifest, of all files; which of them are there is seen by looking. A directory gets its name
 only after every disk has the manifest, so what one disk has published is whole somewhere: what a crash has left
@@ -61,8 +63,9 @@ class _Copy:
 def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.inf) -> Checkpoint | None:
     """The newest checkpoint that is whole on all disks together, or None when no disk has any. All ranks must call.
 
-    Newer ones are reported and passed over, and set aside on every disk so that retention never counts them. Only those
-    of up to `last_step` steps are looked at. Raises CheckpointError when there are some and none is whole.
+    Every file is read and compared with its digest. Newer checkpoints that are damaged are reported, passed over, and
+    set aside on every disk so that retention never counts them. Only those of up to `last_step` steps are looked at.
+    Raises CheckpointError on all ranks when there are some and none is whole: a run never starts silently from step 0.
     """
     looks, passed_over = ranks.sees_to_disk, dict[int, list[str]]()
     here = ({step_of(path) for path in run.checkpoint_directories(whole=False)}, run.prepared_steps())
@@ -74,7 +77,8 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
             if step in named:  # else its saving was never finished anywhere
                 passed_over[step] = problems
                 if ranks.rank == 0:
-                    log.warning("%s", list_problems(str(run.checkpoint(step)), problems))
+                    mend = "Training goes on from the checkpoint before it."
+                    log.warning("%s", list_problems(str(run.checkpoint(step)), problems, mend))
             continue
         failure = None
         if looks:
@@ -87,12 +91,14 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
         _agree(ranks, failure)
         return Checkpoint.read(run.checkpoint(step))
     if passed_over:
+        mend = "Restore one from a copy, or remove them all to start again from step 0."
+        if ranks.on_many_disks:
+            mend = "Start with the hosts that have those files, in any order and number. Or: " + mend
         raise CheckpointError(
             list_problems(
-                f"{run.checkpoints}: no checkpoint is whole on these hosts",
+                f"{run.checkpoints}: no undamaged checkpoint is left ({len(passed_over)} damaged)",
                 [f"step {step}: {problem}" for step, problems in passed_over.items() for problem in problems],
-                "Start with the hosts that have those files, in any order and number, or remove all checkpoints on "
-                "all hosts to start again from step 0.",
+                mend,
             )
         )
     return None
@@ -121,7 +127,7 @@ def _choose(copies: Sequence[_Copy | None]) -> tuple[_Copy | None, list[str]]:
             f"{len(names)} files that {host} wrote are on none of these hosts, such as {min(names)}"
             for host, names in sorted(missing.items())
         ]
-    return None, problems or ["its manifest is missing"]
+    return None, problems or ["no readable manifest, so this is no complete checkpoint"]
 
 
 def _complete(run: RunDirectory, chosen: _Copy, mine: _Copy | None) -> None:

@@ -5,14 +5,13 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from codeparrot_ds.errors import CheckpointError, TrainingError
-from codeparrot_ds.run.directory import Checkpoint, RunDirectory, step_of
+from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.inspect import describe_sequences
 from codeparrot_ds.shards.order import BlendedOrder, Order, places_of_step
@@ -219,14 +218,13 @@ class Trainer:
                 "To go on, set guards.spike=go_back, which leaves them out, or guards.spike=warn."
             )
         self.publish()
-        chosen = self._newest_checkpoint_up_to(first)
+        checkpoint = self._newest_checkpoint_up_to(first)
         self._go_backs += 1
-        if chosen is None or self._go_backs > _MOST_GO_BACKS:
-            why = "there is no checkpoint from before it" if chosen is None else f"it is spike {self._go_backs}"
+        if checkpoint is None or self._go_backs > _MOST_GO_BACKS:
+            why = "there is no checkpoint from before it" if checkpoint is None else f"it is spike {self._go_backs}"
             raise TrainingError(f"{message}. Cannot go back: {why}. {mend}")
         places = np.concatenate([self._places(each) for each in suspects])
         self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
-        checkpoint = Checkpoint.read(chosen)
         if self.ranks.sees_to_disk:
             checkpoints.abandon_after(self.run, checkpoint.path)
         self.ranks.gather(None)  # nobody is to go on from those, with the list
@@ -240,17 +238,12 @@ class Trainer:
         self.load(checkpoint)
         return True
 
-    def _newest_checkpoint_up_to(self, step: int) -> Path | None:
-        """Directory of the newest checkpoint of at most `step` steps to go back to, if there is one. All ranks call."""
-        if not self.recipe.checkpoints.shared_disk:
-            try:
-                found = disks.find_resume_point(self.run, self.ranks, step)
-            except CheckpointError:
-                return None
-            return None if found is None else found.path
-        before = [path for path in self.run.checkpoint_directories() if step_of(path) <= step]
-        chosen: Path | None = self.ranks.gather(before[-1] if before else None)[0]
-        return chosen
+    def _newest_checkpoint_up_to(self, step: int) -> Checkpoint | None:
+        """The newest undamaged checkpoint of at most `step` steps, if there is one. All ranks must call."""
+        try:
+            return disks.find_resume_point(self.run, self.ranks, step)
+        except CheckpointError:
+            return None
 
     def _name_samples(self, steps: Iterable[int], reason: str) -> None:
         """List in the run directory where the samples of `steps` come from. On rank 0 alone."""

@@ -126,6 +126,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny: Train, baseline: 
     assert all(a["step_seconds"] != b["step_seconds"] for a, b in zip(before[3:], after[3:], strict=True))
 
 
+def test_another_seed_or_model_is_not_resumed(
+    forked: RunRanks, copy_baseline: Copy, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    trained = copy_baseline("tiny")
+    stored = trained.run.recipe.read_bytes()
+    tiny_recipe |= {"seed": 5, "model": {**tiny_recipe["model"], "n_layer": 3}}
+    done = forked("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
+    assert done.returncode == 1
+    assert done.output.count("error: ") == 1 and "Traceback" not in done.output
+    assert "seed: saved with 1, now 5" in done.output and "model: saved with" in done.output
+    assert trained.run.recipe.read_bytes() == stored
+    assert trained.run.newest_checkpoint().step == 6
+
+
 def test_every_world_size_sees_the_same_data_and_loses_the_same(train_tiny: Train, baseline: Trained) -> None:
     two, one = baseline, train_tiny("one", ranks=1, options=["batch.micro_batch_size=2"])
     assert two.digests() == one.digests()

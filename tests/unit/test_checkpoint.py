@@ -14,7 +14,9 @@ from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import _check_losses
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.system.files import digest_file
-from codeparrot_ds.training.checkpoint import find_resume_point
+from codeparrot_ds.training.checkpoint import check_identity
+from codeparrot_ds.training.disks import find_resume_point
+from codeparrot_ds.training.ranks import Ranks
 
 IDENTITY = {"model": {"n_layer": 1}, "seed": 1}
 
@@ -36,43 +38,43 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
-def test_unfinished_directories_do_not_count(run: RunDirectory) -> None:
+def test_unfinished_directories_do_not_count(run: RunDirectory, alone: Ranks) -> None:
     publish(run, 10)
     publish(run, 9)
     (run.checkpoints / "step-00000011.tmp").mkdir()
     (run.checkpoints / "step-00000012").mkdir()  # no manifest
     assert [path.name for path in run.checkpoint_directories()] == ["step-00000009", "step-00000010"]
     assert run.newest_checkpoint().step == 10
-    found = find_resume_point(run, IDENTITY)
+    found = find_resume_point(run, alone)
     assert found is not None
     assert found.step == 10
 
 
-def test_a_run_without_checkpoints_starts_at_step_0(run: RunDirectory) -> None:
-    assert find_resume_point(run, IDENTITY) is None
+def test_a_run_without_checkpoints_starts_at_step_0(run: RunDirectory, alone: Ranks) -> None:
+    assert find_resume_point(run, alone) is None
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         run.newest_checkpoint()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_never_silently_all(run: RunDirectory) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_never_silently_all(run: RunDirectory, alone: Ranks) -> None:
     publish(run, 5)
     newest = publish(run, 10)
     file = newest.path / "weights.pt"
     file.write_bytes(file.read_bytes()[:-1])
-    found = find_resume_point(run, IDENTITY)
+    found = find_resume_point(run, alone)
     assert found is not None
     assert found.step == 5
     (run.checkpoint(5) / "weights.pt").unlink()
     with pytest.raises(CheckpointError, match=r"no undamaged checkpoint is left \(1 damaged"):
-        find_resume_point(run, IDENTITY)
+        find_resume_point(run, alone)
 
 
 @pytest.mark.parametrize("damage", ["file", "manifest"])
-def test_retention_never_counts_a_damaged_checkpoint(run: RunDirectory, damage: str) -> None:
+def test_retention_never_counts_a_damaged_checkpoint(run: RunDirectory, alone: Ranks, damage: str) -> None:
     publish(run, 5)
     broken = publish(run, 10).path / ("weights.pt" if damage == "file" else "manifest.json")
     broken.write_bytes(broken.read_bytes()[:-20])
-    found = find_resume_point(run, IDENTITY)
+    found = find_resume_point(run, alone)
     assert found is not None
     assert found.step == 5
     assert [path.name for path in run.checkpoint_directories()] == ["step-00000005"]
@@ -80,9 +82,9 @@ def test_retention_never_counts_a_damaged_checkpoint(run: RunDirectory, damage: 
 
 
 def test_another_model_or_seed_is_refused_with_all_differences(run: RunDirectory) -> None:
-    publish(run, 10)
+    checkpoint = publish(run, 10)
     with pytest.raises(CheckpointError) as caught:
-        find_resume_point(run, {**IDENTITY, "seed": 2, "model": "another"})
+        check_identity(checkpoint, {**IDENTITY, "seed": 2, "model": "another"})
     for expected in ("seed: saved with 1, now 2", "model: saved with"):
         assert expected in str(caught.value)
 

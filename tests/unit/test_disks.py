@@ -41,7 +41,7 @@ def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
 
 
 def test_a_disk_without_any_manifest_has_nothing() -> None:
-    assert disks._choose([None, None]) == (None, ["its manifest is missing"])
+    assert disks._choose([None, None]) == (None, ["no readable manifest, so this is no complete checkpoint"])
 
 
 def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:

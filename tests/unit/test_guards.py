@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,7 @@ from codeparrot_ds.errors import TrainingError
 from codeparrot_ds.hosts.lifeline import Lifeline
 from codeparrot_ds.training.guards import SkippedSteps, SpikeDetector, StopRequests, replicas_differ
 from codeparrot_ds.training.ranks import Ranks
-
-
-class Alone(Ranks):
-    """One rank that meets nobody."""
-
-    def begin_max(self, values: Sequence[int]):  # type: ignore[no-untyped-def]
-        return lambda: list(values)
-
-
-@pytest.fixture
-def alone() -> Ranks:
-    return Alone(0, 1, 0, torch.device("cpu"))
+from tests.unit.conftest import Alone
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
