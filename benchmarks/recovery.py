@@ -125,7 +125,7 @@ class Job:
 
     def resumed(self) -> bool:
         """Whether the ranks of the second attempt have taken a step."""
-        return "going on from" in (text := self._log.read_text()) and " of 1000000: " in text.split("going on from")[1]
+        return "resuming from" in (text := self._log.read_text()) and " of 1000000: " in text.split("resuming from")[1]
 
     def end(self) -> None:
         """Leave nothing of it."""

@@ -231,10 +231,13 @@ def project() -> list[dict[str, Any]]:
                         "accumulation": share // micro,
                         "compute_seconds": time_of_step.compute_seconds,
                         "communication_seconds": time_of_step.communication_seconds,
-                        "tokens_per_second": [tokens / time_of_step.in_turn, tokens / time_of_step.overlapped],
+                        "tokens_per_second": [
+                            tokens / time_of_step.no_overlap_seconds,
+                            tokens / time_of_step.overlap_seconds,
+                        ],
                         "efficiency": [
                             time_of_step.compute_seconds / seconds
-                            for seconds in (time_of_step.in_turn, time_of_step.overlapped)
+                            for seconds in (time_of_step.no_overlap_seconds, time_of_step.overlap_seconds)
                         ],
                     }
                 )

@@ -105,7 +105,7 @@ class Launch:
 
 
 def launch(directory: Path, shards: Path) -> Launch:
-    """Train to the last step, going on from the newest checkpoint. Raises RuntimeError when the run fails."""
+    """Train to the last step, resuming from the newest checkpoint. Raises RuntimeError when the run fails."""
     overrides = {
         "runs": directory / "runs",
         "data.shards": shards,
@@ -224,7 +224,7 @@ def main() -> None:
         "saving_seconds": saving_seconds(first, SAVED_STEP),
         "saving_last_seconds": saving_seconds(first, LAST_STEP),
         "seconds_until_training": round(first.seconds_until("M parameters, ZeRO-3"), 1),
-        "seconds_until_resumed": round(resumed.seconds_until("going on from"), 1),
+        "seconds_until_resumed": round(resumed.seconds_until("resuming from"), 1),
         "resumed_step_seconds": round(resumed.train_rows()[-1]["step_seconds"], 1),
         "loss_of_step_3": [launched.train_rows()[SAVED_STEP]["loss"] for launched in (first, resumed)],
         "loss_valid": [valid_loss(first), valid_loss(resumed)],

@@ -172,7 +172,7 @@ def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.E
             f"{run.path}: is another directory than on the host of rank 0. Mount the disk that all hosts share, or let "
             "each keep what its ranks write on its own: --set checkpoints.shared_disk=false."
         )
-    if ranks.sees_to_disk:
+    if ranks.is_fs_leader:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
         stack.enter_context(exclusive_lock(run.lock, busy))
     swap = swap_directory(checked.ds_config)
@@ -190,7 +190,7 @@ def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None
     run, recipe = checked.run, checked.recipe
     if resume_from is not None:
         check_identity(resume_from, recipe.identity(checked.data.digest))
-    if not ranks.sees_to_disk:
+    if not ranks.is_fs_leader:
         return
     if resume_from is not None:
         check_pickles(resume_from)
@@ -256,12 +256,12 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
         watchdog=watchdog,
         stop_requests=stop_requests,
         offload=offload_device(ds_config),
-        left_out=_left_out(run, ranks),
+        skipped_ranges=_skipped_ranges(run, ranks),
         on_published=export.start if export is not None else None,
     )
     if resume_from is not None:
         trainer.load(resume_from)
-        log.info("going on from %s", resume_from.path)
+        log.info("resuming from %s", resume_from.path)
         if export is not None:
             export.start(resume_from.step)  # which the run before may not have come to
     log.info(
@@ -292,13 +292,13 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     return finished
 
 
-def _left_out(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
+def _skipped_ranges(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
     """What no rank is to train on, which every disk knows then. All ranks must call."""
-    mine = run.left_out() if ranks.sees_to_disk else []
+    mine = run.skipped_ranges() if ranks.is_fs_leader else []
     # Rank 0's host may be another than before. The list only grows.
     longest: list[tuple[int, int]] = max(ranks.gather(mine), key=len)
-    if ranks.sees_to_disk and mine != longest:
-        write_json(run.left_out_file, longest)
+    if ranks.is_fs_leader and mine != longest:
+        write_json(run.skipped_ranges_file, longest)
     return longest
 
 

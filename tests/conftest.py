@@ -243,7 +243,7 @@ class Trained:
         """Digest of the ids fed at each step."""
         return [row["batch_digest"] for row in self.rows if row["kind"] == "train"]
 
-    def require_checkpoint_as_large_as_reckoned(self, stage: int, precision: str = "fp32") -> None:
+    def require_checkpoint_as_large_as_estimated(self, stage: int, precision: str = "fp32") -> None:
         """Names and shapes aside, which take less than a byte a parameter of the smallest model would."""
         newest = self.run.newest_checkpoint()
         size = sum(file["bytes"] for file in newest.files.values())

@@ -23,7 +23,7 @@ def plan_command(
     recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/codeparrot-xl.yaml.")],
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots, instead of --gpus.")] = None,
     gpus: GpusOption = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of each, as its name says: 80GB.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, e.g. 80GB.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Its name, for its speed; H100 if it is not here.")] = None,
     gpus_per_host: Annotated[int, typer.Option(min=1)] = 8,
     host_memory: Annotated[str | None, typer.Option(help="Of each host, e.g. 1TB.")] = None,

@@ -92,7 +92,7 @@ def shards_verify(
     inputs: Annotated[list[str] | None, typer.Option("--input", help="Where the input lies now, if it moved.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Hold shards against their manifest."""
+    """Verify shards against their manifest."""
     from codeparrot_ds.shards.verify import verify, verify_against_corpus
 
     manifest = verify(shards, deep=deep)

@@ -1,4 +1,4 @@
-"""What a rank holds in memory in a training step, reckoned without training.
+"""What a rank holds in memory in a training step, estimated without training.
 
 The step is walked through in the order in which DeepSpeed, PyTorch's autograd and this package's loss take memory and
 give it back; the most that is ever held is the peak, and what it consists of then is the answer to "why". Nothing is
@@ -81,19 +81,19 @@ class _Step:
         ledger, unit, modules = self._ledger, self._unit, self._layout.modules
         for number, count in enumerate((unit, self._positions)):
             self._zero.use(number, forward=True)
-            ledger.take("activations", count)
-        ledger.take("activations", unit)  # their sum, which the first block keeps
+            ledger.alloc("activations", count)
+        ledger.alloc("activations", unit)  # their sum, which the first block keeps
         for block in range(self._layout.model.n_layer):
             if self._layout.recomputes(block):
                 self._forward_without_keeping(block)
             else:
                 self._forward_block(block)
         self._zero.use(len(modules) - 2, forward=True)
-        ledger.take("activations", unit + self._moments)
-        ledger.give("activations", unit + self._positions)  # the embeddings, which transformers holds until it returns
+        ledger.alloc("activations", unit + self._moments)
+        ledger.free("activations", unit + self._positions)  # the embeddings, which transformers holds until it returns
         self._zero.use(len(modules) - 1, forward=True)
         self._logits()
-        ledger.give("activations", unit)  # the final norm's result
+        ledger.free("activations", unit)  # the final norm's result
 
     def _forward_block(self, block: int, again: bool = False) -> None:
         """In units of [tokens, n_embd]: norm 1, attention 3 + 1, sum 1, norm 1, MLP 4 + 4, sum 1, and two results that
@@ -103,13 +103,13 @@ class _Step:
         counts = (unit + self._moments, 3 * unit + unit + self._logsumexp, 2 * unit, unit + self._moments, 8 * unit)
         for module, count in enumerate(counts):
             self._zero.use(first + module, forward=True)
-            ledger.take("activations", count)
+            ledger.alloc("activations", count)
         self._zero.use(first + 5, forward=True, leave=not again)
         if again:
-            ledger.give("activations", unit)
+            ledger.free("activations", unit)
             return
-        ledger.take("activations", 2 * unit)
-        ledger.give("activations", 2 * unit)
+        ledger.alloc("activations", 2 * unit)
+        ledger.free("activations", 2 * unit)
 
     def _forward_without_keeping(self, block: int) -> None:
         ledger, unit = self._ledger, self._unit
@@ -118,29 +118,29 @@ class _Step:
         gives = (0, 0, 5, 0, 4, 8)  # the norm's result and attention's; the MLP's input to its activation; the rest
         for module, (taken, given) in enumerate(zip(takes, gives, strict=True)):
             self._zero.use(first + module, forward=True)
-            ledger.take("activations", taken * unit)
-            ledger.give("activations", given * unit)
+            ledger.alloc("activations", taken * unit)
+            ledger.free("activations", given * unit)
 
     def _logits(self) -> None:
         """`training.model.LossHead`, chunk by chunk."""
         layout, ledger = self._layout, self._ledger
         width, vocabulary, item = layout.model.n_embd, layout.model.vocab_size, layout.item
         head = width * vocabulary
-        ledger.take("activations", self._unit)  # the gradient of the final norm's result
+        ledger.alloc("activations", self._unit)  # the gradient of the final norm's result
         left, first = layout.tokens, True
         while left > 0:
             count = min(layout.loss_chunk_tokens, left) * vocabulary
             cast = 4 * count if layout.on_cpu and item == 2 else 0
-            ledger.take("logits", item * count + cast + 4 * count)
-            ledger.give("logits", item * count + cast)
+            ledger.alloc("logits", item * count + cast + 4 * count)
+            ledger.free("logits", item * count + cast)
             rounded = item * count if item == 2 else 0
-            ledger.take("logits", rounded)
+            ledger.alloc("logits", rounded)
             product = item * head if item == 2 else 0
             if product:
                 ledger.pass_through("logits", product + (4 * head if first else 0))
             if first:
-                ledger.take("gradient of the head", 4 * head)
-            ledger.give("logits", rounded + 4 * count)
+                ledger.alloc("gradient of the head", 4 * head)
+            ledger.free("logits", rounded + 4 * count)
             left, first = left - layout.loss_chunk_tokens, False
 
     def _backward(self) -> None:
@@ -148,16 +148,16 @@ class _Step:
         last = len(layout.modules) - 1
         head = layout.modules[0][0].elements
         zero.use(last, forward=False)
-        ledger.take("activations", unit)
-        ledger.take("gradient of the head", 4 * head)
+        ledger.alloc("activations", unit)
+        ledger.alloc("gradient of the head", 4 * head)
         if layout.item == 2:
-            ledger.take("gradient of the head", 2 * head)
-            ledger.give("gradient of the head", 4 * head)
-        ledger.give("activations", unit)
-        ledger.give("gradient of the head", 4 * head)
+            ledger.alloc("gradient of the head", 2 * head)
+            ledger.free("gradient of the head", 4 * head)
+        ledger.free("activations", unit)
+        ledger.free("gradient of the head", 4 * head)
         zero.use(last - 1, forward=False)
-        ledger.take("activations", unit)
-        ledger.give("activations", 2 * unit + self._moments)
+        ledger.alloc("activations", unit)
+        ledger.free("activations", 2 * unit + self._moments)
         self._gradients(last - 1)
         for block in reversed(range(layout.model.n_layer)):
             if self._layout.recomputes(block):
@@ -171,10 +171,10 @@ class _Step:
         if layout.on_cpu and layout.precision == "bf16":  # summed in fp32
             ledger.pass_through("gradient of the head", 4 * layout.tokens * layout.model.n_embd + 4 * head)
             ledger.pass_through("gradient of the head", 4 * head + layout.item * head)
-        ledger.take("gradient of the head", layout.item * head)
-        ledger.give("gradient of the head", 2 * layout.item * head)
+        ledger.alloc("gradient of the head", layout.item * head)
+        ledger.free("gradient of the head", 2 * layout.item * head)
         self._gradients(0)
-        ledger.give("activations", unit)
+        ledger.free("activations", unit)
 
     def _backward_block(self, block: int) -> None:
         """Each module's gradients of input and weights, then what was kept for them; the gradient of the residual
@@ -182,29 +182,29 @@ class _Step:
         first = 2 + block * len(BLOCK)
         self._backward_module(first + 5, taken=4, kept=4)
         self._ledger.pass_through("activations", 4 * self._unit)  # of the activation function
-        self._ledger.give("activations", 4 * self._unit)
+        self._ledger.free("activations", 4 * self._unit)
         self._backward_module(first + 4, taken=1, kept=1, consumed=4)
         self._backward_module(first + 3, taken=1, kept=1, consumed=2, moments=True)
         self._backward_module(first + 2, taken=1, kept=0)
         layout, unit = self._layout, self._unit
         if not layout.on_cpu:  # flash attention gathers the queries' gradient in fp32
             self._ledger.pass_through("activations", 3 * unit + 4 * layout.tokens * layout.model.n_embd)
-        self._ledger.take("activations", 3 * unit)
-        self._ledger.give("activations", 2 * unit + 3 * unit + self._logsumexp)
+        self._ledger.alloc("activations", 3 * unit)
+        self._ledger.free("activations", 2 * unit + 3 * unit + self._logsumexp)
         self._ledger.pass_through("activations", 3 * unit)  # the three of attention, put together
         self._backward_module(first + 1, taken=1, kept=1, consumed=3)
         self._backward_module(first, taken=1, kept=1, consumed=2, moments=True)
 
     def _backward_module(self, number: int, taken: int, kept: int, consumed: int = 0, moments: bool = False) -> None:
         self._zero.use(number, forward=False, leave=False)
-        self._ledger.take("activations", taken * self._unit)
+        self._ledger.alloc("activations", taken * self._unit)
         self._gradients(number)
-        self._ledger.give("activations", (kept + consumed) * self._unit + (self._moments if moments else 0))
+        self._ledger.free("activations", (kept + consumed) * self._unit + (self._moments if moments else 0))
         self._zero.leave(number, forward=False)
 
     def _gradients(self, number: int) -> None:
         tensors = self._layout.modules[number]
         for tensor in tensors:
-            self._ledger.take("gradients", self._layout.item * tensor.elements)
+            self._ledger.alloc("gradients", self._layout.item * tensor.elements)
         for tensor in tensors:
             self._zero.gradient(tensor)

@@ -149,8 +149,8 @@ class Ledger:
         self.phase = phase
         self.phases[phase] = self.total
 
-    def take(self, part: str, count: float, on_host: bool = False) -> None:
-        """Hold so many bytes more as `part` on the device, or for good on its host."""
+    def alloc(self, part: str, count: float, on_host: bool = False) -> None:
+        """Count so many bytes more as `part` on the device, or for good on its host."""
         if on_host:
             self.on_host[part] = self.on_host.get(part, 0) + int(count)
             return
@@ -161,11 +161,11 @@ class Ledger:
             if self.total > self.peak:
                 self.peak, self.peak_at, self.at_peak = self.total, self.phase, dict(self.held)
 
-    def give(self, part: str, count: float) -> None:
-        """Give so many back."""
-        self.take(part, -int(count))
+    def free(self, part: str, count: float) -> None:
+        """Count so many bytes less."""
+        self.alloc(part, -int(count))
 
     def pass_through(self, part: str, count: float) -> None:
-        """Taken and given back at once."""
-        self.take(part, count)
-        self.give(part, count)
+        """Allocated and freed at once."""
+        self.alloc(part, count)
+        self.free(part, count)

@@ -121,7 +121,7 @@ class Prediction:
             "between_steps": self.memory.between_steps,
             "host_bytes": self.host_bytes,
             "nvme_bytes": self.nvme_bytes,
-            "step_seconds": None if self.machine.on_cpu else [self.time.overlapped, self.time.in_turn],
+            "step_seconds": None if self.machine.on_cpu else [self.time.overlap_seconds, self.time.no_overlap_seconds],
         }
 
 
@@ -176,7 +176,7 @@ class Plan:
     @staticmethod
     def _slowness(each: Prediction) -> tuple[bool, float, int, int]:
         # To a thousandth: what is beyond depends on kernels, which like larger micro-batches.
-        seconds = float(f"{each.time.in_turn:.3g}")
+        seconds = float(f"{each.time.no_overlap_seconds:.3g}")
         return (each.offloads, seconds, -min(each.choice.micro_batch_size, 8), each.memory.peak_bytes)
 
     @cached_property
@@ -224,7 +224,7 @@ class Plan:
 
     def hours(self, each: Prediction) -> tuple[float, float]:
         """Of the run, all that can be sent while computing, and nothing; evaluations and checkpoints left out."""
-        return self.steps * each.time.overlapped / 3600, self.steps * each.time.in_turn / 3600
+        return self.steps * each.time.overlap_seconds / 3600, self.steps * each.time.no_overlap_seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

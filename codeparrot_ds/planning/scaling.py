@@ -65,18 +65,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of an optimizer step. What is really reached lies between `overlapped` and `in_turn`."""
+    """Of an optimizer step. What is really reached lies between `overlap_seconds` and `no_overlap_seconds`."""
 
     compute_seconds: float
     communication_seconds: float
 
     @property
-    def in_turn(self) -> float:
+    def no_overlap_seconds(self) -> float:
         """Seconds, when nothing is sent while anything is computed."""
         return self.compute_seconds + self.communication_seconds
 
     @property
-    def overlapped(self) -> float:
+    def overlap_seconds(self) -> float:
         """Seconds, when everything that can be is sent while something is computed."""
         return max(self.compute_seconds, self.communication_seconds)
 

@@ -102,7 +102,7 @@ def candidates(plan: Plan) -> list[Prediction]:
     ways: dict[tuple[Path, str], list[Prediction]] = {}
     for each in sorted(on_device or fitting, key=lambda each: -each.choice.micro_batch_size):
         ways.setdefault((each.choice.deepspeed, each.choice.recompute), []).append(each)
-    in_turn = sorted(ways.values(), key=lambda way: way[0].time.in_turn)
+    in_turn = sorted(ways.values(), key=lambda way: way[0].time.no_overlap_seconds)
     rounds = max(map(len, in_turn), default=0)
     return [way[number] for number in range(rounds) for way in in_turn if number < len(way)]
 

@@ -51,15 +51,15 @@ class _Stage3(_Bucketed):
     def resident(self) -> None:
         item, layout = self.layout.item, self.layout
         offloaded = layout.offloads("optimizer")
-        self.ledger.take("weights", item * self.partition, on_host=bool(layout.offloads("param")))
+        self.ledger.alloc("weights", item * self.partition, on_host=bool(layout.offloads("param")))
         if self._copies:
-            self.ledger.take("gathered weights", item * self._live_elements)
+            self.ledger.alloc("gathered weights", item * self._live_elements)
         if offloaded != "nvme":
-            self.ledger.take("optimizer", 12 * self.partition, on_host=bool(offloaded))
-        self.ledger.take("gradients in fp32", 4 * self.partition, on_host=bool(offloaded))
+            self.ledger.alloc("optimizer", 12 * self.partition, on_host=bool(offloaded))
+        self.ledger.alloc("gradients in fp32", 4 * self.partition, on_host=bool(offloaded))
         if offloaded == "cpu":  # accumulated ones, and those that the optimizer reads
-            self.ledger.take("gradients in fp32", 4 * self.partition, on_host=True)
-        self.ledger.take("communication", item * self.bucket_elements)
+            self.ledger.alloc("gradients in fp32", 4 * self.partition, on_host=True)
+        self.ledger.alloc("communication", item * self.bucket_elements)
 
     @cached_property
     def _trace(self) -> list[list[Tensor]]:
@@ -121,7 +121,7 @@ class _Stage3(_Bucketed):
         self._live.update(tensor.name for tensor in tensors)
         self._live_elements += gathered.elements
         if self._copies:
-            self.ledger.take("gathered weights", self.layout.item * gathered.elements)
+            self.ledger.alloc("gathered weights", self.layout.item * gathered.elements)
             self._on_the_way.update(dict.fromkeys((tensor.name for tensor in tensors), gathered))
 
     def _wait(self, tensor: Tensor) -> None:
@@ -132,10 +132,10 @@ class _Stage3(_Bucketed):
             return
         count = self.layout.item * gathered.elements
         if not gathered.copied:
-            self.ledger.take("gathered weights", count)
+            self.ledger.alloc("gathered weights", count)
             gathered.copied = True
         if all(self._on_the_way.get(each.name) is not gathered for each in gathered.tensors):
-            self.ledger.give("gathered weights", count)
+            self.ledger.free("gathered weights", count)
 
     def leave(self, number: int, forward: bool) -> None:
         for tensor in self.layout.modules[number]:
@@ -154,7 +154,7 @@ class _Stage3(_Bucketed):
         self._live.remove(tensor.name)
         self._live_elements -= tensor.elements
         if self._copies:
-            self.ledger.give("gathered weights", self.layout.item * tensor.elements)
+            self.ledger.free("gathered weights", self.layout.item * tensor.elements)
 
     def gradient(self, tensor: Tensor) -> None:
         self.put(tensor, "gradients", self.layout.item)
@@ -187,7 +187,7 @@ class _Stage3(_Bucketed):
 def zero_of(layout: Layout, ledger: Ledger) -> Zero:
     """The stage of a layout, with what is there all the time taken. Raises ConfigError for offload below stage 3."""
     if layout.stage < 3 and (layout.offloads("optimizer") or layout.offloads("param")):
-        raise ConfigError(f"offload is reckoned at ZeRO-3 only, and zero_optimization.stage is {layout.stage}.")
+        raise ConfigError(f"offload is estimated at ZeRO-3 only, and zero_optimization.stage is {layout.stage}.")
     if layout.stage == 1:
         return (_Stage1InBf16 if layout.precision == "bf16" else _Stage1)(layout, ledger)
     return {0: Zero, 2: _Stage2, 3: _Stage3}[layout.stage](layout, ledger)

@@ -40,8 +40,8 @@ class Zero:
 
     def resident(self) -> None:
         """Take what is there all the time."""
-        self.ledger.take("weights", 4 * sum(self.layout.groups))
-        self.ledger.take("optimizer", 8 * sum(self.layout.groups))
+        self.ledger.alloc("weights", 4 * sum(self.layout.groups))
+        self.ledger.alloc("optimizer", 8 * sum(self.layout.groups))
 
     def use(self, number: int, forward: bool, leave: bool = True) -> None:
         """Module `number` of `layout.modules` computes, and has then computed unless `leave` is called later."""
@@ -56,7 +56,7 @@ class Zero:
     def gradient(self, tensor: Tensor) -> None:
         """A gradient has been computed, and is held as one of "gradients"."""
         if not self.first:  # added to what is there
-            self.ledger.give("gradients", self.layout.item * tensor.elements)
+            self.ledger.free("gradients", self.layout.item * tensor.elements)
 
     def end_backward(self) -> None:
         """After the last gradient of a micro-batch."""
@@ -76,7 +76,7 @@ class Zero:
 
     def step(self) -> None:
         """The optimizer's."""
-        self.ledger.give("gradients", self.layout.item * sum(self.layout.groups))
+        self.ledger.free("gradients", self.layout.item * sum(self.layout.groups))
 
     def gather_weights(self) -> None:
         """All ranks' parts after the step, in place; gloo gathers into a copy."""
@@ -88,9 +88,9 @@ class _Stage1InBf16(Zero):
     """`BF16_Optimizer`: gradients are whole, those of the micro-batch beside those that are accumulated in fp32."""
 
     def resident(self) -> None:
-        self.ledger.take("weights", self.layout.item * sum(self.whole))
-        self.ledger.take("optimizer", 12 * self.partition)
-        self.ledger.take("gradients in fp32", 4 * sum(self.whole))
+        self.ledger.alloc("weights", self.layout.item * sum(self.whole))
+        self.ledger.alloc("optimizer", 12 * self.partition)
+        self.ledger.alloc("gradients in fp32", 4 * sum(self.whole))
 
     def end_backward(self) -> None:
         if self.last:
@@ -108,8 +108,8 @@ class _Bucketed(Zero):
 
     def resident(self) -> None:
         """Whole weights, and this rank's part of the optimizer."""
-        self.ledger.take("weights", self.layout.item * sum(self.whole))
-        self.ledger.take("optimizer", 12 * self.partition)
+        self.ledger.alloc("weights", self.layout.item * sum(self.whole))
+        self.ledger.alloc("optimizer", 12 * self.partition)
 
     @cached_property
     def bucket_elements(self) -> int:
@@ -121,7 +121,7 @@ class _Bucketed(Zero):
         if self.bucket and self.in_bucket + tensor.elements > self.bucket_elements:
             self.empty(part, item)
         if tensor.elements <= self.bucket_elements:
-            self.ledger.give(part, item * tensor.elements)
+            self.ledger.free(part, item * tensor.elements)
         self.bucket.append(tensor)
         self.in_bucket += tensor.elements
 
@@ -130,7 +130,7 @@ class _Bucketed(Zero):
         self.reduce()
         for tensor in self.bucket:
             if tensor.elements > self.bucket_elements:
-                self.ledger.give(part, item * tensor.elements)
+                self.ledger.free(part, item * tensor.elements)
         self.bucket, self.in_bucket = [], 0
 
     def reduce(self) -> None:
@@ -156,18 +156,18 @@ class _Stage1(_Bucketed):
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
         if first:
-            self.ledger.take("communication", 4 * self.double_buffer)
+            self.ledger.alloc("communication", 4 * self.double_buffer)
 
     def gradient(self, tensor: Tensor) -> None:
-        self.ledger.give("gradients", self.layout.item * tensor.elements)
+        self.ledger.free("gradients", self.layout.item * tensor.elements)
         if self.first:
-            self.ledger.take("gradients in fp32", 4 * tensor.elements)
+            self.ledger.alloc("gradients in fp32", 4 * tensor.elements)
         if self.last:
             self.put(tensor, "gradients in fp32", 4)
 
     def reduce(self) -> None:
         if not self._kept:
-            self.ledger.take("gradients in fp32", 4 * self.partition)
+            self.ledger.alloc("gradients in fp32", 4 * self.partition)
             self._kept = True
 
     def end_backward(self) -> None:
@@ -177,9 +177,9 @@ class _Stage1(_Bucketed):
     def step(self) -> None:
         self.take_norm()
         self.ledger.pass_through("gradients in fp32", 4 * self.partition)  # put together
-        self.ledger.give("communication", 4 * self.double_buffer)
+        self.ledger.free("communication", 4 * self.double_buffer)
         self.gather_weights()
-        self.ledger.give("gradients in fp32", self.ledger.held["gradients in fp32"])
+        self.ledger.free("gradients in fp32", self.ledger.held["gradients in fp32"])
 
 
 class _Stage2(_Bucketed):
@@ -190,27 +190,27 @@ class _Stage2(_Bucketed):
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
         self._kept = not first and self.layout.item == 2
-        self.ledger.take("communication", self.layout.item * self.double_buffer)
+        self.ledger.alloc("communication", self.layout.item * self.double_buffer)
 
     def gradient(self, tensor: Tensor) -> None:
         self.put(tensor, "gradients", self.layout.item)
 
     def reduce(self) -> None:
         if not self._kept:  # in fp32, those of a micro-batch are added to the others when all of them are there
-            self.ledger.take("gradients in fp32", 4 * self.partition)
+            self.ledger.alloc("gradients in fp32", 4 * self.partition)
             self._kept = True
         if self.layout.item == 2:  # cut into pieces for this rank's gradients in fp32, and put together again
             self.ledger.pass_through("communication", self.layout.item * self.in_bucket)
 
     def end_backward(self) -> None:
         self.empty("gradients", self.layout.item)
-        self.ledger.give("communication", self.layout.item * self.double_buffer)
+        self.ledger.free("communication", self.layout.item * self.double_buffer)
         if not self.first and self.layout.item == 4:
-            self.ledger.give("gradients in fp32", 4 * self.partition)
+            self.ledger.free("gradients in fp32", 4 * self.partition)
 
     def step(self) -> None:
         self.take_norm()
         if self.layout.item == 4:  # put together
             self.ledger.pass_through("gradients in fp32", 4 * self.partition)
-        self.ledger.give("gradients in fp32", 4 * self.partition)
+        self.ledger.free("gradients in fp32", 4 * self.partition)
         self.gather_weights()

@@ -142,9 +142,9 @@ def _why(plan: Plan, best: Prediction) -> str:
 
 
 def _seconds(each: Prediction) -> str:
-    if each.offloads:  # what goes to the host and back takes time that is not reckoned
-        return f"over {each.time.overlapped:.3g}"
-    return _range(each.time.overlapped, each.time.in_turn)
+    if each.offloads:  # what goes to the host and back takes time that is not estimated
+        return f"over {each.time.overlap_seconds:.3g}"
+    return _range(each.time.overlap_seconds, each.time.no_overlap_seconds)
 
 
 def _way(each: Prediction) -> str:

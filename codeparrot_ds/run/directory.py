@@ -98,19 +98,19 @@ class RunDirectory:
         return self.path / "incidents.jsonl"
 
     @property
-    def left_out_file(self) -> Path:
+    def skipped_ranges_file(self) -> Path:
         """Stretches of the data's order that are not trained on, after spikes."""
         return self.path / "left_out.json"
 
-    def left_out(self) -> list[tuple[int, int]]:
+    def skipped_ranges(self) -> list[tuple[int, int]]:
         """The stretches of the order, (first place, one past the last), that are left out. Raises DataError."""
-        if not self.left_out_file.exists():
+        if not self.skipped_ranges_file.exists():
             return []
-        stretches = read_json(self.left_out_file, "list of left out samples")
+        stretches = read_json(self.skipped_ranges_file, "list of left out samples")
         try:
             return [(int(start), int(stop)) for start, stop in stretches]
         except (TypeError, ValueError):
-            raise DataError(f"{self.left_out_file}: not a list of [first, one past the last].") from None
+            raise DataError(f"{self.skipped_ranges_file}: not a list of [first, one past the last].") from None
 
     @property
     def logs(self) -> Path:

@@ -207,7 +207,7 @@ def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
     differing = [key for key in keys if getattr(there, key) != getattr(wanted, key)]
     if differing:
         raise DataError(
-            f"{target}: holds finished shards that were made otherwise (other {', '.join(differing)}). "
+            f"{target}: holds finished shards that were built with different options (other {', '.join(differing)}). "
             "Name another output directory, or remove this one."
         )
     return there

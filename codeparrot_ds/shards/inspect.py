@@ -57,8 +57,8 @@ def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: i
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     share = micro * accumulation
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    left_out = RunDirectory(recipe.run_directory).left_out()  # after loss spikes
-    numbers = data.order(recipe.seed).at(places_of_step(step, recipe.batch.global_batch_size, left_out))
+    skipped_ranges = RunDirectory(recipe.run_directory).skipped_ranges()  # after loss spikes
+    numbers = data.order(recipe.seed).at(places_of_step(step, recipe.batch.global_batch_size, skipped_ranges))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
 
 

@@ -88,19 +88,19 @@ class Order:
         return taken
 
 
-def places_of_step(step: int, global_batch_size: int, left_out: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+def places_of_step(step: int, global_batch_size: int, skipped_ranges: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     """Places in the order that optimizer step `step` (from 0) reads, [global_batch_size] int64."""
-    return leave_out(np.arange(step * global_batch_size, (step + 1) * global_batch_size), left_out)
+    return skip_ranges(np.arange(step * global_batch_size, (step + 1) * global_batch_size), skipped_ranges)
 
 
-def leave_out(samples: np.ndarray, left_out: Sequence[tuple[int, int]]) -> np.ndarray:
+def skip_ranges(samples: np.ndarray, skipped_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
     """Places in an order, [n] int64, of `samples`, [n] integers from 0, that are counted without some stretches of it.
 
-    `left_out`: (first, one past the last) places, in any order, which may overlap.
+    `skipped_ranges`: (first, one past the last) places, in any order, which may overlap.
     """
     places = np.asarray(samples, np.int64).copy()
     passed = 0  # everything before it is dealt with
-    for start, stop in sorted(left_out):
+    for start, stop in sorted(skipped_ranges):
         start = max(start, passed)
         if stop > start:
             places[places >= start] += stop - start

@@ -34,7 +34,7 @@ def launch(
     run = RunDirectory(loaded.run_directory)
     place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
     make_directory(run.path)
-    busy = f"{run.path}: another `codeparrot-ds launch` sees to this run. Stop it, or use --set name=…"
+    busy = f"{run.path}: another `codeparrot-ds launch` is already supervising this run. Stop it, or use --set name=…"
     with exclusive_lock(run.path / ".launch.lock", busy), Stop() as stop:
         return _Job(recipe, overrides, run, place, restarts or Restarts()).run(stop)
 
@@ -95,10 +95,10 @@ class _Job:
         where = f" ({outcome.doing})" if outcome.doing else ""
         kept = f"Checkpoints up to step {reached} are kept." if reached else "There is no checkpoint yet."
         if self.in_a_row > self.restarts.most:
+            count = f"{self.restarts.most} restart{'' if self.restarts.most == 1 else 's'}"
             say(
-                f"error: {outcome.reason}{where}. Started again {self.restarts.most} times without a new checkpoint, "
-                f"so this will not mend itself. {kept} Look at the end of {self.directory.logs}/, mend it, and run the "
-                "same command again."
+                f"error: {outcome.reason}{where}. Giving up after {count} without a new checkpoint; see the end of "
+                f"{self.directory.logs}/, fix the cause, and run the same command again. {kept}"
             )
             return None
         delay = self.restarts.delay_seconds(self.in_a_row)

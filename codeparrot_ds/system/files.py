@@ -185,7 +185,7 @@ def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> d
             result as its own.
 
     Raises:
-        DataError: it is finished, but was made otherwise.
+        DataError: it is finished, but was built with different options.
     """
     if not (directory / MANIFEST).exists():
         return None
@@ -194,7 +194,7 @@ def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> d
     if differing:
         shown = ", ".join(f"{key} = {manifest.get(key)!r}, asked for {expected[key]!r}" for key in differing)
         raise DataError(
-            f"{directory}: holds a finished {kind} that was made otherwise ({shown}). "
+            f"{directory}: holds a finished {kind} that was built with different options ({shown}). "
             "Name another output directory, or remove this one."
         )
     return manifest

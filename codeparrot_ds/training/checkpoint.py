@@ -3,7 +3,7 @@
 The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files, while training goes on;
 (3) all meet, which they do only if all went well; (4) rank 0 writes the manifest; (5) renames the directory;
 (6) replaces `latest`; (7) removes old ones.
-DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are down.
+DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are on disk.
 
 Where hosts keep what their ranks write each on its own disk, one rank of each does what rank 0 does here, with the
 same manifest of all files, and all meet again between (4) and (5): see disks.py.
@@ -68,7 +68,7 @@ class Saving:
         waiting in DeepSpeed's own barrier.
         """
         saving = cls(engine, run, checkpoint, ranks)
-        if ranks.sees_to_disk:
+        if ranks.is_fs_leader:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -108,7 +108,7 @@ class Saving:
         failures, files_of_all_ranks = zip(*self.ranks.gather((failure, files)), strict=True)
         _raise_first(failures)
         merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
-        if self.ranks.sees_to_disk:
+        if self.ranks.is_fs_leader:
             here = [files for rank, files in enumerate(files_of_all_ranks) if self.ranks.shares_disk(rank)]
             try:
                 with self._explained():
@@ -117,11 +117,11 @@ class Saving:
             except CheckpointError as error:
                 failure = str(error)
         _raise_first(self.ranks.gather(failure))  # no disk has it under its name before all have the manifest
-        if self.ranks.sees_to_disk:
+        if self.ranks.is_fs_leader:
             self.run.publish(self.checkpoint.step)
         if self.ranks.on_many_disks:  # no disk removes its part of an old one before all have this one
             self.ranks.gather(None)
-        if self.ranks.sees_to_disk:
+        if self.ranks.is_fs_leader:
             # DeepSpeed's own converters: they load pickles, and nothing here runs them.
             for script in self.run.checkpoints.glob("zero_to_*.py"):
                 script.unlink()

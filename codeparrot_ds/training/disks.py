@@ -67,7 +67,7 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
     set aside on every disk so that retention never counts them. Only those of up to `last_step` steps are looked at.
     Raises CheckpointError on all ranks when there are some and none is whole: a run never starts silently from step 0.
     """
-    looks, passed_over = ranks.sees_to_disk, dict[int, list[str]]()
+    looks, passed_over = ranks.is_fs_leader, dict[int, list[str]]()
     here = ({step_of(path) for path in run.checkpoint_directories(whole=False)}, run.prepared_steps())
     named, prepared = (set[int]().union(*sets) for sets in zip(*ranks.gather(here), strict=True))
     for step in sorted((step for step in named | prepared if step <= last_step), reverse=True):
@@ -161,7 +161,7 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
     except ConfigError as error:
         failure = str(error)
     _agree(ranks, failure)
-    if ranks.sees_to_disk:
+    if ranks.is_fs_leader:
         for name in sorted(set().union(*(lacking for _, lacking in everyone))):
             sources = [rank for rank in sorted(set(ranks.disk_of)) if name in everyone[rank][0]]
             if sources:

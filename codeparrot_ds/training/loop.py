@@ -47,7 +47,7 @@ class Trainer:
         metrics: on rank 0 only.
         offload: where the optimizer's state lives: "none", "cpu" or "nvme".
         step: optimizer steps taken.
-        left_out: stretches of the order that are not trained on.
+        skipped_ranges: stretches of the order that are not trained on.
         on_published: told the step of each checkpoint that is published; on rank 0 only.
     """
 
@@ -62,7 +62,7 @@ class Trainer:
     stop_requests: StopRequests
     offload: str = "none"
     step: int = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)
+    skipped_ranges: list[tuple[int, int]] = field(default_factory=list)
     on_published: Callable[[int], None] | None = None
     loss_valid: float | None = None
     _unlogged: list[Step] = field(default_factory=list)
@@ -162,7 +162,7 @@ class Trainer:
         return self._order.at(self._places(step))
 
     def _places(self, step: int) -> np.ndarray:
-        return places_of_step(step, self.recipe.batch.global_batch_size, self.left_out)
+        return places_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64."""
@@ -224,12 +224,12 @@ class Trainer:
             why = "there is no checkpoint from before it" if checkpoint is None else f"it is spike {self._go_backs}"
             raise TrainingError(f"{message}. Cannot go back: {why}. {mend}")
         places = np.concatenate([self._places(each) for each in suspects])
-        self.left_out = [*self.left_out, (int(places.min()), int(places.max()) + 1)]
-        if self.ranks.sees_to_disk:
+        self.skipped_ranges = [*self.skipped_ranges, (int(places.min()), int(places.max()) + 1)]
+        if self.ranks.is_fs_leader:
             checkpoints.abandon_after(self.run, checkpoint.path)
         self.ranks.gather(None)  # nobody is to go on from those, with the list
-        if self.ranks.sees_to_disk:
-            write_json(self.run.left_out_file, self.left_out)
+        if self.ranks.is_fs_leader:
+            write_json(self.run.skipped_ranges_file, self.skipped_ranges)
         if self.metrics is not None:
             self.metrics.go_back(checkpoint.step)
         log.warning(

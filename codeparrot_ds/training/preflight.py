@@ -82,7 +82,7 @@ def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int)
     recipe = checked.recipe
     swap = swap_directory(checked.ds_config)
     needs: list[tuple[Path, int, str]] = []
-    if ranks.sees_to_disk:
+    if ranks.is_fs_leader:
         to_come = checkpoints_to_come(recipe, step, len(checked.run.checkpoint_directories()))
         is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
         if is_last and recipe.checkpoints.every_minutes is None and offload_device(checked.ds_config) == "nvme":

@@ -46,7 +46,7 @@ class Ranks:
     disks: Any = None
 
     @property
-    def sees_to_disk(self) -> bool:
+    def is_fs_leader(self) -> bool:
         """Whether this rank alone makes, names and removes what lies in the run directory that it sees."""
         return self.rank == (self.disk_of[self.rank] if self.disk_of else 0)
 

@@ -64,7 +64,7 @@ class CheckpointWriter(TorchCheckpointEngine):
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until all files are down. Raises what went wrong with any of them."""
+        """Block until every file is fsynced. Re-raises the first error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -15,7 +15,7 @@ import psutil
 from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe, load_recipe
-from codeparrot_ds.shards.order import leave_out
+from codeparrot_ds.shards.order import skip_ranges
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.training.ranks import LAUNCHER
@@ -297,10 +297,10 @@ class Undisturbed:
     state: dict[str, str]
 
 
-def batches(recipe: Recipe, left_out: Sequence[tuple[int, int]] = ()) -> list[str]:
+def batches(recipe: Recipe, skipped_ranges: Sequence[tuple[int, int]] = ()) -> list[str]:
     """Digests of the batches that a run is to be fed, each sample once."""
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    places = leave_out(np.arange(recipe.schedule.last_step * recipe.batch.global_batch_size), left_out)
+    places = skip_ranges(np.arange(recipe.schedule.last_step * recipe.batch.global_batch_size), skipped_ranges)
     numbers = data.order(recipe.seed).at(places).reshape(recipe.schedule.last_step, -1)
     assert len(np.unique(numbers)) == numbers.size
     return [f"{batch_digest(data.train.batch(of_step)):016x}" for of_step in numbers]

@@ -132,7 +132,7 @@ def during_steps(fault: Fault, marks: Path) -> None:
 
     def faulty_step(self: Trainer) -> Step:
         now = self.step >= fault.step if fault.name == "nans" else self.step == fault.step
-        if not now or (fault.name == "again" and not self.left_out):
+        if not now or (fault.name == "again" and not self.skipped_ranges):
             return train_step(self)
         backward = self.engine.backward
 

@@ -1,4 +1,4 @@
-"""`codeparrot-ds launch` sees to a job: what died is started again, what will not mend itself is not."""
+"""`codeparrot-ds launch` supervises a job: what died is restarted, what a user must fix is not."""
 
 import itertools
 import json
@@ -71,7 +71,7 @@ def test_a_crash_loop_is_ended_and_nothing_is_lost(
         assert "ZeroDivisionError: made by the test" in found[-1]["reason"]
     pauses = [after["began"] - before["began"] - before["seconds"] for before, after in itertools.pairwise(found)]
     assert pauses[0] < 1 < 2 <= pauses[1] < 4
-    assert "Started again 2 times without a new checkpoint" in done.output
+    assert "Giving up after 2 restarts without a new checkpoint" in done.output
     assert run.checkpoints() == (name_of(2), [name_of(2)])
     expect_finished(run, undisturbed[2])
 
@@ -84,7 +84,7 @@ def test_when_the_supervisor_is_killed_all_end_and_the_next_goes_on(
     job.wait_for("paused")
     second = run.start_supervised(supervised=QUICK).end()
     assert second.returncode == EXIT_USER_ERROR, second.output
-    assert "another `codeparrot-ds launch` sees to this run" in second.output
+    assert "another `codeparrot-ds launch` is already supervising this run" in second.output
     assert len(job.family()) >= 4
     job.process.kill()
     third = run.start_supervised(supervised=QUICK)  # at once, while the old ranks may still live

@@ -266,7 +266,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
     said = expect_finished(run, undisturbed[2]).output.splitlines()
     for step, problem in expected.items():
         assert any(name_of(step) in line and problem in line for line in said), (step, said)
-    assert any("going on from" in line and name_of(2) in line for line in said)
+    assert any("resuming from" in line and name_of(2) in line for line in said)
     assert [row["step_seconds"] for row in run.rows()[:2]] == [row["step_seconds"] for row in rows[:2]]
     assert all(a["step_seconds"] != b["step_seconds"] for a, b in zip(run.rows()[2:], rows[2:], strict=True))
 
@@ -466,11 +466,11 @@ def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kill
 
     runs = [through(), killed()]
     size = runs[0].recipe.batch.global_batch_size
-    left_out = (min(SUSPECTS) * size, (max(SUSPECTS) + 1) * size)
+    skipped_ranges = (min(SUSPECTS) * size, (max(SUSPECTS) + 1) * size)
     for run in runs:
-        assert run.directory.left_out() == [left_out]
+        assert run.directory.skipped_ranges() == [skipped_ranges]
         found = read_run(run.directory.path)
-        assert found.digests() == batches(run.recipe, [left_out])
+        assert found.digests() == batches(run.recipe, [skipped_ranges])
         assert found.digests()[:13] == batches(run.recipe)[:13]
         status = run.status()
         assert (status["state"], status["step"], status["samples_seen"]) == (

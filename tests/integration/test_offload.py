@@ -62,7 +62,7 @@ def test_a_resumed_offloaded_run_equals_an_uninterrupted_one(
     assert whole.valid_losses()[6] < whole.valid_losses()[0] - 0.3
     shutil.rmtree(whole.run.checkpoint(6))  # as if it had been killed after its checkpoint at step 3
     resumed = train_offloaded(kind, ranks=ranks, options=options)
-    assert "going on from" in resumed.run.log(0).read_text()
+    assert "resuming from" in resumed.run.log(0).read_text()
     assert resumed.losses() == whole.losses()
     assert resumed.valid_losses() == whole.valid_losses()
     assert not list(tmp_path.glob("nvme/*.swap"))

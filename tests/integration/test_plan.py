@@ -123,11 +123,11 @@ def test_states_and_buffers_are_exact_and_the_peak_is_within_5_percent(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_phase_of_a_step_peaks_as_reckoned(case: Case, trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_each_phase_of_a_step_peaks_as_estimated(case: Case, trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """What is wrong with a phase in which no case has its peak would show nowhere else."""
-    reckoned = plan_of(case, tmp_path).own.memory.phases
+    estimated = plan_of(case, tmp_path).own.memory.phases
     for phase, measured in {"optimizer": "step", "forward": "forward", "backward": "backward"}.items():
-        most = max(count for name, count in reckoned.items() if name.startswith(phase))
+        most = max(count for name, count in estimated.items() if name.startswith(phase))
         assert most == pytest.approx(trials[case.name]["phases"][measured], rel=0.06), phase
 
 

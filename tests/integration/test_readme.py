@@ -92,7 +92,7 @@ def run_blocks(copy: Path, environment: dict[str, str]) -> None:
         done = bash(block, copy, environment)
         assert done.returncode == 0, f"{block}\n{done.stdout}"
         if "./launch/quickstart.sh" in block:
-            assert "going on from runs/quickstart/checkpoints/step-" in done.stdout
+            assert "resuming from runs/quickstart/checkpoints/step-" in done.stdout
             check_output(done.stdout)
 
 

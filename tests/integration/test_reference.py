@@ -84,7 +84,7 @@ def test_every_step_is_that_of_the_plain_loop_on_one_rank_and_on_two(
         trained = train_on(ranks)
         resolved = json.loads(trained.run.ds_config.read_text())
         assert resolved["zero_optimization"]["stage"] == stage
-        trained.require_checkpoint_as_large_as_reckoned(stage)
+        trained.require_checkpoint_as_large_as_estimated(stage)
         assert resolved["gradient_accumulation_steps"] == accumulation
         rows = [row for row in trained.rows if row["kind"] == "train"]
         difference, step = furthest([row["loss"] for row in rows], [step.loss for step in expected])

@@ -42,7 +42,7 @@ def test_each_stage_trains_and_converts(train_tiny: Train, baseline: Trained, tm
     assert abs(losses[0] - math.log(VOCAB_SIZE)) < 0.3
     assert losses[6] < losses[3] < losses[0]
     assert json.loads(trained.run.status_file.read_text())["state"] == "finished"
-    trained.require_checkpoint_as_large_as_reckoned(stage)
+    trained.require_checkpoint_as_large_as_estimated(stage)
 
     output = tmp_path / "hf"
     certificate = convert_run(trained, output)
@@ -78,7 +78,7 @@ def test_a_converted_model_loads_without_a_warning(baseline: Trained, tmp_path: 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_trains_on_fp32_masters_and_converts(train_tiny: Train, tmp_path: Path, stage: int) -> None:
     trained = train_tiny(f"bf16-stage{stage}", stage=stage, options=["engine.precision=bf16"])
-    trained.require_checkpoint_as_large_as_reckoned(stage, "bf16")
+    trained.require_checkpoint_as_large_as_estimated(stage, "bf16")
     certificate = convert_run(trained, tmp_path / "hf")
     assert abs(certificate["forward"]["loss_written"] - trained.valid_losses()[6]) < 2e-2
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -116,7 +116,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny: Train, baseline: 
     whole, halved = baseline, copy_baseline("halved")
     shutil.rmtree(halved.run.checkpoint(6))  # as if it had been killed after its checkpoint at step 3
     resumed = train_tiny("halved")
-    assert "going on from" in (resumed.run.logs / "rank_00000.log").read_text()
+    assert "resuming from" in (resumed.run.logs / "rank_00000.log").read_text()
     assert resumed.losses() == whole.losses()
     assert resumed.digests() == whole.digests()
     assert resumed.valid_losses() == whole.valid_losses()
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: T
     assert again.losses() == trained.losses()
     log = (again.run.logs / "rank_00000.log").read_text()
     assert f"step-00000006: {file.name}: its bytes are not those that were written" in log
-    assert re.search("going on from .*step-00000003", log)
+    assert re.search("resuming from .*step-00000003", log)
 
 
 def test_a_finished_run_whose_status_was_lost_is_finished_again(train_tiny: Train, copy_baseline: Copy) -> None:

@@ -95,7 +95,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     on(real_hosts, 1, "mv", resumed_at, run.unfinished(3))
     again = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(1, 0))
     assert again.returncode == 0, again.output
-    assert f"going on from {resumed_at}" in again.output
+    assert f"resuming from {resumed_at}" in again.output
     rows = real_hosts.run(["cat", run.metrics], timeout=10, host=1).output.splitlines()
     resumed = Trained(run, [json.loads(line) for line in rows])
     assert resumed.losses() == baseline.losses()[3:]

@@ -51,7 +51,7 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     shutil.rmtree(newest.path)
     again = run_deepspeed(real_hosts, recipe, tmp_path)
     assert again.returncode == 0, again.output
-    assert f"going on from {run.checkpoint(3)}" in run.log(0).read_text()
+    assert f"resuming from {run.checkpoint(3)}" in run.log(0).read_text()
     resumed = Trained(run, read_metrics(run.metrics))
     assert resumed.losses() == baseline.losses()
     assert resumed.valid_losses() == baseline.valid_losses()

@@ -69,7 +69,7 @@ def test_a_finished_corpus_is_kept_and_other_options_are_refused(sources: Path, 
     manifest = collect(tmp_path / "corpus", [sources])
     (sources / "new.py").write_text("new = 1\n")
     assert collect(tmp_path / "corpus", [sources]) == manifest
-    with pytest.raises(DataError, match="made otherwise"):
+    with pytest.raises(DataError, match="built with different options"):
         collect(tmp_path / "corpus", [sources], max_file_bytes=5)
 
 

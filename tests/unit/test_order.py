@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.sections import Batch
-from codeparrot_ds.shards.order import Blend, BlendedOrder, Order, Permutation, leave_out
+from codeparrot_ds.shards.order import Blend, BlendedOrder, Order, Permutation, skip_ranges
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 from codeparrot_ds.training.ranks import Ranks
 
@@ -141,12 +141,12 @@ def test_positions_are_as_random_as_numpys() -> None:
 
 
 def test_what_is_left_out_is_never_read_and_all_else_once() -> None:
-    left_out = [(30, 40), (10, 14), (36, 44), (100, 100)]
-    places = leave_out(np.arange(60), left_out)
+    skipped_ranges = [(30, 40), (10, 14), (36, 44), (100, 100)]
+    places = skip_ranges(np.arange(60), skipped_ranges)
     assert places.tolist() == [*range(10), *range(14, 30), *range(44, 78)]
-    assert leave_out(np.arange(5), []).tolist() == [0, 1, 2, 3, 4]
+    assert skip_ranges(np.arange(5), []).tolist() == [0, 1, 2, 3, 4]
     for start in range(0, 60, 7):  # a function of the position alone
         assert (
-            leave_out(np.arange(start, start + 7), left_out).tolist()
-            == leave_out(np.arange(67), left_out).tolist()[start : start + 7]
+            skip_ranges(np.arange(start, start + 7), skipped_ranges).tolist()
+            == skip_ranges(np.arange(67), skipped_ranges).tolist()[start : start + 7]
         )

@@ -27,12 +27,12 @@ def test_accumulation_is_free_only_where_nothing_is_partitioned_but_the_optimize
 def test_the_slowest_link_decides_and_one_gpu_sends_nothing() -> None:
     sent = Traffic(6e9, 3e9, 0)
     alone = step_time(XL, sent, Cluster(1, 1.0), 1024)
-    assert alone.in_turn == alone.overlapped == alone.compute_seconds
+    assert alone.no_overlap_seconds == alone.overlap_seconds == alone.compute_seconds
     one_host = step_time(XL, sent, Cluster(8, 1e9, gpu_bytes_per_second=100e9), 1024)
     two_hosts = step_time(XL, sent, Cluster(16, 1e9, gpu_bytes_per_second=100e9), 1024)
     assert one_host.communication_seconds == pytest.approx(9e9 * 7 / 8 / 100e9)
     assert two_hosts.communication_seconds == pytest.approx(9e9 * 15 / 16 / 1e9)
-    assert two_hosts.in_turn == two_hosts.compute_seconds + two_hosts.communication_seconds
+    assert two_hosts.no_overlap_seconds == two_hosts.compute_seconds + two_hosts.communication_seconds
 
 
 def test_compute_follows_mfu_and_recomputing_costs_a_third() -> None:

@@ -178,7 +178,7 @@ def test_finished_shards_are_kept_and_others_are_refused(data: Path, tmp_path: P
     before = (tmp_path / "s" / MANIFEST).stat().st_mtime_ns
     build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
     assert (tmp_path / "s" / MANIFEST).stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="made otherwise"):
+    with pytest.raises(DataError, match="built with different options"):
         build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.2, workers=1)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=1.5)
