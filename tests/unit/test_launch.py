@@ -76,7 +76,7 @@ def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[...,
 def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=INFO\nA = b c\n")
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=INFO\nA = b c\nMY_API_KEY=x\n")
     found = forwarded(
         {
             "PATH": "/bin:/my bin",

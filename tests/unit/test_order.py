@@ -101,6 +101,13 @@ def test_weights_that_cannot_be_dealt_are_named(weights: list[float], what: str)
         Blend(weights)
 
 
+def test_sources_of_equal_length_have_different_orders() -> None:
+    fed = BlendedOrder([50, 50], [1, 1], seed=5).take(0, 100)
+    first, second = fed[fed < 50], fed[fed >= 50] - 50
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first.tolist() != second.tolist()
+
+
 def test_a_blended_order_goes_round_each_source_by_itself() -> None:
     order = BlendedOrder([10, 30], [1, 1], seed=5)
     taken = order.take(0, 60)  # three epochs of the first source, one of the second

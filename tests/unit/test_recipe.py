@@ -283,3 +283,18 @@ def test_yaml_floats_without_a_dot_are_numbers(tiny_recipe: dict[str, Any], tmp_
     text = yaml.safe_dump(tiny_recipe).replace("learning_rate: 0.01", "learning_rate: 5e-4")
     (tmp_path / "r.yaml").write_text(text)
     assert load_recipe(tmp_path / "r.yaml").optimizer.learning_rate == 5e-4
+
+
+def test_a_run_is_held_to_its_model_seed_batch_and_data(tiny_recipe: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(tiny_recipe)
+    identity = recipe.identity("a")
+    assert identity == Recipe.model_validate({**tiny_recipe, "name": "other"}).identity("a")
+    changes: list[tuple[str, dict[str, Any], str]] = [
+        ("digest of data.shards", {}, "b"),
+        ("seed", {"seed": 2}, "a"),
+        ("batch.global_batch_size", {"batch": {"global_batch_size": 8}}, "a"),
+        ("model", {"model": {**tiny_recipe["model"], "n_layer": 3}}, "a"),
+    ]
+    for key, change, digest in changes:
+        other = Recipe.model_validate({**tiny_recipe, **change}).identity(digest)
+        assert {name for name in identity if other[name] != identity[name]} == {key}

@@ -16,7 +16,7 @@ from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.build import build, split_of
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
-from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.shards.verify import _check_bytes, verify
 from codeparrot_ds.system.files import MANIFEST, exclusive_lock
 from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder
@@ -204,6 +204,15 @@ def test_a_flipped_byte_is_found_and_named(shards: Path, suffix: str) -> None:
         verify(shards, deep=True)
 
 
+def test_an_id_beyond_the_vocabulary_is_found(tmp_path: Path) -> None:
+    ids = np.array([5, 299, 300], "<u2")
+    for vocab_size, fits in ((301, True), (300, False)):
+        shard = write_shard(tmp_path, f"train-{vocab_size:05d}", [ids], np.dtype("<u2"))
+        manifest = Manifest(tmp_path, vocab_size, 0, "", "uint16", (shard,))
+        found = _check_bytes(LocalDirectory(tmp_path), manifest, shard)
+        assert found == [] if fits else "holds id 300, the vocabulary ends at 300" in found[0]
+
+
 def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
     (shards / "train-00000.idx").unlink()
     path = shards / "valid-00000.bin"
@@ -252,23 +261,31 @@ def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
         verify(shards)
 
 
-def test_packed_sequences_use_every_token_once_across_shards(data: Path, tmp_path: Path) -> None:
+# The second has sequences that end with a shard, and as many tokens as whole sequences have without the last target.
+@pytest.mark.parametrize("lengths", [(10, 1, 57, 33), (16, 8, 72)])
+def test_packed_sequences_use_every_token_once_across_shards(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, 300, n).astype("<u2") for n in (10, 1, 57, 33)]
+    pieces = [rng.integers(0, 300, n).astype("<u2") for n in lengths]
     infos = []
     for number, ids in enumerate(pieces):
         infos.append(write_shard(tmp_path, f"train-{number:05d}", [ids], np.dtype("<u2")))
     manifest = Manifest(tmp_path, 300, 0, "", "uint16", tuple(infos))
     stream = np.concatenate(pieces)
     packed = PackedSequences(manifest, "train", 8)
-    assert len(packed) == (len(stream) - 1) // 8 == 12
-    for i in range(len(packed)):
-        assert packed.read(i).tolist() == stream[i * 8 : i * 8 + 9].tolist()
-    batch = packed.batch(np.array([3, 0]))
-    assert batch.dtype == np.int64
-    assert batch.tolist() == [stream[24:33].tolist(), stream[0:9].tolist()]
-    with pytest.raises(IndexError):
-        packed.read(12)
+    count = {101: 12, 96: 11}[len(stream)]
+    assert len(packed) == count
+    expected = [stream[i * 8 : i * 8 + 9].tolist() for i in range(count)]
+    assert [packed.read(i).tolist() for i in range(count)] == expected
+    for numbers in ([3, 0], range(count), reversed(range(count))):
+        order = np.array(list(numbers))
+        batch = packed.batch(order)
+        assert batch.dtype == np.int64
+        assert batch.tolist() == [expected[i] for i in order]
+    for number in (-1, count):
+        with pytest.raises(IndexError):
+            packed.read(number)
+        with pytest.raises(IndexError):
+            packed.batch(np.array([number]))
     with pytest.raises(DataError, match="fewer than one sequence"):
         PackedSequences(manifest, "train", 200)
 
