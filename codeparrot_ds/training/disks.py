@@ -120,12 +120,13 @@ def _choose(copies: Sequence[_Copy | None]) -> tuple[_Copy | None, list[str]]:
             return same[0], []
         damaged = {name: problem for copy in same for name, problem in copy.problems.items() if name not in good}
         problems += damaged.values()
-        missing = defaultdict[str, list[str]](list)
+        missing = defaultdict[str | None, list[str]](list)
         for name in files.keys() - good - damaged.keys():
-            missing[files[name].get("host", "another host")].append(name)
+            missing[files[name].get("host")].append(name)
+        problems += [f"{name} is missing" for name in sorted(missing.pop(None, []))]  # written to a shared disk
         problems += [
             f"{len(names)} files that {host} wrote are on none of these hosts, such as {min(names)}"
-            for host, names in sorted(missing.items())
+            for host, names in sorted(missing.items(), key=str)
         ]
     return None, problems or ["no readable manifest, so this is no complete checkpoint"]
 

@@ -392,7 +392,8 @@ def test_comparing_loads_no_torch(make: Make) -> None:
     code = """
 import sys
 from pathlib import Path
-from codeparrot_ds.report.compare import as_rows, compare
+from codeparrot_ds.report.compare import compare
+from codeparrot_ds.report.compare_text import as_rows
 from codeparrot_ds.run.directory import RunDirectory
 as_rows(compare(*(RunDirectory(Path(run)) for run in sys.argv[1:])))
 print(*{"torch", "transformers", "deepspeed", "datasets", "numpy"} & set(sys.modules))
