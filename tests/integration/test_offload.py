@@ -14,9 +14,13 @@ from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.export.convert import convert
-from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, train
+from tests.conftest import LAUNCH_TIMEOUT, OPERATORS_TIMEOUT, ROOT, VOCAB_SIZE, RunRanks, Trained, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("operators")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("operators"),
+    pytest.mark.timeout(OPERATORS_TIMEOUT + LAUNCH_TIMEOUT),
+]
 Train = Callable[..., Trained]
 
 

@@ -23,7 +23,7 @@ from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.system.files import exclusive_lock
-from tests.conftest import ROOT, VOCAB_SIZE, RunRanks, Trained, save_recipe, train
+from tests.conftest import LAUNCH_TIMEOUT, OPERATORS_TIMEOUT, ROOT, VOCAB_SIZE, RunRanks, Trained, save_recipe, train
 
 pytestmark = pytest.mark.slow
 Train = Callable[..., Trained]
@@ -247,6 +247,7 @@ def offload_recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
     return save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
 
 
+@pytest.mark.timeout(OPERATORS_TIMEOUT + LAUNCH_TIMEOUT)
 @pytest.mark.usefixtures("operators")
 def test_offload_trains_after_saying_that_it_builds_an_operator(
     forked: RunRanks, offload_recipe: Path, tiny_recipe: dict[str, Any]
