@@ -85,8 +85,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         )
     if problems:
         raise ConfigError(list_problems(str(recipe.engine.deepspeed), problems))
-    # Ours reports the steps; DeepSpeed's own lines would repeat them.
+    # Ours reports the steps; DeepSpeed's own lines would repeat them, and its timer waits for the device twice a step.
     resolved.setdefault("steps_per_print", 2**31 - 1)
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
+    if stage == 1 and recipe.engine.precision == "bf16":  # or bf16 gradients would stay until the backward pass ends
+        resolved["bf16"].setdefault("immediate_grad_update", True)
     return resolved
 
 

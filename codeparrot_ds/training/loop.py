@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from codeparrot_ds.training.guards import (
     drop_gradients_unless_finite,
     replicas_differ,
 )
-from codeparrot_ds.training.metrics import Metrics, Step, log, peak_memory_bytes
+from codeparrot_ds.training.metrics import Instant, Metrics, Step, log, peak_memory_bytes, read_tensors
 from codeparrot_ds.training.ranks import Ranks
 
 _GO_BACK_STEPS = 8  # before a spike whose samples may have caused it
@@ -96,7 +96,6 @@ class Trainer:
         while self.step < last:
             self._unlogged.append(self.train_step())
             self.step += 1
-            self._look_for_skips()
             done = self.step == last
             stop, save_now, writing = self.stop_requests.finish_exchange()
             if not writing:
@@ -118,7 +117,7 @@ class Trainer:
 
     def train_step(self) -> Step:
         """One optimizer step over the global batch, of which this rank takes its slice."""
-        started = time.perf_counter()
+        started, started_on_host = Instant(self.ranks.device), time.perf_counter()
         self.watchdog.beat(f"step {self.step}")
         engine, batch = self.engine, self.recipe.batch
         rate = self.recipe.optimizer.learning_rate * self.recipe.schedule.ratio(self.step)
@@ -130,10 +129,10 @@ class Trainer:
         micro, accumulation = batch.micro_batch_and_accumulation(self.ranks.world_size)
         mine = self.data.train.batch(self.sequences(self.step)[self.ranks.slice(micro * accumulation)])
         digest = batch_digest(mine)
-        data_seconds = time.perf_counter() - started
+        data_seconds = time.perf_counter() - started_on_host
         loss = torch.zeros((), device=self.ranks.device)
-        for number, ids in enumerate(mine.reshape(accumulation, micro, -1), start=1):
-            micro_loss = self.loss(torch.from_numpy(ids))
+        for number, ids in enumerate(self._on_device(mine).view(accumulation, micro, -1), start=1):
+            micro_loss = self.loss(ids)
             engine.backward(micro_loss)  # divides by the accumulation steps itself
             loss += micro_loss.detach() / accumulation
             if number == accumulation:
@@ -143,19 +142,15 @@ class Trainer:
                 writing = self._saving is not None and self._saving.busy
                 self.stop_requests.begin_exchange(self._checkpoint_is_old(), writing)
             engine.step()  # acts on the last micro-batch only
-        norm = engine.get_global_grad_norm()
-        seconds = time.perf_counter() - started
-        return Step(self.step, loss, digest, rate, norm, engine.skipped_steps, False, seconds, data_seconds)
+        norm, skipped = engine.get_global_grad_norm(), engine.skipped_so_far()
+        return Step(self.step, loss, digest, rate, norm, skipped, started, Instant(self.ranks.device), data_seconds)
 
-    def _look_for_skips(self) -> None:
-        """Note whether the last step was skipped. Raises TrainingError, with all samples listed, when too many were."""
-        last = self._unlogged[-1]
-        try:
-            last.skipped = self._skipped.look(last.step, last.skipped_steps)
-        except TrainingError:
-            last.skipped = True
-            self.write_log()
-            raise
+    def _on_device(self, ids: np.ndarray) -> torch.Tensor:
+        """A copy, for which a GPU's host does not wait: it is made from memory that is pinned."""
+        on_host = torch.from_numpy(ids)
+        if self.ranks.device.type == "cuda":
+            on_host = on_host.pin_memory()
+        return on_host.to(self.ranks.device, non_blocking=True)
 
     def sequences(self, step: int) -> np.ndarray:
         """Numbers of the training sequences of optimizer step `step`, [global_batch_size] int64."""
@@ -165,37 +160,55 @@ class Trainer:
         return places_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64."""
-        ids = ids.to(self.ranks.device, non_blocking=True)
+        """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64, on the device."""
         loss: torch.Tensor = self.engine(input_ids=ids[:, :-1], targets=ids[:, 1:])
         return loss
 
     def write_log(self) -> tuple[int, float, float] | None:
         """Sum the steps not yet logged over ranks and write a row each. All ranks must call.
 
-        Returns step, loss and median of the first loss spike among them, the same on all ranks.
+        Returns step, loss and median of the first loss spike among them, the same on all ranks. Raises TrainingError,
+        with all samples listed, when too many steps in a row were skipped.
         """
         steps, self._unlogged = self._unlogged, []
         if not steps:
             return None
-        losses = self.ranks.sum(torch.stack([step.loss for step in steps]).double()) / self.ranks.world_size
+        summed = self.ranks.sum(torch.stack([step.loss for step in steps]).double())
+        # The only wait for the device: all that is to be read of these steps is read at once.
+        read = read_tensors([*summed, *(s.gradient_norm for s in steps), *(s.skipped_steps for s in steps)])
+        losses = [value / self.ranks.world_size for value in read[: len(steps)]]
+        for step, norm, skipped in zip(steps, read[len(steps) : 2 * len(steps)], read[2 * len(steps) :], strict=True):
+            step.gradient_norm, step.skipped_steps = norm, int(skipped)
+        too_many = self._look_for_skips(steps)
         signed = [step.digest - (1 << 64) if step.digest >> 63 else step.digest for step in steps]
-        digests = self.ranks.sum(torch.tensor(signed, device=self.ranks.device))
+        digests = self.ranks.sum_on_host(signed)
         memory = self.ranks.begin_max([peak_memory_bytes(self.ranks.device)])()[0]
         spike = None
         if self.recipe.guards.spike != "ignore":
-            for step, loss in zip(steps, losses.tolist(), strict=True):
+            for step, loss in zip(steps, losses, strict=True):
                 if step.skipped:  # it has done no harm
                     continue
                 median = self._spikes.look(loss)
                 if median is not None and spike is None:
                     spike = (step.step, loss, median)
         if self.metrics is not None:
-            self.metrics.steps(steps, losses.tolist(), digests.tolist(), memory, self.ranks)
+            self.metrics.steps(steps, losses, digests, memory, self.ranks)
             skipped = [step.step for step in steps if step.skipped]
             if skipped and self.recipe.engine.precision != "fp16":  # which skips steps as it looks for its scale
                 self._name_samples(skipped, "skipped: gradients that are not finite")
+        if too_many is not None:
+            raise too_many
         return spike
+
+    def _look_for_skips(self, steps: Sequence[Step]) -> TrainingError | None:
+        """Note which steps were skipped; returns why to end the run when there were too many in a row."""
+        too_many = None
+        for step in steps:
+            try:
+                step.skipped = self._skipped.look(step.step, step.skipped_steps)
+            except TrainingError as error:
+                step.skipped, too_many = True, too_many or error
+        return too_many
 
     def answer_spike(self, step: int, loss: float, median: float) -> bool:
         """Name the samples of a loss spike and do what the recipe says; whether the run went back. All ranks call.
@@ -276,9 +289,11 @@ class Trainer:
                 # Every rank must take part in every ZeRO-3 forward: one without a share repeats a sequence, unweighted.
                 block = numbers[start : start + micro * self.ranks.world_size]
                 mine = block[self.ranks.rank :: self.ranks.world_size]
-                loss = self.loss(torch.from_numpy(self.data.valid.batch(mine if len(mine) else block[:1])))
-                total += torch.stack([loss.double() * len(mine), torch.tensor(float(len(mine))).to(loss)])
-            samples = [self.sample(int(number)) for number in numbers[: self.recipe.evaluation.samples]]
+                loss = self.loss(self._on_device(self.data.valid.batch(mine if len(mine) else block[:1])))
+                total[0] += loss.double() * len(mine)
+                total[1] += len(mine)
+            with torch.compiler.set_stance("force_eager"):  # every length would be another graph
+                samples = [self.sample(int(number)) for number in numbers[: self.recipe.evaluation.samples]]
         self.engine.train()
         loss_sum, sequences = self.ranks.sum(total).tolist()
         self.loss_valid = loss_sum / sequences

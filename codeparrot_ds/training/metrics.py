@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,44 @@ class Step:
     digest: int  # of the ids this rank fed
     learning_rate: float
     gradient_norm: Any
-    skipped_steps: int  # so far, by the engine, for gradients that are not finite
-    skipped: bool  # this one
-    seconds: float
+    skipped_steps: Any  # so far, by the engine, for gradients that are not finite
+    started: "Instant"
+    ended: "Instant"
     data_seconds: float  # of them, until the batch was there
+    skipped: bool = False  # this one, once that has been looked at
+
+    @property
+    def seconds(self) -> float:
+        """That the step took on the device. To be read when the device has done it."""
+        return self.ended.seconds_since(self.started)
+
+
+class Instant:
+    """When the device comes to this point of what it was given to do; on CPU ranks, now."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self._event: Any = None
+        self._now = time.perf_counter()
+        if device.type == "cuda":
+            import torch
+
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_since(self, earlier: "Instant") -> float:
+        """Between two that the device has come to."""
+        if self._event is None:
+            return self._now - earlier._now
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+def read_tensors(values: Sequence[Any]) -> list[Any]:
+    """`values` with every [] tensor among them read, all in one wait for the device."""
+    import torch
+
+    tensors = [value.detach().reshape(()).double() for value in values if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack([each.to(tensors[0].device) for each in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 class Metrics:
@@ -114,7 +149,7 @@ class Metrics:
                 "step": step.step,
                 "loss": loss,
                 "learning_rate": step.learning_rate,
-                "gradient_norm": None if step.gradient_norm is None else float(step.gradient_norm),
+                "gradient_norm": step.gradient_norm,
                 "step_seconds": step.seconds,
                 "data_seconds": step.data_seconds,
                 "tokens_per_second": tokens_per_step / step.seconds,

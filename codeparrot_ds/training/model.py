@@ -13,6 +13,8 @@ from torch import nn
 
 from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.run.sections import Model
+from codeparrot_ds.training import attention
+from codeparrot_ds.training.loss import LossHead
 
 _INIT_STD = 0.02  # GPT-2's `initializer_range`
 
@@ -44,11 +46,12 @@ def build_model(
     import deepspeed
     from transformers import GPT2Config
 
+    attention.register()
     make = _class_with_loss()
     config = GPT2Config(
         **model.hugging_face_config(eos_id),
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention.CAUSAL,
         # GPT-2's own, in one kernel: "gelu_new" makes it of seven, and keeps their results for the backward pass.
         activation_function="gelu_pytorch_tanh",
     )
@@ -83,6 +86,16 @@ def recompute_activations(network: Any, mode: str) -> None:
         block.gradient_checkpointing = mode == "full" or (mode == "selective" and number % 2 == 0)
 
 
+def compile_blocks(network: Any, device: torch.device, *, whole: bool = True) -> None:
+    """torch.compile for each block. All blocks are one graph, compiled once for each shape of a micro-batch.
+
+    whole: fail where a block is no single graph. At ZeRO-3 it is none: DeepSpeed gathers weights between its modules.
+    """
+    attention.share_scale(network, device)
+    for block in network.transformer.h:
+        block.compile(fullgraph=whole, dynamic=False)
+
+
 @lru_cache(maxsize=1)
 def _class_with_loss() -> Any:
     """transformers' GPT-2 with our head; made on first use, for importing transformers takes seconds."""
@@ -95,6 +108,8 @@ def _class_with_loss() -> Any:
             self.lm_head = LossHead(config.n_embd, config.vocab_size, bias=False)
 
         def forward(self, input_ids: Any = None, targets: Any = None, **others: Any) -> Any:
+            if others.get("attention_mask") is not None:
+                raise ValueError("the training network takes no attention mask")
             if targets is None:
                 return super().forward(input_ids, **others)
             hidden = self.transformer(input_ids).last_hidden_state
@@ -127,73 +142,6 @@ class _EmbeddingSummedInFp32(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         summed = torch.ops.aten.embedding_dense_backward(gradients[0].float(), ids, ctx.rows, -1, False)
         return summed.to(ctx.dtype), None
-
-
-class LossHead(nn.Linear):
-    """The projection to logits, which can give the mean loss without ever holding all logits.
-
-    At 8 sequences of 1,024 tokens and 32,768 token ids the logits take 1.1 GB in fp32, and so does their gradient.
-    """
-
-    chunk_tokens = 4096
-
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [batch, seq_len, n_embd] to logits [batch, seq_len, vocab], or with `targets` [batch, seq_len]
-        int64 to their mean loss [] in nats per token."""
-        if targets is None:
-            return super().forward(hidden)
-        loss: torch.Tensor = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight, targets.flatten(), self.chunk_tokens)
-        return loss
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a projection, some tokens at a time: gradients are made in the forward pass, while a
-    chunk's logits are there, so that no logits are kept and none are made twice. Source of the idea: Liger Kernel's
-    fused linear cross-entropy (Hsu et al., 2024)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
-    ) -> torch.Tensor:
-        """hidden [tokens, n_embd], weight [vocab, n_embd], targets [tokens] int64, loss [] fp32."""
-        needs_gradient = any(ctx.needs_input_grad[:2])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
-        weight_gradient: torch.Tensor | None = None
-        for start in range(0, len(hidden), chunk):
-            part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            log_probabilities = F.log_softmax(F.linear(part, weight), 1, dtype=torch.float32)
-            total -= log_probabilities.gather(1, wanted).sum()
-            if hidden_gradient is None:
-                continue
-            # d loss / d logits, not yet divided by the number of tokens: fp16 would lose it otherwise.
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=gradient.dtype))
-            rounded = gradient.to(hidden.dtype)
-            torch.mm(rounded, weight, out=hidden_gradient[start : start + chunk])
-            if weight_gradient is None:
-                weight_gradient = (rounded.T @ part).float()
-            elif rounded.dtype == torch.float32:
-                weight_gradient.addmm_(rounded.T, part)
-            else:
-                weight_gradient += rounded.T @ part
-            del log_probabilities, gradient, rounded  # or they would stay while the next chunk's are made
-        if hidden_gradient is not None:
-            ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.tokens, ctx.weight_type = len(hidden), weight.dtype
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """The kept gradients times that of the loss."""
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = gradients[0] / ctx.tokens
-        return (
-            hidden_gradient * scale.to(hidden_gradient.dtype),
-            (weight_gradient * scale).to(ctx.weight_type),
-            None,
-            None,
-        )
 
 
 def initialise(network: nn.Module, model: Model, seed: int) -> None:

@@ -68,6 +68,12 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
+    def sum_on_host(self, values: Sequence[int]) -> list[int]:
+        """Sum of each of `values`, int64, over ranks; all ranks must call. Sums wrap modulo 2^64; no device waits."""
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, group=self.control)
+        return [int(value) for value in tensor.tolist()]
+
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """Begin to take the largest of each of `values` over ranks; all ranks must call. What is returned waits."""
         tensor = torch.tensor(values)
@@ -111,6 +117,9 @@ def join() -> Ranks:
         _prepare_cpu(on_this_host)
         device = torch.device("cpu")
     else:
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            # Segments that grow leave no holes between activations of different sizes.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     if on_this_host < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.run.sections import Model
+from codeparrot_ds.training.loss import LossHead
 from codeparrot_ds.training.model import (
-    LossHead,
     TokenEmbedding,
     build_model,
     initial_value,
