@@ -194,7 +194,8 @@ class Benchmark:
         if not self.run([path], job, f"{peer}, micro-batch {micro_batch}", plain=peer == "nanogpt"):
             return False
         found = json.loads(Path(job["output"]).read_text())
-        seconds = found.get("step_seconds") or np.diff(found["ends"]).tolist()
+        if found.get("out_of_memory"):
+            return False
         self.add(
             {
                 "part": "peers",
@@ -203,7 +204,7 @@ class Benchmark:
                 "stage": None if peer == "nanogpt" else 1,
                 "recompute": "none",
                 "micro_batch": micro_batch,
-                "step_seconds": seconds[-STEPS:],
+                "step_seconds": found["step_seconds"][-STEPS:],
                 "tokens_per_step": micro_batch * recipe.model.seq_len,
                 "peak_bytes": found.get("peak_bytes"),
                 "flops_per_token": recipe.model.flops_per_token,

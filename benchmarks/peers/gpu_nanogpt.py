@@ -1,55 +1,88 @@
-"""nanoGPT's model and loop on random ids. Usage: python gpu_nanogpt.py JOB.json
+"""nanoGPT's model and loop on random ids, on one GPU or CPU. Usage: python gpu_nanogpt.py JOB.json
 
-Its `train.py` as it is by default: autocast to bf16, fused AdamW by its own `configure_optimizers`, clipping, and
-torch.compile.
-The job names the directory with its `model.py`.
+The loop of its `train.py` as it is by default: autocast to bf16 on a GPU, fused AdamW by its own
+`configure_optimizers`, gradients accumulated and clipped, the next micro-batch fetched while the GPU computes, the loss
+read at every step, torch.compile. Evaluation, checkpoints and the schedule are left out. Biases are kept, as GPT-2 has
+them, and the weights are made on the GPU.
+
+Keys of the job:
+    nanogpt: directory with its `model.py`.
+    model: {"vocab_size", "seq_len", "n_layer", "n_embd", "n_head"}; others are ignored.
+    micro_batch: sequences.
+    accumulation: micro-batches a step, 1 when left out.
+    steps: all of them, warm-up included.
+    compile: whether to compile, true when left out.
+    output: receives the report, see standalone.py, with `last_loss`.
 """
 
 import json
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from standalone import Report, memory_may_run_out
+
+LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIPPING = 2e-4, 0.1, (0.9, 0.95), 1.0
+IDS = 1 << 20
 
 
 def main() -> None:
-    """Train, and write down seconds of each step and the most memory."""
+    """Train, and report each step."""
     job = json.loads(Path(sys.argv[1]).read_text())
+    report = Report(job["output"])
+    with memory_may_run_out(report):
+        train(job, report)
+
+
+def train(job: dict[str, Any], report: Report) -> None:
+    """All steps of the job."""
     sys.path.insert(0, job["nanogpt"])
     from model import GPT, GPTConfig  # type: ignore[import-not-found, unused-ignore]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(1337)
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     shape = {key: job["model"][key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    network = GPT(GPTConfig(**shape, block_size=job["model"]["seq_len"], dropout=0.0, bias=True)).to(device)
-    optimizer = network.configure_optimizers(0.1, 2e-4, (0.9, 0.95), device)
-    if job["compile"]:
+    seq_len, micro_batch = job["model"]["seq_len"], job["micro_batch"]
+    accumulation = job.get("accumulation", 1)
+    with torch.device(device):
+        network = GPT(GPTConfig(**shape, block_size=seq_len, dropout=0.0, bias=True))
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    optimizer = network.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device)
+    if job.get("compile", True):
         network = torch.compile(network)
     context = torch.amp.autocast(device, dtype=torch.bfloat16) if device == "cuda" else nullcontext()
-    size = (job["steps"], job["micro_batch"], job["model"]["seq_len"] + 1)
-    ids = torch.randint(job["model"]["vocab_size"], size).to(device)
-    seconds = []
-    for batch in ids:
-        _synchronize()
-        started = time.perf_counter()
-        with context:
-            _, loss = network(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+    data = np.random.default_rng(1337).integers(shape["vocab_size"], size=IDS, dtype=np.uint16)
+
+    def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, [micro_batch, seq_len] int64 each."""
+        starts = torch.randint(len(data) - seq_len, (micro_batch,)).tolist()
+        inputs = torch.stack([torch.from_numpy(data[i : i + seq_len].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
+        if device == "cpu":
+            return inputs, targets
+        return inputs.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
+
+    inputs, targets = get_batch()
+    report.begin()
+    for _ in range(job["steps"]):
+        for _ in range(accumulation):
+            with context:
+                _, loss = network(inputs, targets)
+                loss = loss / accumulation
+            inputs, targets = get_batch()
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIPPING)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        _synchronize()
-        seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    Path(job["output"]).write_text(json.dumps({"step_seconds": seconds, "peak_bytes": peak, "loss": loss.item()}))
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        report.body["last_loss"] = loss.item() * accumulation
+        report.step_ended()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
     loader: DataLoader = DataLoader(rows, batch_size=micro, shuffle=False)
     network, optimizer, loader, scheduler = accelerator.prepare(network, optimizer, loader, scheduler)
     network.train()
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(job)
     for (batch,) in loader:
         with accelerator.accumulate(network):
             loss = network(batch, labels=batch).loss
@@ -42,7 +42,7 @@ def main() -> None:
         stopwatch.losses.append(loss.detach())
         if accelerator.sync_gradients:
             stopwatch.tick()
-    stopwatch.report(job)
+    stopwatch.finish()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def main() -> None:
     micro = engine.train_micro_batch_size_per_gpu()
     # This rank's slice of each step as micro-batches, [steps, accumulation, micro, seq_len + 1], on its device.
     ids = job.ids().unflatten(1, (world_size, -1, micro))[:, rank].to(engine.device)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(job)
     for step in range(job.steps):
         for batch in ids[step]:
             logits = engine(input_ids=batch[:, :-1]).logits
@@ -25,7 +25,7 @@ def main() -> None:
             engine.step()
             stopwatch.losses.append(loss.detach())
         stopwatch.tick()
-    stopwatch.report(job)
+    stopwatch.finish()
 
 
 if __name__ == "__main__":

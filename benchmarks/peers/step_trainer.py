@@ -1,14 +1,18 @@
-"""Hugging Face's Trainer with a DeepSpeed JSON. Usage: deepspeed step_trainer.py JOB.json
+"""Hugging Face's Trainer with a DeepSpeed JSON. Usage: deepspeed step_trainer.py JOB.json, or python for one rank
 
-Its own data loader, collator, logging and clipping; no evaluation, no checkpoint, no TensorBoard. Labels are the
-inputs, which GPT-2 shifts itself: one target fewer a sequence than ours.
+Its own data loader, collator, logging and clipping; no evaluation, no checkpoint, no TensorBoard. Its search for losses
+that are no number is off, for that reads each micro-batch's loss on the host. It still reads the gradient norm at every
+step, and logs a step after its end was noted: a log line counts to the step after it. Labels are the inputs, which
+GPT-2 shifts itself: one target fewer a sequence than ours.
 """
 
+import os
 import tempfile
 from typing import Any
 
 import torch
-from steps import Stopwatch, read_job, tell_accelerate_the_backend
+from standalone import memory_may_run_out
+from steps import Job, Stopwatch, read_job, tell_accelerate_the_backend
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -29,8 +33,12 @@ class Sequences(Dataset):
 class Watch(TrainerCallback):
     """Notes the end of each optimizer step."""
 
-    def __init__(self) -> None:
-        self.stopwatch = Stopwatch()
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.stopwatch.report.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Called by the Trainer."""
@@ -40,6 +48,14 @@ class Watch(TrainerCallback):
 def main() -> None:
     """Train over the job's batches."""
     job = read_job()
+    stopwatch = Stopwatch(job)
+    with memory_may_run_out(stopwatch.report):
+        stopwatch.finish(train(job, stopwatch))
+    os._exit(0)  # out of memory: other ranks and buffers are not waited for
+
+
+def train(job: Job, stopwatch: Stopwatch) -> float:
+    """The last loss that was logged."""
     tell_accelerate_the_backend()
     engine = job.engine
     arguments = TrainingArguments(
@@ -61,18 +77,18 @@ def main() -> None:
         bf16=job.precision == "bf16",
         use_cpu=job.precision == "bf16" and not torch.cuda.is_available(),
         gradient_checkpointing=job.activation_checkpointing,
-        logging_steps=job.log_every,
+        logging_steps=job.log_every or job.steps,
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
         seed=job.seed,
     )
-    watch = Watch()
     ids = job.ids().flatten(0, 1)
-    trainer = Trainer(job.network(), arguments, train_dataset=Sequences(ids), callbacks=[watch])
+    trainer = Trainer(job.network(), arguments, train_dataset=Sequences(ids), callbacks=[Watch(stopwatch)])
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    watch.stopwatch.report(job, losses[-1])
+    losses: list[float] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses[-1]
 
 
 if __name__ == "__main__":

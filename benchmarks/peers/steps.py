@@ -1,61 +1,97 @@
 """What the drivers of the step benchmark share: the job that they are given, its batches, what they report.
 
-A driver trains GPT-2 over batches that lie ready, on every rank that `deepspeed` starts, and notes when each optimizer
-step ended. None of it is ours but the resolved DeepSpeed JSON.
+A driver trains GPT-2 over batches that lie ready, on every rank that `deepspeed` starts or on one without a launcher,
+and notes when each optimizer step ended. None of it is ours but the DeepSpeed JSON.
 """
 
 import argparse
 import json
 import os
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from standalone import Report, become_one_rank
 from transformers import GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a driver, as benchmarks/step.py writes it down.
+    """One run of a driver, as benchmarks/step.py writes it down, or a short one with the first four keys and `output`.
 
     Attributes:
-        model: arguments of GPT2Config.
-        ds_config: resolved DeepSpeed JSON, the one that our run takes.
-        batches: file of all ids, [steps, global_batch_size, seq_len + 1] int64, in the order of our run.
-        output: receives the report of rank 0.
+        model: arguments of GPT2Config; or {"vocab_size", "seq_len", "n_layer", "n_embd", "n_head"}, without dropout.
+        steps: optimizer steps, warm-up included.
+        micro_batch: sequences per rank, for an `auto` of the DeepSpeed JSON.
+        accumulation: micro-batches a step, likewise.
+        output: receives the report of rank 0, see standalone.py, with `last_loss`.
+        ds_config: DeepSpeed JSON, the resolved one that our run takes, or one with `auto`; ZeRO-1 when left out.
+        batches: file of all ids, [steps, global_batch_size, seq_len + 1] int64, in the order of our run; random when
+            left out.
+        log_every: steps; when left out, once at the end.
     """
 
     model: dict[str, Any]
-    activation_checkpointing: bool
-    ds_config: str
-    batches: str
     steps: int
-    log_every: int
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    gradient_clipping: float
-    precision: str
-    seed: int
     output: str
+    micro_batch: int = 1
+    accumulation: int = 1
+    activation_checkpointing: bool = False
+    ds_config: str = str(ROOT / "ds_configs" / "zero1.json")
+    batches: str | None = None
+    log_every: int = 0
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+    precision: str = "bf16"
+    seed: int = 0
 
     @property
     def engine(self) -> dict[str, Any]:
-        """The DeepSpeed JSON."""
-        return json.loads(Path(self.ds_config).read_text())
+        """The DeepSpeed JSON without `auto`."""
+        config = json.loads(Path(self.ds_config).read_text())
+        values = {
+            "train_batch_size": self.micro_batch * self.accumulation * int(os.environ["WORLD_SIZE"]),
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.gradient_clipping,
+        }
+        config |= {key: value for key, value in values.items() if config.get(key) == "auto"}
+        for precision in ("bf16", "fp16"):
+            if config.get(precision, {}).get("enabled") == "auto":
+                config[precision]["enabled"] = self.precision == precision
+        return config
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Arguments of GPT2Config."""
+        if "seq_len" not in self.model:
+            return self.model
+        kept = ("vocab_size", "n_layer", "n_embd", "n_head", "scale_attn_by_inverse_layer_idx")
+        return {
+            "n_positions": self.model["seq_len"],
+            **{key: self.model[key] for key in kept if key in self.model},
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        }
 
     def ids(self) -> torch.Tensor:
         """All ids, [steps, global_batch_size, seq_len + 1] int64, read into memory."""
-        return torch.from_numpy(np.load(self.batches))
+        if self.batches is not None:
+            return torch.from_numpy(np.load(self.batches))
+        size = (self.steps, self.engine["train_batch_size"], self.shape["n_positions"] + 1)
+        return torch.from_numpy(np.random.default_rng(self.seed).integers(self.shape["vocab_size"], size=size))
 
     def network(self) -> GPT2LMHeadModel:
-        """The model with Hugging Face's initial weights."""
+        """The model with Hugging Face's initial weights, made on this rank's GPU where there is one."""
         torch.manual_seed(self.seed)
-        network = GPT2LMHeadModel(GPT2Config(**self.model, use_cache=False, attn_implementation="sdpa"))
+        with torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"):
+            network = GPT2LMHeadModel(GPT2Config(**self.shape, use_cache=False, attn_implementation="sdpa"))
         if self.activation_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         return network
@@ -69,7 +105,11 @@ class Job:
 
 
 def read_job() -> Job:
-    """The job named on the command line; DeepSpeed's preparation for CPU ranks is cut short."""
+    """The job named on the command line; DeepSpeed's preparation for CPU ranks is cut short.
+
+    Without a launcher this process becomes the only rank.
+    """
+    become_one_rank()
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     parser.add_argument("--local_rank", type=int, help="set by deepspeed")
@@ -91,32 +131,28 @@ def tell_accelerate_the_backend() -> None:
     PartialState(backend="gloo")
 
 
-@dataclass
 class Stopwatch:
-    """When each optimizer step ended, Unix time in seconds, and the losses of this rank's micro-batches, unread."""
+    """The report of a driver, and the losses of this rank's micro-batches, unread."""
 
-    ends: list[float] = field(default_factory=list)
-    losses: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.report = Report(job.output)
+        self.losses: list[torch.Tensor] = []
 
     def tick(self) -> None:
         """An optimizer step has ended, once the GPU has done it."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.time())
+        self.report.step_ended()
 
-    def report(self, job: Job, last_loss: float | None = None) -> None:
+    def finish(self, last_loss: float | None = None) -> None:
         """Write everything down on rank 0, and end all ranks without Python's finalisation.
 
         last_loss: mean over the last `log_every` steps of all ranks, where the loop itself has made it.
         """
         if last_loss is None:
             each = torch.stack(self.losses)
-            last = each[-job.log_every * len(each) // job.steps :].mean()
+            last = each[-self._job.log_every * len(each) // self._job.steps :].mean()
             torch.distributed.all_reduce(last)
             last_loss = last.item() / torch.distributed.get_world_size()
-        if torch.distributed.get_rank() == 0:
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            report = {"ends": self.ends, "last_loss": last_loss, "peak_bytes": peak}
-            Path(job.output).write_text(json.dumps(report))
+        self.report.write(last_loss=last_loss)
         torch.distributed.barrier()
         os._exit(0)  # gloo's threads sometimes abort a finalising Python 3.11
