@@ -8,7 +8,6 @@ so that a configuration can be tried before any data are there.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -106,8 +105,11 @@ def run(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMemory"]]:
-    """The trainer of a recipe without its data and its run directory, and the memory of its device. All ranks call."""
+def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iterator[tuple["Trainer", "DeviceMemory"]]:
+    """The trainer of a recipe without its data and its run directory, and the memory of its device. All ranks call.
+
+    draw_weights: on the device, in no time; else they are those of training.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What a run of this recipe has offloaded stays its own.
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-trial"})
@@ -126,7 +128,14 @@ def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMe
     from codeparrot_ds.training.model import build_model
 
     memory = device_memory(ranks.device)
-    network = build_model(recipe.model, 0, recipe.seed, ds_config, loss_chunk_tokens=recipe.engine.loss_chunk_tokens)
+    network = build_model(
+        recipe.model,
+        0,
+        recipe.seed,
+        ds_config,
+        loss_chunk_tokens=recipe.engine.loss_chunk_tokens,
+        draw_on=ranks.device if draw_weights else None,
+    )
     sizes = [getattr(p, "ds_numel", p.numel()) for p in network.parameters()]
     parameters, swap = sum(sizes), swap_directory(ds_config)
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
@@ -153,20 +162,16 @@ def trainer_on_random_ids(recipe: Recipe) -> Iterator[tuple["Trainer", "DeviceMe
         )
 
 
-def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int, trace: Path | None = None) -> dict[str, Any]:
-    """Take `steps` optimizer steps, the last under a profiler where there is a `trace` to write. All ranks call."""
+def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int) -> dict[str, Any]:
+    """Take `steps` optimizer steps. All ranks call."""
     seconds, losses = [], []
-    for number in range(steps):
-        traced = trace is not None and number == steps - 1
+    for _ in range(steps):
         memory.synchronize()
         started = time.perf_counter()
-        if traced:
-            _trace_step(trainer, trace if trainer.ranks.rank == 0 else None)
-        else:
-            loss = trainer.train_step().loss
-            memory.synchronize()
-            seconds.append(time.perf_counter() - started)
-            losses.append(float(loss))
+        loss = trainer.train_step().loss
+        memory.synchronize()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
         trainer.stop_requests.finish_exchange()
         trainer.step += 1
     held, peak, reserved = trainer.ranks.begin_max([memory.held_bytes, memory.peak_bytes, memory.reserved_bytes])()
@@ -181,22 +186,23 @@ def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int, trace: Pa
     }
 
 
-def _trace_step(trainer: "Trainer", path: Path | None) -> None:
-    """Take a step under PyTorch's profiler, and write which operators took its time, the slowest first."""
+def trace_step(trainer: "Trainer") -> list[dict[str, Any]]:
+    """Take a step under PyTorch's profiler. Returns which operators took its time on this rank, the slowest first."""
+    import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = trainer.ranks.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         trainer.train_step()
-    if path is not None:
-        key, rows = "self_cpu_time_total", profiler.key_averages()
-        if on_gpu:  # kernels alone: the operators that start them have the same time again
-            from torch.autograd import DeviceType
-
-            key = "self_device_time_total"
-            rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
-        found = [{"name": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows]
-        path.write_text(json.dumps(sorted(found, key=lambda row: -row["microseconds"])))
+        if on_gpu:
+            torch.cuda.synchronize()
+    key, rows = "self_cpu_time_total", profiler.key_averages()
+    if on_gpu:  # kernels alone: the operators that start them have the same time again
+        key = "self_device_time_total"
+        rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+    found = [{"name": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows]
+    return sorted(found, key=lambda row: -row["microseconds"])
 
 
 if __name__ == "__main__":

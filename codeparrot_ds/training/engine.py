@@ -16,19 +16,21 @@ if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before an
 
 def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:
     """The DeepSpeed engine for `network`, with the recipe's optimizer over its two parameter groups."""
-    from codeparrot_ds.training.model import compile_blocks, parameter_groups
+    from codeparrot_ds.training.model import compile_blocks, gather_whole_blocks, parameter_groups
     from codeparrot_ds.training.writer import CheckpointWriter
     from codeparrot_ds.training.zero1 import initialize
 
     groups = parameter_groups(network, recipe.optimizer.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer.name](groups, recipe.optimizer, "cpu_adam" in required_ops(ds_config))
+    if ds_config["zero_optimization"]["stage"] == 3:
+        gather_whole_blocks(network)
     with silence_prints():
         engine = initialize(network, optimizer, ds_config)
         engine.checkpoint_engine = CheckpointWriter(engine._config)
         # Its converters load pickles, and nothing here runs them; a copy that failed would keep other ranks waiting.
         engine._copy_recovery_script = lambda directory: None
         if recipe.engine.compile:
-            compile_blocks(network, engine.device, whole=engine.zero_optimization_stage() < 3)
+            compile_blocks(network, engine.device)
     return engine
 
 

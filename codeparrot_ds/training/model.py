@@ -27,6 +27,7 @@ def build_model(
     *,
     loss_chunk_tokens: int = 4096,
     from_checkpoint: bool = False,
+    draw_on: torch.device | None = None,
 ) -> nn.Module:
     """A `transformers.GPT2LMHeadModel`, initialised, its embeddings tied, that also computes its loss.
 
@@ -39,6 +40,7 @@ def build_model(
         ds_config: resolved DeepSpeed configuration; at stage 3 each rank then only ever holds its partition.
         loss_chunk_tokens: see `LossHead`.
         from_checkpoint: all weights will be loaded afterwards, so `model.init_from` may be gone.
+        draw_on: a device, for weights that are drawn there. They are not those of training, but made in no time.
 
     Raises:
         CheckpointError: `model.init_from` is no GPT-2 directory of this shape.
@@ -61,10 +63,12 @@ def build_model(
     else:
         with torch.device("meta"):  # allocate once, and leave the initialisation to us
             network = make(config)
-        network.to_empty(device="cpu")
+        network.to_empty(device=draw_on or "cpu")
     network.tie_weights()
     network.lm_head.chunk_tokens = loss_chunk_tokens
-    if model.init_from is None or from_checkpoint:
+    if draw_on is not None:
+        _draw(network)
+    elif model.init_from is None or from_checkpoint:
         initialise(network, model, seed)
     else:
         load_pretrained(network, model.init_from)
@@ -86,14 +90,21 @@ def recompute_activations(network: Any, mode: str) -> None:
         block.gradient_checkpointing = mode == "full" or (mode == "selective" and number % 2 == 0)
 
 
-def compile_blocks(network: Any, device: torch.device, *, whole: bool = True) -> None:
+def compile_blocks(network: Any, device: torch.device) -> None:
     """torch.compile for each block. All blocks are one graph, compiled once for each shape of a micro-batch.
 
-    whole: fail where a block is no single graph. At ZeRO-3 it is none: DeepSpeed gathers weights between its modules.
+    The hooks with which ZeRO-3 gathers a block's weights stay outside of it: `gather_whole_blocks`.
     """
     attention.share_scale(network, device)
     for block in network.transformer.h:
-        block.compile(fullgraph=whole, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def gather_whole_blocks(network: Any) -> None:
+    """Have ZeRO-3 gather the weights of a block at once, not module by module: a twelfth of its hooks, in Python."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(network, [type(network.transformer.h[0])])
 
 
 @lru_cache(maxsize=1)
@@ -156,6 +167,20 @@ def initialise(network: nn.Module, model: Model, seed: int) -> None:
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
             if parameter.numel() > 0:  # gathered: rank 0's values reach the others on leaving
                 parameter.copy_(initial_value(name, parameter.shape, model.n_layer, seed))
+
+
+def _draw(network: nn.Module) -> None:
+    """Set every parameter to something like its initial value, where it is."""
+    import deepspeed
+
+    for name, parameter in network.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
+            if ".ln_" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, _INIT_STD)
 
 
 def load_pretrained(network: nn.Module, directory: Path) -> None:

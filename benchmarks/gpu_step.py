@@ -1,0 +1,287 @@
+"""Our step on one GPU: GPT-2 xl in many ways, by one engine whose settings are changed in place.
+
+Usage: python gpu_step.py JOB.json. The job names the cells: `first`, `second`, `zero3`, `deepspeed` (ZeRO-1 with
+DeepSpeed's own optimizer step) or `beside` (the reference cell once more, beside the peers). A line of JSON is appended
+to the job's `output` for each cell as soon as it is done; what is left when the time is up is skipped.
+
+A cell is two steps that are not counted, then some that are. Nothing waits for the device between those, as in a run;
+the times are those between CUDA events at the ends of steps.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.plan import Choice, predict
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.train import end
+from codeparrot_ds.training import attention, zero1
+from codeparrot_ds.training.loop import Trainer
+from codeparrot_ds.training.memory import DeviceMemory
+from codeparrot_ds.training.model import compile_blocks, recompute_activations
+from codeparrot_ds.trial import trace_step, trainer_on_random_ids
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
+SECONDS_A_CELL = 8.0  # that must be left to begin one
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way to take steps.
+
+    Attributes:
+        change: what is switched off, or set otherwise, beside the reference cell.
+        steps: that are counted.
+        profile: one more step, under PyTorch's profiler.
+    """
+
+    micro_batch: int
+    accumulation: int = 4
+    compile: bool = True
+    recompute: str = "none"
+    change: str = ""
+    steps: int = 4
+    profile: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "16 x 4"."""
+        return f"{self.micro_batch} x {self.accumulation}"
+
+
+FIRST = (
+    Cell(8, compile=False, profile=True),
+    Cell(8, profile=True),
+    Cell(16),
+    Cell(16, compile=False),
+    Cell(16, recompute="full", steps=2),
+)
+SECOND = (
+    Cell(16),
+    Cell(16, accumulation=1, steps=8),
+    Cell(16, recompute="full"),
+    Cell(16, compile=False),
+    Cell(16, recompute="selective"),
+    Cell(16, change="transformers' own attention, with its mask"),
+    Cell(16, change="loss in passes"),
+    Cell(16, change="loss of 16,384 tokens at a time"),
+    Cell(16, change="ids from memory that is not pinned"),
+    Cell(16, change="DeepSpeed's timer"),
+    Cell(8, accumulation=1, steps=2),
+    Cell(8, accumulation=1, compile=False, steps=2),
+    Cell(8, accumulation=1, compile=False, recompute="full", steps=2),
+    Cell(16, accumulation=1, compile=False, recompute="full", steps=2),
+    Cell(16, accumulation=1, compile=False, recompute="selective", steps=2),
+    Cell(32, accumulation=1, compile=False, recompute="full", steps=2),
+    Cell(32, accumulation=1, recompute="full", steps=2),
+)
+ZERO3 = (Cell(16), Cell(16, compile=False), Cell(16, recompute="full", steps=2), Cell(16, accumulation=1, steps=2))
+CELLS = {"first": FIRST, "second": SECOND, "zero3": ZERO3, "deepspeed": (Cell(16),), "beside": (Cell(16),)}
+
+
+def main() -> None:
+    """Take every cell of the job that there is time for."""
+    started = time.monotonic()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    stage = 3 if job["cells"] == "zero3" else 1
+    settings = [f"engine.deepspeed={ROOT}/ds_configs/zero{stage}.json", "model.activation_checkpointing=none"]
+    settings += [*(TINY if job["tiny"] else []), "batch.global_batch_size=1", "batch.micro_batch_size=1"]
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml", settings)
+    if job["cells"] == "deepspeed":
+        _take_deepspeeds_step()
+    with trainer_on_random_ids(recipe, draw_weights=True) as (trainer, memory), open(job["output"], "a") as output:
+        bench = Bench(trainer, memory, job)
+        print(f"engine ready after {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+        cells: list[Cell] = list(CELLS[job["cells"]])
+        if job["cells"] == "second":
+            cells += bench.first_that_does_not_fit()
+        for cell in cells:
+            if time.monotonic() - started > job["deadline_seconds"] - SECONDS_A_CELL:
+                print(f"no time left for {cell}", file=sys.stderr, flush=True)
+                continue
+            for row in bench.take(cell):
+                output.write(json.dumps(row) + "\n")
+                output.flush()
+                print(json.dumps({k: v for k, v in row.items() if k != "operators"}), file=sys.stderr, flush=True)
+
+
+def _take_deepspeeds_step() -> None:
+    """Instead of ours, at ZeRO-1 under bf16."""
+    zero1.Engine._configure_bf16_optimizer = zero1.DeepSpeedEngine._configure_bf16_optimizer  # type: ignore[method-assign]
+
+
+class Bench:
+    """An engine whose cells are measured."""
+
+    def __init__(self, trainer: Trainer, memory: DeviceMemory, job: dict[str, Any]) -> None:
+        self._trainer, self._memory, self._job = trainer, memory, job
+        self._recipe = trainer.recipe
+        self._machine = find_machine(trainer.recipe, 1, on_cpu=job["on_cpu"])
+        self._compiled = False
+
+    @property
+    def _network(self) -> Any:
+        return self._trainer.engine.module
+
+    def _shape(self, cell: Cell) -> tuple[int, int]:
+        return (
+            (min(2, cell.micro_batch), min(2, cell.accumulation))
+            if self._job["tiny"]
+            else (
+                cell.micro_batch,
+                cell.accumulation,
+            )
+        )
+
+    def prediction(self, cell: Cell) -> Any:
+        """What `plan` says of it."""
+        micro_batch, accumulation = self._shape(cell)
+        batch = self._recipe.batch.model_copy(update={"global_batch_size": micro_batch * accumulation})
+        engine = self._recipe.engine.model_copy(update={"compile": cell.compile})
+        recipe = self._recipe.model_copy(update={"batch": batch, "engine": engine})
+        choice = Choice(self._recipe.engine.deepspeed, cell.recompute, micro_batch)
+        return choice.applied(recipe), predict(recipe, choice, self._machine)
+
+    def first_that_does_not_fit(self) -> list[Cell]:
+        """The smallest micro-batch without recomputation that is predicted to be too large."""
+        for micro_batch in range(20, 129, 4):
+            cell = Cell(micro_batch, accumulation=1, steps=1)
+            if not self.prediction(cell)[1].fits:
+                return [cell]
+        return []
+
+    def take(self, cell: Cell) -> Iterator[dict[str, Any]]:
+        """Measure it: a row, and one with its profile."""
+        trainer, memory = self._trainer, self._memory
+        micro_batch, accumulation = self._shape(cell)
+        trainer.recipe, prediction = self.prediction(cell)
+        engine = trainer.engine
+        engine.set_train_micro_batch_size(micro_batch)
+        engine.set_train_batch_size(micro_batch * accumulation)
+        engine.micro_steps = 0
+        recompute_activations(self._network, cell.recompute)
+        self._compile(cell.compile)
+        row: dict[str, Any] = {
+            "part": "step",
+            "cells": self._job["cells"],
+            "cell": cell.name,
+            "stage": prediction.layout.stage,
+            "micro_batch": micro_batch,
+            "accumulation": accumulation,
+            "recompute": cell.recompute,
+            "compile": cell.compile,
+            "change": "DeepSpeed's own optimizer step" if self._job["cells"] == "deepspeed" else cell.change,
+            "predicted_peak_bytes": prediction.memory.peak_bytes,
+            "fits": prediction.fits,
+            "flops_per_token": self._recipe.model.flops_per_token,
+            "llmc_flops_per_token": self._recipe.model.flops_per_token - 6 * self._attention_flops(),
+            "peak_flops": self._machine.cluster.gpu_flops,
+            "device": memory.name,
+            "out_of_memory": False,
+        }
+        gc.collect()
+        if not self._job["on_cpu"]:
+            torch.cuda.empty_cache()
+        try:
+            with _changed(trainer, cell.change):
+                started = time.perf_counter()
+                self._steps(1)
+                memory.synchronize()
+                row["first_step_seconds"] = time.perf_counter() - started
+                row |= self._measure(cell.steps)
+        except torch.OutOfMemoryError as error:
+            row |= {"out_of_memory": True, "error": str(error).split(". ")[0]}
+            engine.optimizer.zero_grad()
+        yield row
+        if cell.profile and not row["out_of_memory"]:
+            yield {"part": "profile", "cell": cell.name, "compile": cell.compile, "operators": trace_step(trainer)}
+            trainer.stop_requests.finish_exchange()
+
+    def _attention_flops(self) -> int:
+        model = self._recipe.model
+        return model.n_layer * model.n_embd * model.seq_len
+
+    def _compile(self, wanted: bool) -> None:
+        if wanted and not self._compiled:
+            compile_blocks(self._network, self._trainer.ranks.device)
+        elif self._compiled and not wanted:
+            for number, block in enumerate(self._network.transformer.h, start=1):
+                del block.forward
+                if block.attn.__dict__.pop("query_scale", None) is not None:
+                    block.attn.scaling /= number
+        self._compiled = wanted
+
+    def _steps(self, count: int) -> list[Any]:
+        taken = []
+        for _ in range(count):
+            taken.append(self._trainer.train_step())
+            self._trainer.stop_requests.finish_exchange()
+            self._trainer.step += 1
+        return taken
+
+    def _measure(self, steps: int) -> dict[str, Any]:
+        memory = self._memory
+        before = self._steps(1)[0]
+        memory.reset_peak()
+        started = time.perf_counter()
+        taken = self._steps(steps)
+        on_host = time.perf_counter() - started
+        memory.synchronize()
+        ends = [before, *taken]
+        return {
+            "step_seconds": [b.ended.seconds_since(a.ended) for a, b in itertools.pairwise(ends)],
+            "host_seconds": on_host / steps,  # until all was given to the device
+            "losses": [float(step.loss) for step in taken],
+            "gradient_norm": float(taken[-1].gradient_norm),
+            "tokens_per_step": self._trainer.tokens_per_step,
+            "between_steps_bytes": memory.held_bytes,
+            "peak_bytes": memory.peak_bytes,
+            "reserved_bytes": memory.reserved_bytes,
+        }
+
+
+@contextlib.contextmanager
+def _changed(trainer: Trainer, change: str) -> Iterator[None]:
+    """One thing otherwise than it is."""
+    network, engine = trainer.engine.module, trainer.engine
+    if change.startswith("transformers' own attention"):
+        network.config._attn_implementation = "sdpa"
+        yield
+        network.config._attn_implementation = attention.CAUSAL
+    elif change == "loss in passes":
+        network.lm_head.fused = False
+        yield
+        network.lm_head.fused = None
+    elif change == "loss of 16,384 tokens at a time":
+        usual, network.lm_head.chunk_tokens = network.lm_head.chunk_tokens, 16_384
+        yield
+        network.lm_head.chunk_tokens = usual
+    elif change == "ids from memory that is not pinned":
+        usual = trainer._on_device
+        trainer._on_device = lambda ids: torch.from_numpy(ids).to(trainer.ranks.device)  # type: ignore[method-assign]
+        yield
+        trainer._on_device = usual  # type: ignore[method-assign]
+    elif change == "DeepSpeed's timer":
+        timers = engine.tput_timer.config
+        timers.enabled = True
+        yield
+        timers.enabled = False
+    else:
+        assert not change, change
+        yield
+
+
+if __name__ == "__main__":
+    main()
+    end(0)
