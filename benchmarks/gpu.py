@@ -190,6 +190,7 @@ class Benchmark:
             "PYTORCH_ALLOC_CONF": allocator,
             "PYTORCH_CUDA_ALLOC_CONF": allocator,  # its name before torch 2.9
             "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(self._directory),  # where what an ended process leaves goes as well
             "TORCHINDUCTOR_CACHE_DIR": str(self._directory / "inductor"),
             "TRITON_CACHE_DIR": str(self._directory / "triton"),
         }

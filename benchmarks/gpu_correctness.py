@@ -38,7 +38,7 @@ STEPS, TINY_STEPS = 20, 5
 BOUNDS = {"fp32": 1e-3, "bf16": 1e-2}
 FIRST_LOSS = 1e-4
 SECONDS_TO_COMPILE = 15
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model.n_layer": 4,
     "model.n_embd": 128,
     "model.n_head": 2,
@@ -149,28 +149,27 @@ class Correctness:
         """After the warm-up no step may wait for the GPU: first all places that do, then one step that must not."""
         import torch
 
-        cell, wanted = f"no host waits, {name}", "none"
+        cell, wanted, places = f"no host waits, {name}", "none", list[str]()
         if self._job.on_cpu:
             self.add(cell, True, "not on a CPU", wanted)
             return
-        step = trainer.step
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 self.step(trainer)
-            waits = [each for each in caught if "synchronizing" in str(each.message)]
+            waits = [each for each in caught if "called a synchronizing" in str(each.message)]
             places = sorted({f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}" for each in waits})
             torch.cuda.set_sync_debug_mode("error")
             self.step(trainer)
             self.add(cell, not places, f"{len(waits)} a step: {', '.join(places)}" if places else "none", wanted)
-        except RuntimeError as error:
+        except Exception as error:
+            traceback.print_exc()
             frames = traceback.extract_tb(error.__traceback__)[-3:]
             where = [f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}" for each in frames]
             self.add(cell, False, f"{'; '.join(places)}; by {' > '.join(where)}: {error}"[:600], wanted)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            trainer.step = step
 
     @staticmethod
     def step(trainer: Any) -> None:
