@@ -214,7 +214,8 @@ def _who(row: Row, who: str) -> list[str]:
 
 def _profile(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """The slowest kernels of the last profile."""
-    operators: list[Row] = next((row["operators"] for row in reversed(_of(rows, "profile")) if row.get("operators")), [])
+    profiles: list[list[Row]] = [row["operators"] for row in _of(rows, "profile") if row.get("operators")]
+    operators = profiles[-1] if profiles else []
     total = sum(each["microseconds"] for each in operators) or 1.0
     cells = [_kernel(each["name"], each["calls"], each["microseconds"], total) for each in operators[:KERNELS]]
     if rest := operators[KERNELS:]:
