@@ -1,408 +1,282 @@
-"""Speed and memory on one GPU: ours in many ways, its peers beside it, in one command without a network.
+"""Speed, memory and correctness on one GPU, in minutes and without a network: ours, and its peers beside it.
 
-Usage: python benchmarks/gpu.py [--parts xl,peers,small,ladder,curve] [--nanogpt DIR] [--seconds N] [--output FILE.json]
+Usage: python benchmarks/gpu.py --part first|second [--seconds N] [--output FILE.jsonl] [--nanogpt DIR] [--tiny]
+       python benchmarks/gpu.py --from FILE.jsonl ... [--fill PAGE.md]
 
-- xl, small: GPT-2 xl (1,529.6 M parameters) and small (111.0 M) at ZeRO 1, 2, 3, every recomputation, micro-batches
-  in powers of two: tokens/s, MFU, peak memory, and beside it what `codeparrot-ds plan` predicts. Of each stage the
-  smallest way that is predicted not to fit is tried last.
-- peers: at the largest micro-batch that all hold: HF Trainer with DeepSpeed, Accelerate as in the chapter, and nanoGPT
-  (from DIR, a clone; left out without it), in the same run as ours.
-- ladder: ours with one thing changed at a time, and a profile of a step.
-- curve: 500 steps of the quickstart's model in fp32 and bf16 on the GPU, and in fp32 on the CPU, on the same data;
-  without a GPU in fp32 and bf16 on the CPU.
+- first (150 s): versions and the GPU's ceilings; whether it computes what the CPU does, and a run's commands work
+  there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
+- second (300 s): xl's step in other ways, each change switched off alone, predicted memory beside measured; ZeRO-3;
+  then nanoGPT (from DIR, a clone; left out without it) and HF Trainer + DeepSpeed, and ours once more beside them.
 
-Results are written as they come, so that a run that is cut short leaves what it has. `--fill docs/speed.md` puts the
-tables into that page. `--tiny` takes tiny models, and CPU ranks where there is no GPU: it shows that all this works.
+Each of these is a process of its own, started without a launcher and ended when its share of the time is over; what one
+leaves over goes to those after it. A JSON line is appended to FILE.jsonl for each cell as soon as it is measured, and
+what the processes print is in FILE.log. The tables of all of FILE.jsonl are printed last. The exit code is 1 when a
+process or a cell of correctness failed. `--tiny` takes tiny models, on a CPU where there is no GPU: it shows that all
+this works.
 """
 
 import argparse
+import itertools
 import json
 import os
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
+from gpu_tables import fill, tables
 
-from codeparrot_ds.hosts.launchers import find_deepspeed
-from codeparrot_ds.planning.machine import Machine, find_machine
-from codeparrot_ds.planning.plan import RECOMPUTED, Choice, predict
 from codeparrot_ds.planning.tune import run_group
-from codeparrot_ds.run.ds_config import load_ds_config, resolve
-from codeparrot_ds.run.recipe import Recipe, load_recipe
-from codeparrot_ds.system.gpus import local_gpus
+from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.system.gpus import local_gpus, peak_flops_of
 from codeparrot_ds.system.network import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {name: ROOT / "launch" / "recipes" / f"codeparrot-{name}.yaml" for name in ("xl", "small")}
+BENCHMARKS = ROOT / "benchmarks"
+XL = ROOT / "launch" / "recipes" / "codeparrot-xl.yaml"
 TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
-WARM_UP, STEPS = 3, 5
-SECONDS_A_PROCESS = 420
-PEERS = {"trainer": "HF Trainer + DeepSpeed", "accelerate": "Accelerate + DeepSpeed", "nanogpt": "nanoGPT"}
-# Ours with one thing changed: name, settings, micro-batch.
-LADDER = (
-    ("as it is", []),
-    ("torch.compile", ["engine.compile=true"]),
-    ("logits of 1,024 tokens at a time", ["engine.loss_chunk_tokens=1024"]),
-    ("logits of 16,384 tokens at a time", ["engine.loss_chunk_tokens=16384"]),
-)
+WARM_UP, STEPS = 3, 5  # of peers
+LAST_SECONDS = 2.0  # for the tables
+MARGIN_SECONDS = 3.0  # between a process's deadline and its end by force
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process of a part.
+
+    Attributes:
+        program: in benchmarks/.
+        seconds: its share of the part's.
+        settings: keys of its job that it alone knows.
+    """
+
+    name: str
+    program: str
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PARTS = {
+    "first": (
+        Child("ceilings", "gpu_ceilings.py", 25),
+        Child("correctness", "gpu_correctness.py", 70),
+        Child("first", "gpu_step.py", 55, {"cells": "first"}),
+    ),
+    "second": (
+        Child("second", "gpu_step.py", 140, {"cells": "second"}),
+        Child("zero3", "gpu_step.py", 40, {"cells": "zero3"}),
+        Child("nanogpt", "peers/gpu_nanogpt.py", 55),
+        Child("trainer", "peers/step_trainer.py", 40),
+        Child("beside", "gpu_step.py", 25, {"cells": "beside"}),
+    ),
+}
+PEERS = ("nanogpt", "trainer")
 
 
 class Benchmark:
-    """Its parts, and what they have found."""
+    """A part under way."""
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self._options, self._directory = options, directory
-        self._deadline = time.monotonic() + options.seconds
         self._on_cpu = not local_gpus()
-        if self._on_cpu and not options.tiny and options.parts != "curve":
-            sys.exit("no GPU here. --tiny shows on CPU ranks that the benchmark works; --parts curve takes them too.")
-        self.rows: list[dict[str, Any]] = []
+        self._deadline = time.monotonic() + options.seconds - LAST_SECONDS
         self.failed: list[str] = []
 
-    def recipe(self, name: str, *overrides: str) -> Recipe:
-        """Of a model, tiny where that was asked for."""
-        return load_recipe(RECIPES[name], [*self._settings(), *overrides])
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._deadline - time.monotonic()
 
-    def _settings(self) -> list[str]:
-        return [*(TINY if self._options.tiny else []), "batch.global_batch_size=64", "batch.micro_batch_size=1"]
+    def measure(self, children: list[Child]) -> None:
+        """Start one after another, each with its share of the time that is left."""
+        for number, child in enumerate(children):
+            share = self.left * child.seconds / sum(each.seconds for each in children[number:])
+            if child.name not in PEERS:
+                self.run(child, child.settings, share)
+            elif child.name == "nanogpt" and self._options.nanogpt is None:
+                print("nanogpt: left out, for --nanogpt names no clone of it", file=sys.stderr, flush=True)
+            else:
+                self.peer(child, share)
 
-    def machine(self, recipe: Recipe) -> Machine:
-        """The one GPU."""
-        return find_machine(recipe, 1, on_cpu=self._on_cpu)
+    def peer(self, child: Child, seconds: float) -> None:
+        """A peer at the micro-batch that ours holds; once more at half of it where the peer's memory runs out."""
+        end = time.monotonic() + seconds
+        micro_batch, accumulation = (2, 2) if self._options.tiny else (self.micro_batch(), 4)
+        for size in (micro_batch, micro_batch // 2):
+            row = self.peer_at(child, size, accumulation, end - time.monotonic())
+            if row is not None:
+                self.add(row)
+            if row is None or not row["out_of_memory"]:
+                return
 
-    def ways(self, recipe: Recipe) -> list[tuple[str, int]]:
-        """(recomputation, micro-batch) by predicted memory, the last of them the first that does not fit."""
-        found = []
-        sizes = (1, 2) if self._options.tiny else (1, 2, 4, 8, 16, 32, 64)
-        for recompute in RECOMPUTED:
-            for size in sizes:
-                choice = Choice(recipe.engine.deepspeed, recompute, size)
-                prediction = predict(one_micro_batch(recipe, size), choice, self.machine(recipe))
-                found.append((prediction.memory.peak_bytes, recompute, size, prediction.fits))
-        found.sort()
-        fitting = [(recompute, size) for _, recompute, size, fits in found if fits]
-        return fitting + [(recompute, size) for _, recompute, size, fits in found if not fits][:1]
+    def micro_batch(self) -> int:
+        """The largest that ours is known to hold, or may hold."""
+        rows = read_rows([self._options.output])
+        ran_out = [row for row in rows if row.get("part") == "step" and row.get("out_of_memory") and is_plain(row)]
+        return 8 if any(row.get("micro_batch") == 16 for row in ran_out) else 16
 
-    def models(self, name: str) -> None:
-        """Every way at every stage."""
-        for stage in (1, 3, 2):
-            overrides = [f"engine.deepspeed={ROOT}/ds_configs/zero{stage}.json"]
-            self.ours(name, name, overrides, self.ways(self.recipe(name, *overrides)))
-
-    def ours(
-        self,
-        part: str,
-        name: str,
-        overrides: list[str],
-        ways: list[tuple[str, int]],
-        change: str = "",
-        trace: bool = False,
-    ) -> None:
-        """Some ways, with one engine. Of `part` are the rows; `change` is what they have that others have not."""
-        output = self._directory / f"{len(self.rows)}.jsonl"
-        job = {
-            "part": part,
-            "recipe": str(RECIPES[name]),
-            "overrides": [*(TINY if self._options.tiny else []), *overrides],
-            "ways": ways,
-            "warm_up": WARM_UP,
-            "steps": STEPS + trace,
-            "output": str(output),
-            "trace": str(self._directory / "trace.json") if trace else None,
+    def peer_at(self, child: Child, micro_batch: int, accumulation: int, seconds: float) -> dict[str, Any] | None:
+        """A row of a peer; None where it has not told of a step."""
+        model = load_recipe(XL, TINY if self._options.tiny else []).model
+        output = self._directory / f"{child.name}-{micro_batch}.json"
+        settings = {
+            "model": model.model_dump(mode="json", include={"vocab_size", "seq_len", "n_layer", "n_embd", "n_head"}),
+            "steps": WARM_UP + STEPS,
+            "micro_batch": micro_batch,
+            "accumulation": accumulation,
         }
-        self.run([str(Path(__file__).with_name("gpu_ours.py"))], job, f"ours, {part} {change}".rstrip())
-        if output.exists():
-            more = {"model": name, "who": "ours", **({"change": change} if change else {})}
-            self.add(*({**more, **json.loads(line)} for line in output.read_text().splitlines()))
-
-    def run(
-        self, program: list[str], job: dict[str, Any] | None, what: str, plain: bool = False, on_cpu: bool = False
-    ) -> bool:
-        """Start a process on the GPU, with deepspeed unless `plain`; False where it failed, or time is up."""
-        left = self._deadline - time.monotonic()
-        if left < 20:
-            print(f"{what}: left out, time is up", file=sys.stderr, flush=True)
-            return False
-        if job is not None:
-            path = self._directory / f"job-{time.monotonic_ns()}.json"
-            path.write_text(json.dumps(job))
-            program = [*program, str(path)]
-        launcher = (
-            [sys.executable]
-            if plain
-            else [*find_deepspeed(), "--quiet", "--num_gpus", "1", "--master_port", free_port()]
-        )
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
-        if self._on_cpu or on_cpu:
-            environment["DS_ACCELERATOR"] = "cpu"
-        started, log = time.monotonic(), self._directory / "log"
-        code = run_group([*launcher, *program], environment, log, min(left, SECONDS_A_PROCESS))
-        print(f"{what}: {time.monotonic() - started:.0f} s, exit {code}", file=sys.stderr, flush=True)
-        if code != 0:
-            self.failed.append(what)
-            print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr, flush=True)
-        return code == 0
-
-    def peers(self) -> None:
-        """Ours and its peers at the same micro-batches, without recomputation."""
-        recipe = self.recipe("xl", f"engine.deepspeed={ROOT}/ds_configs/zero1.json")
-        for micro_batch in (2,) if self._options.tiny else (8, 4):
-            self.ours("peers", "xl", [f"engine.deepspeed={recipe.engine.deepspeed}"], [("none", micro_batch)])
-            if all(self.peer(peer, recipe, micro_batch) is not False for peer in PEERS):
-                return  # all of them hold this one
-
-    def peer(self, peer: str, recipe: Recipe, micro_batch: int) -> bool | None:
-        """One of them; None where it is not here."""
-        if peer == "nanogpt" and self._options.nanogpt is None:
+        if child.name == "nanogpt":
+            settings |= {"nanogpt": str(self._options.nanogpt.resolve()), "compile": not self._on_cpu}
+        self.run(child, settings, seconds, output)
+        found = json.loads(output.read_text()) if output.exists() else {}
+        took = found.get("step_seconds") or [b - a for a, b in itertools.pairwise(found.get("ends", []))]
+        ran_out = bool(found.get("out_of_memory"))
+        if not took and not ran_out:
             return None
-        name = self._directory / f"{peer}-{micro_batch}"
-        steps = WARM_UP + STEPS
-        job: dict[str, Any] = {"output": f"{name}.json", "steps": steps}
-        if peer == "nanogpt":
-            model = recipe.model.model_dump(mode="json")
-            job |= {"nanogpt": str(self._options.nanogpt.resolve()), "model": model, "micro_batch": micro_batch}
-            program = "gpu_nanogpt.py"
-            job["compile"] = not self._on_cpu
-        else:
-            config = resolve(load_ds_config(recipe.engine.deepspeed), one_micro_batch(recipe, micro_batch), 1)
-            Path(f"{name}-ds.json").write_text(json.dumps(config))
-            size = (steps, micro_batch, recipe.model.seq_len + 1)
-            np.save(f"{name}.npy", np.random.default_rng(0).integers(recipe.model.vocab_size, size=size))
-            optimizer = recipe.optimizer
-            job |= {
-                "model": recipe.model.hugging_face_config(0),
-                "activation_checkpointing": False,
-                "ds_config": f"{name}-ds.json",
-                "batches": f"{name}.npy",
-                "log_every": steps,
-                "learning_rate": optimizer.learning_rate,
-                "betas": optimizer.betas,
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                "gradient_clipping": optimizer.gradient_clipping,
-                "precision": recipe.engine.precision,
-                "seed": recipe.seed,
-            }
-            program = f"step_{peer}.py"
-        path = str(ROOT / "benchmarks" / "peers" / program)
-        if not self.run([path], job, f"{peer}, micro-batch {micro_batch}", plain=peer == "nanogpt"):
-            return False
-        found = json.loads(Path(job["output"]).read_text())
-        if found.get("out_of_memory"):
-            return False
-        self.add(
-            {
-                "part": "peers",
-                "model": "xl",
-                "who": peer,
-                "stage": None if peer == "nanogpt" else 1,
-                "recompute": "none",
-                "micro_batch": micro_batch,
-                "step_seconds": found["step_seconds"][-STEPS:],
-                "tokens_per_step": micro_batch * recipe.model.seq_len,
-                "peak_bytes": found.get("peak_bytes"),
-                "flops_per_token": recipe.model.flops_per_token,
-                "peak_flops": self.machine(recipe).cluster.gpu_flops,
-                "device": "cpu" if self._on_cpu else "gpu",
-            }
-        )
-        return True
+        device = "cpu" if self._on_cpu else local_gpus()[0][0]
+        return {
+            "part": "peer",
+            "who": child.name,
+            "stage": None if child.name == "nanogpt" else 1,
+            "compile": settings.get("compile", False),
+            "micro_batch": micro_batch,
+            "accumulation": accumulation,
+            "step_seconds": [] if ran_out else took[min(WARM_UP, len(took) - 1) :],
+            "tokens_per_step": micro_batch * accumulation * model.seq_len,
+            "peak_bytes": found.get("peak_bytes"),
+            "flops_per_token": model.flops_per_token,
+            "peak_flops": peak_flops_of(device),
+            "device": device,
+            "out_of_memory": ran_out,
+        }
 
-    def ladder(self) -> None:
-        """One thing changed at a time, and a profile of the first."""
-        stage = f"engine.deepspeed={ROOT}/ds_configs/zero1.json"
-        micro_batch = 2 if self._options.tiny else 8
-        for name, settings in LADDER:
-            self.ours("ladder", "xl", [stage, *settings], [("none", micro_batch)], name, trace=name == LADDER[0][0])
-        trace = self._directory / "trace.json"
-        if trace.exists():
-            self.add({"part": "profile", "model": "xl", "operators": json.loads(trace.read_text())})
+    def run(self, child: Child, settings: dict[str, Any], seconds: float, output: Path | None = None) -> None:
+        """Run a process to its end, or for so long. Peers take nothing but their settings and their own output."""
+        if seconds < 2 * MARGIN_SECONDS:
+            print(f"{child.name}: left out, time is up", file=sys.stderr, flush=True)
+            self.failed.append(f"{child.name} (left out)")
+            return
+        job = {**settings, "output": str((output or self._options.output).resolve())}
+        if output is None:
+            limits = {"deadline_seconds": seconds - MARGIN_SECONDS, "tiny": self._options.tiny, "on_cpu": self._on_cpu}
+            job |= limits
+        path = self._directory / f"{child.name}.json"
+        path.write_text(json.dumps(job))
+        log, started = self._options.output.with_suffix(".log"), time.monotonic()
+        with open(log, "a") as file:
+            file.write(f"\n{child.name}: {json.dumps(job)}\n")
+            before = file.tell()
+        code = run_group([sys.executable, str(BENCHMARKS / child.program), str(path)], self.environment(), log, seconds)
+        took = time.monotonic() - started
+        self.add({"part": "child", "name": child.name, "seconds": round(took, 1), "exit": code})
+        print(f"{child.name}: {took:.0f} of {seconds:.0f} s, exit {code}", file=sys.stderr, flush=True)
+        if code != 0:
+            self.failed.append(f"{child.name} ({'time is up' if code is None else f'exit {code}'})")
+            lines = log.read_bytes()[before:].decode(errors="replace").splitlines()[-15:]
+            print(*(f"  {line[:300]}" for line in lines), sep="\n", file=sys.stderr, flush=True)
 
-    def curve(self) -> None:
-        """The quickstart's model on the same data, on one rank."""
-        shards = self._options.shards or make_shards(self._directory)
-        steps = 20 if self._options.tiny else 500
-        losses = {}
-        here = "cpu" if self._on_cpu else "gpu"
-        for device, precision in dict.fromkeys([(here, "fp32"), (here, "bf16"), ("cpu", "fp32")]):
-            name = f"{device}-{precision}"
-            overrides = {
-                "name": name,
-                "runs": str(self._directory),
-                "data.shards": str(shards),
-                "schedule.steps": steps,
-                "schedule.warmup_steps": steps // 10,
-                "engine.precision": precision,
-                "engine.deepspeed": str(ROOT / "ds_configs" / "zero1.json"),
-                "evaluation.every_steps": 10**6,
-                "checkpoints.every_steps": 10**6,
-                "logging.tensorboard": "false",
-            }
-            settings = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
-            recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
-            program = ["--module", "codeparrot_ds.train", str(recipe), *settings]
-            if not self.run(program, None, f"curve, {name}", on_cpu=device == "cpu"):
-                continue
-            rows = [json.loads(line) for line in (self._directory / name / "metrics.jsonl").read_text().splitlines()]
-            train = [row for row in rows if row["kind"] == "train"]
-            losses[name] = [row["loss"] for row in train]
-            print(f"curve, {name}: loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}", file=sys.stderr, flush=True)
-            self.add(
-                {"part": "curve", "name": name, "losses": losses[name], "digests": [r["batch_digest"] for r in train]}
-            )
+    def environment(self) -> dict[str, str]:
+        """Of a process that is the only rank. What is compiled is shared with the others of this part."""
+        of_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        allocator = "expandable_segments:True"
+        environment = {
+            **os.environ,
+            **of_one,
+            "MASTER_PORT": free_port(),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTORCH_ALLOC_CONF": allocator,
+            "PYTORCH_CUDA_ALLOC_CONF": allocator,  # its name before torch 2.9
+            "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(self._directory),  # where what an ended process leaves goes as well
+            "TORCHINDUCTOR_CACHE_DIR": str(self._directory / "inductor"),
+            "TRITON_CACHE_DIR": str(self._directory / "triton"),
+        }
+        if self._on_cpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        return environment
 
-    def add(self, *rows: dict[str, Any]) -> None:
-        """Keep rows, and write all that there is."""
-        self.rows += rows
-        if self._options.output is not None:
-            self._options.output.write_text(json.dumps({"rows": self.rows}))
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row, in a line of its own also where a process was ended in the midst of one."""
+        with open(self._options.output, "ab+") as file:
+            if file.tell() and not self._options.output.read_bytes().endswith(b"\n"):
+                file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
 
 
-def one_micro_batch(recipe: Recipe, size: int) -> Recipe:
-    """The recipe with steps of one micro-batch."""
-    batch = recipe.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": size})
-    return recipe.model_copy(update={"batch": batch})
+def is_plain(row: dict[str, Any]) -> bool:
+    """Ours at ZeRO-1 as it is: nothing changed or recomputed."""
+    return row.get("stage") == 1 and not row.get("change") and row.get("recompute", "none") == "none"
 
 
-def make_shards(directory: Path) -> Path:
-    """Shards with the quickstart's vocabulary, of this Python's own source."""
-    corpus, tokenizer, shards = (directory / name for name in ("corpus", "tokenizer", "shards"))
-    for command in (
-        ["corpus", "collect", "--installed-python", "--max-file-size", "32kB", "--sample", "12MB", "-o", corpus],
-        ["tokenizer", "train", corpus, "--vocab-size", "8192", "--max-seq-len", "256", "-o", tokenizer],
-        ["shards", "build", corpus, "--tokenizer", tokenizer, "--valid-fraction", "0.02", "-o", shards],
-    ):
-        program = [sys.executable, "-m", "codeparrot_ds.cli"]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        subprocess.run(
-            [*program, *map(str, command)], check=True, stdout=subprocess.DEVNULL, env=environment, timeout=300
-        )
-    return shards
+def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
+    """Of all files; a line that a process was ended in is left out, and said."""
+    rows = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                print(f"{path}:{number}: not a whole line of JSON, left out", file=sys.stderr, flush=True)
+    return rows
 
 
-def tokens_per_second(row: dict[str, Any]) -> float:
-    """By the median step."""
-    return float(row["tokens_per_step"]) / statistics.median(row["step_seconds"])
-
-
-def way_rows(rows: list[dict[str, Any]], part: str) -> Iterator[list[str]]:
-    """Cells of a part's table."""
-    for row in rows:
-        if row["part"] != part:
-            continue
-        who = "ours" if row["who"] == "ours" else PEERS[row["who"]]
-        stage = "" if row["stage"] is None else f"ZeRO-{row['stage']}"
-        predicted = f"{row['predicted_peak_bytes'] / 1e9:.2f}" if "predicted_peak_bytes" in row else ""
-        cells = [who, row.get("change", stage), row["recompute"], str(row["micro_batch"])]
-        if row.get("out_of_memory"):
-            yield [*cells, "out of memory", "", "", predicted, ""]
-            continue
-        speed, peak = tokens_per_second(row), row.get("peak_bytes")
-        mfu = "" if row.get("device") == "cpu" else f"{speed * row['flops_per_token'] / row['peak_flops']:.1%}"
-        error = f"{row['predicted_peak_bytes'] / peak - 1:+.1%}" if peak and predicted else ""
-        yield [*cells, f"{speed:,.0f}", mfu, f"{peak / 1e9:.2f}" if peak else "", predicted, error]
-
-
-HEAD = ["who", "way", "recomputing", "micro-batch", "tokens/s", "MFU", "peak GB", "predicted GB", "off by"]
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table."""
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def curve_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Each curve against the first."""
-    curves = {row["name"]: row for row in rows if row["part"] == "curve"}
-    reference = next(iter(curves.values()), None)
-    found = []
-    for name, row in curves.items():
-        if reference is None or row is reference:
-            continue
-        apart = [abs(a / b - 1) for a, b in zip(row["losses"], reference["losses"], strict=True)]
-        same = "the same" if row["digests"] == reference["digests"] else "OTHER"
-        found.append(
-            [name, reference["name"], f"{len(apart)}", f"{statistics.mean(apart):.1e}", f"{max(apart):.1e}", same]
-        )
-    return found
-
-
-def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Part -> lines of Markdown."""
-    found = {}
-    for part in ("xl", "peers", "small", "ladder"):
-        cells = list(way_rows(rows, part))
-        if cells:
-            found[part] = markdown(HEAD, cells)
-    profile = [row for row in rows if row["part"] == "profile"]
-    if profile:
-        operators = profile[-1]["operators"]
-        total = sum(each["microseconds"] for each in operators)
-        cells = [
-            [
-                each["name"][:80],
-                str(each["calls"]),
-                f"{each['microseconds'] / 1e3:,.2f}",
-                f"{each['microseconds'] / total:.1%}",
-            ]
-            for each in operators[:20]
-        ]
-        found["profile"] = markdown(["kernel or operator", "calls", "ms", "share"], cells)
-    if curve := curve_rows(rows):
-        found["curve"] = markdown(["run", "against", "steps", "mean difference", "largest", "data"], curve)
-    return found
-
-
-def fill(page: Path, found: dict[str, list[str]]) -> None:
-    """Put tables between a page's marks, `<!-- gpu:NAME -->` and `<!-- gpu:end -->`."""
-    text = page.read_text()
-    for name, lines in found.items():
-        before, mark, after = text.partition(f"<!-- gpu:{name} -->\n")
-        if not mark:
-            sys.exit(f"{page}: no mark for {name}")
-        text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- gpu:end -->") :]
-    page.write_text(text)
+def interrupt(*_: Any) -> NoReturn:
+    """A part that is told to end still ends its process, and prints its tables."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Measure, print, fill."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parts", default="xl,peers,ladder,small,curve")
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
-    parser.add_argument("--shards", type=Path, help="for the curve, of the quickstart; made when left out")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="after which nothing more is started")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--seconds", type=float, help="after which it has ended; 150 for the first part, 300 else")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", default=Path("gpu.jsonl"), help="appended to")
     parser.add_argument("--tiny", action="store_true", help="tiny models: shows that the benchmark works")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
+    parser.add_argument("--only", metavar="NAME", help="of the part this process alone")
     parser.add_argument("--fill", type=Path, metavar="PAGE.md", help="puts the tables into this page")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE.json", help="measure nothing: tables of these rows"
+        "--from",
+        dest="sources",
+        type=Path,
+        nargs="+",
+        metavar="FILE.jsonl",
+        help="measure nothing: tables of these rows",
     )
     options = parser.parse_args()
-    parts, failed = options.parts.split(","), []
-    if unknown := set(parts) - {*RECIPES, "peers", "ladder", "curve"}:
-        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}")
-    if options.source is not None:
-        rows = json.loads(options.source.read_text())["rows"]
-    else:
-        with tempfile.TemporaryDirectory(prefix="codeparrot-gpu-") as directory:
+    if (options.part is None) == (options.sources is None):
+        parser.error("give --part, or --from")
+    failed: list[str] = []
+    if options.part is not None:
+        children = [child for child in PARTS[options.part] if options.only in (None, child.name)]
+        if not children:
+            parser.error(f"--only {options.only}: of {', '.join(child.name for child in PARTS[options.part])}")
+        if not options.tiny and not local_gpus():
+            sys.exit("no GPU here. --tiny shows on a CPU that the benchmark works.")
+        if options.seconds is None:
+            options.seconds = sum(child.seconds for child in PARTS[options.part])
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        before = len(read_rows([options.output]))
+        signal.signal(signal.SIGTERM, interrupt)
+        with tempfile.TemporaryDirectory(prefix="codeparrot-gpu-", ignore_cleanup_errors=True) as directory:
             benchmark = Benchmark(options, Path(directory))
-            for part in parts:
-                if part in RECIPES:
-                    benchmark.models(part)
-                else:
-                    {"peers": benchmark.peers, "ladder": benchmark.ladder, "curve": benchmark.curve}[part]()
-            rows, failed = benchmark.rows, benchmark.failed
-    found = tables(rows)
+            failed = benchmark.failed
+            try:
+                benchmark.measure(children)
+            except KeyboardInterrupt:
+                failed.append("interrupted")
+        of_this_part = read_rows([options.output])[before:]
+        failed += [row["cell"] for row in of_this_part if row.get("part") == "correctness" and not row.get("ok")]
+    found = tables(read_rows(options.sources or [options.output]))
     for name, lines in found.items():
         print(f"\n{name}", *lines, sep="\n")
     if options.fill is not None:
         fill(options.fill, found)
+    sys.stdout.flush()
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
 
