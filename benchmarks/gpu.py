@@ -68,6 +68,7 @@ PARTS = {
     "second": (
         Child("second", "gpu_step.py", 140, {"cells": "second"}),
         Child("zero3", "gpu_step.py", 40, {"cells": "zero3"}),
+        Child("deepspeed", "gpu_step.py", 25, {"cells": "deepspeed"}),
         Child("nanogpt", "peers/gpu_nanogpt.py", 55),
         Child("trainer", "peers/step_trainer.py", 40),
         Child("beside", "gpu_step.py", 25, {"cells": "beside"}),

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from gpu_job import Job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from codeparrot_ds.training.loss import in_one_kernel, in_passes
+
 LAYERS, WIDTH, VOCABULARY = 48, 1600, 32768  # of GPT-2 xl as codeparrot has it
 WARM_UP, REPEATS = 3, 10
 # Of a block: name, inputs, outputs.
@@ -38,12 +40,12 @@ class Ceilings:
     def __init__(self, job: Job) -> None:
         self._job, self._tiny = job, job.tiny
         self._device = torch.device("cpu" if job.on_cpu else "cuda")
-        self._seconds_of_gemms = 0.0
+        self._seconds_of_gemms = self._bytes_a_second = 0.0
 
     def all(self) -> None:
         """One after another; one that fails is a row of its own, and the others go on."""
         self._job.add(part="versions", **versions(self._job.on_cpu))
-        for measure in (self.square, self.copy, self.blocks, self.head, self.attention, self.launches):
+        for measure in (self.square, self.copy, self.blocks, self.head, self.attention, self.launches, self.loss):
             try:
                 measure()
             except Exception as error:
@@ -88,6 +90,7 @@ class Ceilings:
         source = torch.empty(size, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
         took = self.seconds(lambda: target.copy_(source))
+        self._bytes_a_second = 2 * size / took
         self.add("copy", shape=f"{size / 1e9:.2f} GB", seconds=took, value=2 * size / took / 1e9, unit="GB/s")
 
     def square(self) -> None:
@@ -182,6 +185,17 @@ class Ceilings:
             rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         return str(max(rows, key=lambda row: getattr(row, key)).key).lower()
+
+    def loss(self) -> None:
+        """Of a chunk's logits and their gradient, in one kernel and in passes; as bytes at the bandwidth of a copy. The
+        three matrix products beside it write or read each logit once more: 6 bytes."""
+        tokens, vocabulary = (128, 512) if self._tiny else (4096, VOCABULARY)
+        logits = self.tensor(tokens, vocabulary)
+        targets = torch.randint(vocabulary, (tokens, 1), device=self._device)
+        for name, run in (("in one kernel", in_one_kernel), ("in passes", in_passes)):
+            took = self.seconds(lambda run=run: run(logits, targets, True))
+            value = took * self._bytes_a_second / logits.numel()
+            self.add(f"loss {name}", shape=f"{tokens:,} x {vocabulary:,}", seconds=took, value=value, unit="B a logit")
 
     def launches(self) -> None:
         """Kernels of one number that the host can start in a second, through PyTorch: what bounds small tensors."""

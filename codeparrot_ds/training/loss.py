@@ -56,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
         weight_gradient: torch.Tensor | None = None
-        loss_and_gradient = _in_one_kernel if fused else _in_passes
+        loss_and_gradient = in_one_kernel if fused else in_passes
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
             # Nothing here holds the logits, so that what follows can drop them.
@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
 # fp16 would lose it.
 
 
-def _in_passes(
+def in_passes(
     logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = logits.dtype
@@ -110,7 +110,7 @@ def _in_passes(
     return loss, gradient.to(dtype)
 
 
-def _in_one_kernel(
+def in_one_kernel(
     logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     for tensor in (logits, targets):
