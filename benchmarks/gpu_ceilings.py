@@ -18,7 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from gpu_job import Job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from codeparrot_ds.training.loss import in_one_kernel, in_passes
+from codeparrot_ds.training.kernels import loss_and_gradient
+from codeparrot_ds.training.loss import in_passes
 
 LAYERS, WIDTH, VOCABULARY = 48, 1600, 32768  # of GPT-2 xl as codeparrot has it
 WARM_UP, REPEATS = 3, 10
@@ -192,7 +193,7 @@ class Ceilings:
         tokens, vocabulary = (128, 512) if self._tiny else (4096, VOCABULARY)
         logits = self.tensor(tokens, vocabulary)
         targets = torch.randint(vocabulary, (tokens, 1), device=self._device)
-        for name, run in (("in one kernel", in_one_kernel), ("in passes", in_passes)):
+        for name, run in (("in one kernel", loss_and_gradient), ("in passes", in_passes)):
             took = self.seconds(lambda run=run: run(logits, targets, True))
             value = took * self._bytes_a_second / logits.numel()
             self.add(f"loss {name}", shape=f"{tokens:,} x {vocabulary:,}", seconds=took, value=value, unit="B a logit")

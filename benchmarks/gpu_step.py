@@ -33,6 +33,10 @@ from codeparrot_ds.trial import trace_step, trainer_on_random_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
+TUNED: dict[str, dict[str, Any]] = {
+    "tuned kernels": {"coordinate_descent_tuning": True, "max_autotune_pointwise": True},
+    "tuned kernels and GEMMs": {"coordinate_descent_tuning": True, "max_autotune": True},
+}
 SECONDS_A_CELL = 8.0  # that must be left to begin one
 
 
@@ -86,8 +90,29 @@ SECOND = (
     Cell(32, accumulation=1, compile=False, recompute="full", steps=2),
     Cell(32, accumulation=1, recompute="full", steps=2),
 )
-ZERO3 = (Cell(16), Cell(16, compile=False), Cell(16, recompute="full", steps=2), Cell(16, accumulation=1, steps=2))
-CELLS = {"first": FIRST, "second": SECOND, "zero3": ZERO3, "deepspeed": (Cell(16),), "beside": (Cell(16),)}
+ZERO3 = (
+    Cell(16),
+    Cell(16, compile=False),
+    Cell(16, recompute="full", steps=2),
+    Cell(16, accumulation=1, steps=2),
+    Cell(16, steps=2, change="reduction that is ordered, not waited for"),
+)
+TUNE = (
+    Cell(16, profile=True, steps=2),
+    Cell(16, change="PyTorch's operators to add gradients", steps=2),
+    Cell(16, recompute="full", steps=2),
+    Cell(16, compile=False, recompute="full", steps=2),
+    Cell(16, compile=False, steps=2),
+    Cell(16, change="tuned kernels", steps=2, profile=True),
+)
+CELLS = {
+    "tune": TUNE,
+    "first": FIRST,
+    "second": SECOND,
+    "zero3": ZERO3,
+    "deepspeed": (Cell(16),),
+    "beside": (Cell(16),),
+}
 
 
 def main() -> None:
@@ -128,7 +153,6 @@ class Bench:
         self._trainer, self._memory, self._job = trainer, memory, job
         self._recipe = trainer.recipe
         self._machine = find_machine(trainer.recipe, 1, on_cpu=job["on_cpu"])
-        self._compiled = False
 
     @property
     def _network(self) -> Any:
@@ -170,8 +194,7 @@ class Bench:
         engine.set_train_micro_batch_size(micro_batch)
         engine.set_train_batch_size(micro_batch * accumulation)
         engine.micro_steps = 0
-        recompute_activations(self._network, cell.recompute)
-        self._compile(cell.compile)
+        self._set_up_blocks(cell)
         row: dict[str, Any] = {
             "part": "step",
             "cells": self._job["cells"],
@@ -212,15 +235,15 @@ class Bench:
         model = self._recipe.model
         return model.n_layer * model.n_embd * model.seq_len
 
-    def _compile(self, wanted: bool) -> None:
-        if wanted and not self._compiled:
-            compile_blocks(self._network, self._trainer.ranks.device)
-        elif self._compiled and not wanted:
-            for number, block in enumerate(self._network.transformer.h, start=1):
-                del block.forward
-                if block.attn.__dict__.pop("query_scale", None) is not None:
-                    block.attn.scaling /= number
-        self._compiled = wanted
+    def _set_up_blocks(self, cell: Cell) -> None:
+        for number, block in enumerate(self._network.transformer.h, start=1):  # as they were built
+            block.__dict__.pop("forward", None)
+            if block.attn.__dict__.pop("query_scale", None) is not None:
+                block.attn.scaling /= number
+        recompute_activations(self._network, cell.recompute)
+        if cell.compile:
+            options = {"options": TUNED[cell.change]} if cell.change in TUNED else {}
+            compile_blocks(self._network, self._trainer.ranks.device, **options)
 
     def _steps(self, count: int) -> list[Any]:
         taken = []
@@ -251,6 +274,14 @@ class Bench:
         }
 
 
+class OrderedStream(torch.cuda.Stream):
+    """For which the device waits where the host would."""
+
+    def synchronize(self) -> None:
+        """Have what is started later on this device wait."""
+        torch.cuda.current_stream(self.device).wait_stream(self)
+
+
 @contextlib.contextmanager
 def _changed(trainer: Trainer, change: str) -> Iterator[None]:
     """One thing otherwise than it is."""
@@ -272,13 +303,23 @@ def _changed(trainer: Trainer, change: str) -> Iterator[None]:
         trainer._on_device = lambda ids: torch.from_numpy(ids).to(trainer.ranks.device)  # type: ignore[method-assign]
         yield
         trainer._on_device = usual  # type: ignore[method-assign]
+    elif change == "PyTorch's operators to add gradients":
+        engine.optimizer._kernels = False
+        yield
+        engine.optimizer._kernels = True
+    elif change.startswith("reduction that is ordered"):
+        usual = engine.optimizer.reduce_and_partition_stream
+        if isinstance(usual, torch.cuda.Stream):
+            engine.optimizer.reduce_and_partition_stream = OrderedStream(usual.device)
+        yield
+        engine.optimizer.reduce_and_partition_stream = usual
     elif change == "DeepSpeed's timer":
         timers = engine.tput_timer.config
         timers.enabled = True
         yield
         timers.enabled = False
     else:
-        assert not change, change
+        assert not change or change in TUNED, change
         yield
 
 

@@ -1,13 +1,12 @@
 """The projection to logits and its loss, some tokens at a time: the logits of a micro-batch are never all there."""
 
-import shutil
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import nn
+
+from codeparrot_ds.training import kernels
 
 
 class LossHead(nn.Linear):
@@ -17,9 +16,9 @@ class LossHead(nn.Linear):
 
     Attributes:
         chunk_tokens: logits are made for so many tokens at a time.
-        fused: the loss and its gradient are made from a chunk's logits in one kernel, compiled by torch.compile, that
-            reads them twice and writes the gradient once: 12 bytes a logit with the three matrix products, in bf16,
-            instead of 34. None for wherever it can be: on GPUs, with a compiler for C, which Triton needs.
+        fused: the loss and its gradient are made from a chunk's logits in one kernel that reads them twice and writes
+            the gradient once: 12 bytes a logit with the three matrix products, in bf16, instead of 34. None for
+            wherever there is that kernel.
     """
 
     chunk_tokens = 4096
@@ -30,16 +29,11 @@ class LossHead(nn.Linear):
         int64 to their mean loss [] in nats per token."""
         if targets is None:
             return super().forward(hidden)
-        fused = can_fuse(hidden.device.type) if self.fused is None else self.fused
+        fused = kernels.available(hidden.device) if self.fused is None else self.fused
         loss: torch.Tensor = _ChunkedLoss.apply(
             hidden.flatten(0, 1), self.weight, targets.flatten(), self.chunk_tokens, fused
         )
         return loss
-
-
-def can_fuse(device_type: str) -> bool:
-    """Whether the loss is made in one kernel there."""
-    return device_type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -56,7 +50,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
         weight_gradient: torch.Tensor | None = None
-        loss_and_gradient = in_one_kernel if fused else in_passes
+        loss_and_gradient = kernels.loss_and_gradient if fused else in_passes
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
             # Nothing here holds the logits, so that what follows can drop them.
@@ -91,14 +85,10 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
-# Each of the two that follow: of logits [tokens, vocab] and targets [tokens, 1] int64, the sum of losses [] fp32, and
-# with `needs_gradient` its gradient in the logits' type, [tokens, vocab]. It is not divided by the number of tokens:
-# fp16 would lose it.
-
-
 def in_passes(
     logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `kernels.loss_and_gradient` gives, by an operator after another."""
     dtype = logits.dtype
     log_probabilities = F.log_softmax(logits, 1, dtype=torch.float32)
     del logits
@@ -108,29 +98,3 @@ def in_passes(
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=gradient.dtype))
     return loss, gradient.to(dtype)
-
-
-def in_one_kernel(
-    logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    for tensor in (logits, targets):
-        torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk may be shorter
-    return _compiled()(logits, targets, needs_gradient)
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    def to_compile(
-        logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wide = logits.float()
-        normalizer = wide.logsumexp(1, keepdim=True)
-        loss = (normalizer - wide.gather(1, targets)).sum()
-        if not needs_gradient:
-            return loss, None
-        probability = (wide - normalizer).exp()
-        wanted = torch.arange(logits.shape[1], device=logits.device) == targets  # [tokens, vocab], never in memory
-        return loss, (probability - wanted.float()).to(logits.dtype)
-
-    compiled: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = torch.compile(to_compile, fullgraph=True)
-    return compiled

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 import xxhash
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.run.sections import Model
@@ -90,14 +91,26 @@ def recompute_activations(network: Any, mode: str) -> None:
         block.gradient_checkpointing = mode == "full" or (mode == "selective" and number % 2 == 0)
 
 
-def compile_blocks(network: Any, device: torch.device) -> None:
-    """torch.compile for each block. All blocks are one graph, compiled once for each shape of a micro-batch.
+def compile_blocks(network: Any, device: torch.device, **options: Any) -> None:
+    """torch.compile for each block, with `options` for it. All blocks are one graph, or two where some recompute their
+    activations, compiled once for each shape of a micro-batch.
 
-    The hooks with which ZeRO-3 gathers a block's weights stay outside of it: `gather_whole_blocks`.
+    What is recomputed is in the graph, so that only what the backward pass needs is made again. The hooks with which
+    ZeRO-3 gathers a block's weights stay outside of it: `gather_whole_blocks`.
     """
     attention.share_scale(network, device)
     for block in network.transformer.h:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        forward = type(block).forward.__get__(block)
+        if block.gradient_checkpointing:
+            block.gradient_checkpointing = False
+            forward = partial(_recomputed, block)
+        block.forward = torch.compile(forward, fullgraph=True, dynamic=False, **options)
+
+
+def _recomputed(block: Any, *arguments: Any, **named: Any) -> Any:
+    if not block.training:
+        return type(block).forward(block, *arguments, **named)
+    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False, **named)
 
 
 def gather_whole_blocks(network: Any) -> None:
