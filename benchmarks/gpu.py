@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 XL = ROOT / "launch" / "recipes" / "codeparrot-xl.yaml"
 TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
-WARM_UP, STEPS = 3, 5  # of peers
+WARM_UP, STEPS = 3, 4  # of peers
 LAST_SECONDS = 2.0  # for the tables
 MARGIN_SECONDS = 3.0  # between a process's deadline and its end by force
 
@@ -66,12 +66,12 @@ PARTS = {
         Child("first", "gpu_step.py", 55, {"cells": "first"}),
     ),
     "second": (
-        Child("second", "gpu_step.py", 140, {"cells": "second"}),
-        Child("zero3", "gpu_step.py", 40, {"cells": "zero3"}),
-        Child("deepspeed", "gpu_step.py", 25, {"cells": "deepspeed"}),
-        Child("nanogpt", "peers/gpu_nanogpt.py", 55),
-        Child("trainer", "peers/step_trainer.py", 40),
+        Child("second", "gpu_step.py", 92, {"cells": "second"}),
+        Child("trainer", "peers/step_trainer.py", 32),
+        Child("nanogpt", "peers/gpu_nanogpt.py", 76),
         Child("beside", "gpu_step.py", 25, {"cells": "beside"}),
+        Child("zero3", "gpu_step.py", 45, {"cells": "zero3"}),
+        Child("deepspeed", "gpu_step.py", 12, {"cells": "deepspeed"}),
     ),
 }
 PEERS = ("nanogpt", "trainer")

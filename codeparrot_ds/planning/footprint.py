@@ -67,6 +67,8 @@ class _Step:
         self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # of attention
         self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and 1 / deviation of a norm
         self._positions = model.seq_len * model.n_embd * layout.item
+        # Compiled blocks have the scale of their layer in the queries, which are then a tensor of their own.
+        self._queries = self._unit if layout.compiled and model.scale_attn_by_inverse_layer_idx else 0
 
     def micro_batch(self, number: int, first: bool, last: bool) -> None:
         """Forward and backward."""
@@ -100,7 +102,8 @@ class _Step:
         live only until their sums are made: 18, of which 16 are kept. A second forward ends at the last projection."""
         ledger, unit = self._ledger, self._unit
         first = 2 + block * len(BLOCK)
-        counts = (unit + self._moments, 3 * unit + unit + self._logsumexp, 2 * unit, unit + self._moments, 8 * unit)
+        attention = 3 * unit + self._queries + unit + self._logsumexp
+        counts = (unit + self._moments, attention, 2 * unit, unit + self._moments, 8 * unit)
         for module, count in enumerate(counts):
             self._zero.use(first + module, forward=True)
             ledger.alloc("activations", count)
@@ -130,17 +133,22 @@ class _Step:
         left, first = layout.tokens, True
         while left > 0:
             count = min(layout.loss_chunk_tokens, left) * vocabulary
-            cast = 4 * count if layout.on_cpu and item == 2 else 0
-            ledger.alloc("logits", item * count + cast + 4 * count)
-            ledger.free("logits", item * count + cast)
-            rounded = item * count if item == 2 else 0
-            ledger.alloc("logits", rounded)
+            if layout.on_cpu:
+                cast = 4 * count if item == 2 else 0
+                ledger.alloc("logits", item * count + cast + 4 * count)
+                ledger.free("logits", item * count + cast)
+                kept, rounded = 4 * count, item * count if item == 2 else 0
+                ledger.alloc("logits", rounded)
+            else:  # `training.kernels`: the logits, then their gradient beside them
+                ledger.alloc("logits", 2 * item * count)
+                kept, rounded = 0, item * count
+                ledger.free("logits", rounded)
             product = item * head if item == 2 else 0
             if product:
                 ledger.pass_through("logits", product + (4 * head if first else 0))
             if first:
                 ledger.alloc("gradient of the head", 4 * head)
-            ledger.free("logits", rounded + 4 * count)
+            ledger.free("logits", rounded + kept)
             left, first = left - layout.loss_chunk_tokens, False
 
     def _backward(self) -> None:
@@ -190,7 +198,7 @@ class _Step:
         if not layout.on_cpu:  # flash attention gathers the queries' gradient in fp32
             self._ledger.pass_through("activations", 3 * unit + 4 * layout.tokens * layout.model.n_embd)
         self._ledger.alloc("activations", 3 * unit)
-        self._ledger.free("activations", 2 * unit + 3 * unit + self._logsumexp)
+        self._ledger.free("activations", 2 * unit + 3 * unit + self._queries + self._logsumexp)
         self._ledger.pass_through("activations", 3 * unit)  # the three of attention, put together
         self._backward_module(first + 1, taken=1, kept=1, consumed=3)
         self._backward_module(first, taken=1, kept=1, consumed=2, moments=True)

@@ -41,6 +41,7 @@ class Layout:
         accumulation: micro-batches a step.
         loss_chunk_tokens: tokens whose logits are there at once.
         on_cpu: ranks compute on CPU cores, where gloo and some kernels copy what NCCL and CUDA's do not.
+        compiled: blocks are compiled by torch.compile.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Layout:
     accumulation: int
     loss_chunk_tokens: int = 4096
     on_cpu: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, ds_config: Mapping[str, Any], on_cpu: bool = False) -> "Layout":
@@ -67,6 +69,7 @@ class Layout:
             accumulation,
             recipe.engine.loss_chunk_tokens,
             on_cpu,
+            recipe.engine.compile,
         )
 
     @property

@@ -24,7 +24,8 @@ class _Gathered:
 
 
 class _Stage3(_Bucketed):
-    """Weights are partitioned too: gathered before each module needs them, some ahead, and dropped behind it."""
+    """Weights are partitioned too: gathered before they are needed, some ahead, and dropped behind that. Those of a
+    block are gathered together, and its gradients reduced together, when all of them are there."""
 
     def __init__(self, layout: Layout, ledger: Ledger) -> None:
         threshold = layout.zero.get("stage3_param_persistence_threshold", 1e5)
@@ -37,6 +38,7 @@ class _Stage3(_Bucketed):
         self._on_the_way: dict[str, _Gathered] = {}
         self._place = self._queue = 0  # in the trace
         self._stays: dict[str, int] = {}  # parameter -> place of the trace before which it is not dropped
+        self._of_block: list[Tensor] = []  # gradients that wait for the others of their block
         super().__init__(layout, ledger)
 
     @property
@@ -66,12 +68,20 @@ class _Stage3(_Bucketed):
         """The parameters of each module in the order in which a micro-batch needs them."""
         layout = self.layout
         last, block = len(layout.modules) - 1, len(BLOCK)
-        order = [*range(last + 1), last, last - 1]
-        for i in reversed(range(layout.model.n_layer)):
-            mine = range(2 + i * block, 2 + (i + 1) * block)
-            order += mine if layout.recomputes(i) else []
-            order += reversed(mine)
-        return [layout.modules[number] for number in (*order, 1, 0)]
+        blocks = [2 + i * block for i in range(layout.model.n_layer)]
+        order = [0, 1, *blocks, last - 1, last, last, last - 1]
+        for i, first in reversed(list(enumerate(blocks))):
+            order += [first] * (2 if layout.recomputes(i) else 1)
+        return [self._together(number)[0] for number in (*order, 1, 0)]
+
+    def _together(self, number: int) -> tuple[list[Tensor], int, int]:
+        """The parameters that are gathered with those of a module, and the first and last module of these."""
+        blocks = range(2, 2 + self.layout.model.n_layer * len(BLOCK))
+        if number not in blocks:
+            return self.layout.modules[number], number, number
+        first = number - (number - 2) % len(BLOCK)
+        last = first + len(BLOCK) - 1
+        return [tensor for module in self.layout.modules[first : last + 1] for tensor in module], first, last
 
     @cached_property
     def _uses(self) -> dict[str, list[int]]:
@@ -90,14 +100,18 @@ class _Stage3(_Bucketed):
         )
 
     def use(self, number: int, forward: bool, leave: bool = True) -> None:
-        tensors = self.layout.modules[number]
+        tensors, first, last = self._together(number)
+        if number == (first if forward else last):
+            self._enter(tensors)
+        if leave:
+            self.leave(number, forward)
+
+    def _enter(self, tensors: list[Tensor]) -> None:
         self._gather([tensor for tensor in tensors if tensor.name not in self._live])
         for tensor in tensors:
             self._wait(tensor)
         self._place += 1
         self._gather(self._next())
-        if leave:
-            self.leave(number, forward)
 
     def _next(self) -> list[Tensor]:
         """What to gather ahead. The queue is looked through once: what was there when its turn came stays till then."""
@@ -138,7 +152,14 @@ class _Stage3(_Bucketed):
             self.ledger.free("gathered weights", count)
 
     def leave(self, number: int, forward: bool) -> None:
-        for tensor in self.layout.modules[number]:
+        tensors, first, last = self._together(number)
+        if number != (last if forward else first):
+            return
+        if not forward:
+            for tensor in sorted(self._of_block, key=lambda tensor: not tensor.matrix):
+                self.put(tensor, "gradients", self.layout.item)
+            self._of_block = []
+        for tensor in tensors:
             if tensor.name in self._persistent or tensor.name not in self._live:
                 continue
             if self._stays.get(tensor.name, -1) >= self._place:
@@ -157,7 +178,10 @@ class _Stage3(_Bucketed):
             self.ledger.free("gathered weights", self.layout.item * tensor.elements)
 
     def gradient(self, tensor: Tensor) -> None:
-        self.put(tensor, "gradients", self.layout.item)
+        if tensor.name.startswith("h."):
+            self._of_block.append(tensor)
+        else:
+            self.put(tensor, "gradients", self.layout.item)
 
     def reduce(self) -> None:
         item, world_size = self.layout.item, self.layout.world_size

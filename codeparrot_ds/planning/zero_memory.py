@@ -59,19 +59,14 @@ class Zero:
             self.ledger.free("gradients", self.layout.item * tensor.elements)
 
     def end_backward(self) -> None:
-        """After the last gradient of a micro-batch."""
-        if self.last:
-            self.reduce_whole([tensor.elements for tensor in self.layout.parameters], 4)
-
-    def reduce_whole(self, sizes: list[int], item: int) -> None:
-        """All-reduce whole gradients, many together: copied into one tensor, and in another type where that is sent."""
+        """After the last gradient of a micro-batch: all are all-reduced, many together, copied into one tensor."""
+        if not self.last:
+            return
         bucket: list[int] = []
-        for number, elements in enumerate(sizes, start=1):
-            bucket.append(elements)
-            if sum(bucket) > _WHOLE_REDUCTION or number == len(sizes):
-                flat = item * sum(bucket) if len(bucket) > 1 else 0
-                sent = self.layout.item * sum(bucket) if self.layout.item != item else 0
-                self.ledger.pass_through("communication", flat + sent)
+        for number, tensor in enumerate(self.layout.parameters, start=1):
+            bucket.append(tensor.elements)
+            if sum(bucket) > _WHOLE_REDUCTION or number == len(self.layout.parameters):
+                self.ledger.pass_through("communication", 4 * sum(bucket) if len(bucket) > 1 else 0)
                 bucket = []
 
     def step(self) -> None:
@@ -85,20 +80,25 @@ class Zero:
 
 
 class _Stage1InBf16(Zero):
-    """`BF16_Optimizer`: gradients are whole, those of the micro-batch beside those that are accumulated in fp32."""
+    """`training.zero1`: gradients are accumulated whole, in fp32, each as soon as it is there."""
 
     def resident(self) -> None:
         self.ledger.alloc("weights", self.layout.item * sum(self.whole))
         self.ledger.alloc("optimizer", 12 * self.partition)
         self.ledger.alloc("gradients in fp32", 4 * sum(self.whole))
 
+    def gradient(self, tensor: Tensor) -> None:
+        if not self.first and self.layout.on_cpu:  # whose kernel adds tensors of one type only
+            self.ledger.pass_through("gradients in fp32", 4 * tensor.elements)
+        self.ledger.free("gradients", self.layout.item * tensor.elements)
+
     def end_backward(self) -> None:
-        if self.last:
-            self.reduce_whole(self.whole, 4)
+        if self.last and self.layout.world_size > 1:
+            bucket = min(int(self.layout.zero.get("reduce_bucket_size", 5e8)), max(self.whole))
+            self.ledger.pass_through("communication", self.layout.item * bucket)
 
     def step(self) -> None:
         self.gather_weights()
-        super().step()
 
 
 class _Bucketed(Zero):

@@ -1,38 +1,20 @@
-"""Kernels for GPUs that do in one pass over memory what PyTorch's operators do in several: made by torch.compile."""
+"""Kernels for GPUs that do at once what PyTorch's operators do in several passes over memory: by torch.compile."""
 
 import shutil
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 
-_WIDTH = 16  # of rows in a kernel of any number of them: with it, Triton loads several numbers at a time
-_ALIGNMENT_BYTES = 16  # that it then takes for granted
-
 
 def available(device: torch.device) -> bool:
-    """Whether they can be had: on a GPU, with a compiler for C, which Triton needs."""
+    """Whether there are any: on a GPU, with a compiler for C, which Triton needs."""
     return device.type == "cuda" and _has_compiler()
 
 
 @cache
 def _has_compiler() -> bool:
     return any(map(shutil.which, ("cc", "gcc", "clang")))
-
-
-def accumulate(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
-    """Add `part` to `total`, or put it in its place if it is the `first`. Both [n], of types that may differ.
-
-    PyTorch's own operators for two types load a number at a time: 1.9 TB/s on a GPU that copies at 4.2.
-    """
-    if total.numel() % _WIDTH or total.numel() == _WIDTH or (total.data_ptr() | part.data_ptr()) % _ALIGNMENT_BYTES:
-        _copy(total, part) if first else _add(total, part)
-        return
-    rows = total.view(-1, _WIDTH), part.view(-1, _WIDTH)
-    for tensor in rows:
-        torch._dynamo.mark_dynamic(tensor, 0)  # one kernel serves all parameters
-    _compiled(_copy if first else _add)(*rows)
 
 
 def loss_and_gradient(
@@ -42,22 +24,15 @@ def loss_and_gradient(
     gradient in the logits' type, [tokens, vocab]. It is not divided by the number of tokens: fp16 would lose it."""
     for tensor in (logits, targets):
         torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk may be shorter
-    found: tuple[torch.Tensor, torch.Tensor | None] = _compiled(_loss_and_gradient)(logits, targets, needs_gradient)
-    return found
+    return _compiled()(logits, targets, needs_gradient)
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True)
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    compiled: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = torch.compile(
+        _loss_and_gradient, fullgraph=True
+    )
     return compiled
-
-
-def _copy(total: torch.Tensor, part: torch.Tensor) -> None:
-    total.copy_(part)
-
-
-def _add(total: torch.Tensor, part: torch.Tensor) -> None:
-    total.add_(part)
 
 
 def _loss_and_gradient(

@@ -17,8 +17,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import nvtx
 
-from codeparrot_ds.training import kernels
-
 _EPSILON = 1e-6  # beside the norm, as DeepSpeed has it
 
 
@@ -31,9 +29,7 @@ class LeanBF16Optimizer(BF16_Optimizer):
 
     def __init__(self, optimizer: torch.optim.AdamW, *arguments: Any, **named: Any) -> None:
         super().__init__(optimizer, *arguments, **named)
-        device = self.fp32_groups_flat_partition[0].device
-        self.skipped = torch.zeros((), device=device)
-        self._kernels = kernels.available(device)
+        self.skipped = torch.zeros((), device=self.fp32_groups_flat_partition[0].device)
 
     @torch.no_grad()
     def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
@@ -41,13 +37,10 @@ class LeanBF16Optimizer(BF16_Optimizer):
         if lp.grad is None:
             return
         gradient, seen = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
-        part = lp.grad.reshape(-1)
-        if self._kernels:
-            kernels.accumulate(gradient, part, first=not seen[param_idx])
-        elif seen[param_idx]:
-            gradient.add_(part)
+        if seen[param_idx]:
+            gradient.view_as(lp.grad).add_(lp.grad)
         else:
-            gradient.copy_(part)
+            gradient.view_as(lp.grad).copy_(lp.grad)
         lp._hp_grad, seen[param_idx] = gradient, True
         if clear_lp_grads:
             lp.grad.zero_()
