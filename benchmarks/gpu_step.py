@@ -96,7 +96,7 @@ CELLS = {
     "second": SECOND,
     "zero3": ZERO3,
     "deepspeed": (Cell(16),),
-    "beside": (Cell(16),),
+    "beside": (Cell(16, compile=True),),
 }
 
 
