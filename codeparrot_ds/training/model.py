@@ -91,9 +91,9 @@ def recompute_activations(network: Any, mode: str) -> None:
         block.gradient_checkpointing = mode == "full" or (mode == "selective" and number % 2 == 0)
 
 
-def compile_blocks(network: Any, device: torch.device, **options: Any) -> None:
-    """torch.compile for each block, with `options` for it. All blocks are one graph, or two where some recompute their
-    activations, compiled once for each shape of a micro-batch.
+def compile_blocks(network: Any, device: torch.device, backend: Any = "inductor") -> None:
+    """torch.compile for each block. All blocks are one graph, or two where some recompute their activations, compiled
+    once for each shape of a micro-batch.
 
     What is recomputed is in the graph, so that only what the backward pass needs is made again. The hooks with which
     ZeRO-3 gathers a block's weights stay outside of it: `gather_whole_blocks`.
@@ -104,7 +104,7 @@ def compile_blocks(network: Any, device: torch.device, **options: Any) -> None:
         if block.gradient_checkpointing:
             block.gradient_checkpointing = False
             forward = partial(_recomputed, block)
-        block.forward = torch.compile(forward, fullgraph=True, dynamic=False, **options)
+        block.forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _recomputed(block: Any, *arguments: Any, **named: Any) -> Any:

@@ -118,6 +118,7 @@ class Engine(DeepSpeedEngine):
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
+        """Set it, as DeepSpeed does when it loads a checkpoint."""
         self._skipped_steps = count
         if isinstance(self._skipped_on_device, torch.Tensor):
             self._skipped_on_device.zero_()

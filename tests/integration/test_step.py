@@ -53,3 +53,43 @@ def test_a_read_of_each_micro_batch_or_step_is_seen(probe: Callable[..., dict[st
     found = probe(1, "read")
     assert found["a_micro_batch"] == 1
     assert found["a_step"] == 1
+
+
+@pytest.fixture
+def zero1(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Six steps of ZeRO-1 under bf16 on two ranks, clipped, by one way."""
+
+    def run(way: str, micro_batch: int = 2, clipping: float = 0.3) -> dict[str, Any]:
+        body = recipe_on(data, tmp_path)
+        body["engine"] |= {"deepspeed": str(ROOT / "ds_configs" / "zero1.json"), "precision": "bf16"}
+        body["batch"] = {"global_batch_size": 16, "micro_batch_size": micro_batch}
+        body["optimizer"] = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clipping": clipping}
+        out = tmp_path / "found.json"
+        done = forked(
+            ROOT / "tests" / "integration" / "probe_zero1.py", save_recipe(body, tmp_path / "r.yaml"), out, way
+        )
+        assert done.returncode == 0, done.output
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    return run
+
+
+def test_our_step_is_deepspeeds(zero1: Callable[..., dict[str, Any]]) -> None:
+    ours, deepspeeds = zero1("ours"), zero1("deepspeed")
+    assert max(deepspeeds["norms"]) > 0.3  # clipped
+    assert ours["norms"] == pytest.approx(deepspeeds["norms"], rel=2e-3)
+    assert ours["mean_loss"] == pytest.approx(deepspeeds["mean_loss"], rel=1e-5)
+    assert ours["weights"] == pytest.approx(deepspeeds["weights"], rel=1e-5)
+
+
+def test_bf16_accumulates_as_one_large_micro_batch_would(zero1: Callable[..., dict[str, Any]]) -> None:
+    small, large = zero1("ours", micro_batch=2), zero1("ours", micro_batch=8)
+    assert small["norms"] == pytest.approx(large["norms"], rel=2e-2)
+    assert small["mean_loss"] == pytest.approx(large["mean_loss"], rel=1e-3)
+
+
+def test_a_parameter_without_a_gradient_does_not_get_the_last_ones(zero1: Callable[..., dict[str, Any]]) -> None:
+    found = zero1("missing")
+    assert found["largest_of_the_missing"] == 0
+    assert found["largest_of_the_next"] > 0
