@@ -1,12 +1,13 @@
 """Speed, memory and correctness on one GPU, in minutes and without a network: ours, and its peers beside it.
 
-Usage: python benchmarks/gpu.py --part first|second [--seconds N] [--output FILE.jsonl] [--nanogpt DIR] [--tiny]
+Usage: python benchmarks/gpu.py --part first|second|third [--seconds N] [--output FILE.jsonl] [--nanogpt DIR] [--tiny]
        python benchmarks/gpu.py --from FILE.jsonl ... [--fill PAGE.md]
 
 - first (150 s): versions and the GPU's ceilings; whether it computes what the CPU does, and a run's commands work
   there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
-- second (300 s): xl's step in other ways, each change switched off alone, predicted memory beside measured; ZeRO-3;
-  then nanoGPT (from DIR, a clone; left out without it) and HF Trainer + DeepSpeed, and ours once more beside them.
+- second (300 s): nanoGPT (from DIR, a clone; left out without it), ours beside it, HF Trainer + DeepSpeed; xl's step in
+  other ways, each change switched off alone, predicted memory beside measured.
+- third (130 s): ZeRO-3, DeepSpeed's own optimizer step, and the memory of more ways, the first that should not fit last.
 
 Each of these is a process of its own, started without a launcher and ended when its share of the time is over; what one
 leaves over goes to those after it. A JSON line is appended to FILE.jsonl for each cell as soon as it is measured, and
@@ -66,12 +67,15 @@ PARTS = {
         Child("first", "gpu_step.py", 55, {"cells": "first"}),
     ),
     "second": (
-        Child("second", "gpu_step.py", 92, {"cells": "second"}),
-        Child("trainer", "peers/step_trainer.py", 32),
-        Child("nanogpt", "peers/gpu_nanogpt.py", 76),
-        Child("beside", "gpu_step.py", 25, {"cells": "beside"}),
-        Child("zero3", "gpu_step.py", 45, {"cells": "zero3"}),
-        Child("deepspeed", "gpu_step.py", 12, {"cells": "deepspeed"}),
+        Child("nanogpt", "peers/gpu_nanogpt.py", 130),
+        Child("beside", "gpu_step.py", 40, {"cells": "beside"}),
+        Child("trainer", "peers/step_trainer.py", 35),
+        Child("second", "gpu_step.py", 95, {"cells": "second"}),
+    ),
+    "third": (
+        Child("zero3", "gpu_step.py", 60, {"cells": "zero3"}),
+        Child("deepspeed", "gpu_step.py", 25, {"cells": "deepspeed"}),
+        Child("memory", "gpu_step.py", 45, {"cells": "memory"}),
     ),
 }
 PEERS = ("nanogpt", "trainer")
@@ -234,7 +238,7 @@ def main() -> None:
     """Measure, print, fill."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--seconds", type=float, help="after which it has ended; 150 for the first part, 300 else")
+    parser.add_argument("--seconds", type=float, help="after which it has ended; 150, 300 and 130 unless said")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", default=Path("gpu.jsonl"), help="appended to")
     parser.add_argument("--tiny", action="store_true", help="tiny models: shows that the benchmark works")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")

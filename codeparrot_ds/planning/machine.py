@@ -7,7 +7,7 @@ import psutil
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.planning.scaling import Cluster
 from codeparrot_ds.run.recipe import Recipe
-from codeparrot_ds.system.gpus import local_gpus, peak_flops_of
+from codeparrot_ds.system.gpus import local_gpus, memory_bandwidth_of, peak_flops_of
 
 CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
 
@@ -72,5 +72,13 @@ def find_machine(
         )
     # Of GPUs that are here all memory is known: 7 % of it are left, as those of "80GB" leave of their 80 GiB.
     memory = gpu_memory_bytes or int(0.93 * min(total for _, total in here))
-    cluster = Cluster(gpus or len(here), host_bytes_per_second, gpus_per_host, hosts, gpu_flops=peak, mfu=mfu)
+    cluster = Cluster(
+        gpus or len(here),
+        host_bytes_per_second,
+        gpus_per_host,
+        hosts,
+        gpu_flops=peak,
+        mfu=mfu,
+        memory_bytes_per_second=memory_bandwidth_of(name) or Cluster.memory_bytes_per_second,
+    )
     return Machine(name, memory, cluster, host_memory_bytes, price_per_hour)

@@ -23,7 +23,8 @@ class Cluster:
         gpus_per_host: the most; fewer where there are fewer in all.
         hosts_named: how many, where not all have so many GPUs.
         gpu_flops: peak FLOP/s of one, dense, at the precision used.
-        mfu: share of it that a step without communication reaches.
+        mfu: share of it that forward and backward passes reach.
+        memory_bytes_per_second: of one, read and written.
         gpu_bytes_per_second: between the GPUs of a host, each way.
         host_hop_seconds, gpu_hop_seconds: what passing on to the next rank of a ring takes beside the bytes.
     """
@@ -34,6 +35,7 @@ class Cluster:
     hosts_named: int | None = None
     gpu_flops: float = 989e12
     mfu: float = 0.5
+    memory_bytes_per_second: float = 3.35e12
     gpu_bytes_per_second: float = 450e9
     host_hop_seconds: float = 5e-6
     gpu_hop_seconds: float = 1e-6
@@ -107,7 +109,27 @@ def traffic(
     return Traffic((reductions + after_step) * whole, reductions * whole, (2 * reductions + after_step) * buckets)
 
 
-def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int, recomputed: float = 0.0) -> StepTime:
+def update_bytes(model: Model, zero_stage: int, accumulation: int, ranks: int) -> float:
+    """What a GPU reads and writes of its memory in a step to add gradients up, to clip them and to update weights. It
+    takes the same time however large a micro-batch is.
+
+    Adding a bf16 gradient to one in fp32 takes 10 bytes a parameter, 6 for the first of a step; the norm takes 4, AdamW
+    32, the cast of its weights 6 (counted by `tests/integration/test_step.py`). Stages 2 and 3 copy gradients into
+    buckets, and keep a share.
+    """
+    share = 1 / max(1, ranks) if zero_stage else 1.0
+    a_micro_batch = 10.0 if zero_stage < 2 else 4 + 10 * share
+    return model.parameters * (accumulation * a_micro_batch + 38 * share)
+
+
+def step_time(
+    model: Model,
+    sent: Traffic,
+    cluster: Cluster,
+    tokens_per_gpu: int,
+    recomputed: float = 0.0,
+    updated_bytes: float = 0.0,
+) -> StepTime:
     """The time of a step of `tokens_per_gpu` tokens on each GPU.
 
     Args:
@@ -116,6 +138,7 @@ def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int
         cluster: where.
         tokens_per_gpu: of all micro-batches of a step.
         recomputed: share of the forward pass that is done twice: all of it costs a third more, not counted in MFU.
+        updated_bytes: `update_bytes`.
     """
     flops = model.flops_per_token * tokens_per_gpu * (3 + recomputed) / 3
     # The slowest link decides; a ring leaves and enters each host once.
@@ -125,4 +148,5 @@ def step_time(model: Model, sent: Traffic, cluster: Cluster, tokens_per_gpu: int
     hops = cluster.hosts * cluster.host_hop_seconds if cluster.hosts > 1 else 0.0
     hops += (cluster.gpus - cluster.hosts) * cluster.gpu_hop_seconds
     communication = sent.link_bytes(cluster.gpus) / slowest + sent.collectives * hops
-    return StepTime(flops / (cluster.gpu_flops * cluster.mfu), communication if cluster.gpus > 1 else 0.0)
+    compute = flops / (cluster.gpu_flops * cluster.mfu) + updated_bytes / cluster.memory_bytes_per_second
+    return StepTime(compute, communication if cluster.gpus > 1 else 0.0)

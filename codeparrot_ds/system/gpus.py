@@ -4,26 +4,31 @@ import os
 import subprocess
 from functools import cache
 
-# Dense TFLOP/s in bf16 by the makers' data sheets, for the first name that the device's holds.
-_PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
-    "MI300X": 1307.0,
-    "MI250X": 191.5,
+# Dense TFLOP/s in bf16 and TB/s of memory by the makers' data sheets, for the first name that the device's holds.
+_DATA_SHEETS = {
+    "B200": (2250.0, 8.0),
+    "H200": (989.0, 4.8),
+    "H100 PCIe": (756.0, 2.0),
+    "H100 NVL": (835.0, 3.9),
+    "H100": (989.0, 3.35),
+    "A100": (312.0, 2.0),
+    "L40S": (362.0, 0.86),
+    "L4": (121.0, 0.3),
+    "A10": (125.0, 0.6),
+    "RTX 4090": (165.0, 1.0),
+    "MI300X": (1307.0, 5.3),
+    "MI250X": (191.5, 1.6),
 }
 
 
 def peak_flops_of(name: str) -> float | None:
     """Peak FLOP/s in half precision of the GPU with this name, as its driver tells it; None where it is not known."""
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    return next((tflops * 1e12 for part, (tflops, _) in _DATA_SHEETS.items() if part in name), None)
+
+
+def memory_bandwidth_of(name: str) -> float | None:
+    """Bytes/s that the memory of the GPU with this name gives and takes; None where it is not known."""
+    return next((terabytes * 1e12 for part, (_, terabytes) in _DATA_SHEETS.items() if part in name), None)
 
 
 @cache

@@ -16,6 +16,7 @@ from codeparrot_ds.planning.footprint import footprint
 from codeparrot_ds.planning.layout import Layout
 from codeparrot_ds.planning.machine import find_machine
 from codeparrot_ds.planning.plan import Plan, changes, make_plan, require_fit
+from codeparrot_ds.planning.scaling import update_bytes
 from codeparrot_ds.planning.tune import Trial, candidates, says_out_of_memory, tune, winner
 from codeparrot_ds.run.ds_config import load_ds_config, resolve
 from codeparrot_ds.run.recipe import load_recipe
@@ -75,6 +76,40 @@ def test_recomputing_saves_activations_and_a_larger_micro_batch_takes_them() -> 
     assert peak("none", 8) - peak("none", 4) == pytest.approx(48 * 16 * 2 * 4 * 1024 * 1600, rel=0.05)
 
 
+def test_compiled_blocks_keep_queries_of_their_own_where_layers_have_their_own_scale() -> None:
+    def peak(compiled: bool, by_layer: bool) -> int:
+        settings = (f"engine.compile={compiled}", f"model.scale_attn_by_inverse_layer_idx={by_layer}")
+        sizes = ("batch.global_batch_size=16", "batch.micro_batch_size=16", "model.activation_checkpointing=none")
+        return footprint(layout(1, 1, *settings, *sizes)).peak_bytes
+
+    assert peak(True, True) - peak(False, True) == 48 * 16 * 1024 * 1600 * 2
+    assert peak(True, False) == peak(False, False) == peak(False, True)
+
+
+# Of `benchmarks/gpu.py` on an H200, torch 2.11: torch.cuda.max_memory_allocated, bytes.
+MEASURED = [
+    (1, 8, 4, "none", False, 48_605_472_768),
+    (1, 8, 4, "none", True, 49_863_788_544),
+    (1, 16, 4, "none", False, 68_862_781_440),
+    (1, 16, 4, "none", True, 71_379_388_416),
+    (1, 16, 4, "selective", False, 49_943_821_312),
+    (1, 16, 4, "full", False, 31_295_462_912),
+    (1, 16, 4, "full", True, 31_327_436_288),
+    (1, 16, 1, "none", False, 68_863_439_360),
+    (3, 16, 4, "none", False, 68_962_777_600),
+    (3, 16, 4, "full", False, 31_728_608_768),
+]
+
+
+@pytest.mark.parametrize(("stage", "micro", "accumulation", "recompute", "compiled", "measured"), MEASURED)
+def test_peaks_are_those_of_a_gpu(
+    stage: int, micro: int, accumulation: int, recompute: str, compiled: bool, measured: int
+) -> None:
+    sizes = (f"batch.global_batch_size={micro * accumulation}", f"batch.micro_batch_size={micro}")
+    settings = (f"model.activation_checkpointing={recompute}", f"engine.compile={compiled}")
+    assert footprint(layout(stage, 1, *sizes, *settings)).peak_bytes == pytest.approx(measured, rel=0.005)
+
+
 def test_what_fits_is_advised_by_speed_and_never_what_does_not() -> None:
     made = plan(80, gpus=8)
     advised = made.advised
@@ -127,11 +162,32 @@ def test_offload_moves_states_to_the_host_and_is_advised_only_where_nothing_else
 
 def test_time_and_cost_follow_mfu_and_price() -> None:
     one, other = plan(80, 8, mfu=0.4, price_per_hour=2.0), plan(80, 8, mfu=0.2, price_per_hour=2.0)
-    assert other.own.time.compute_seconds == pytest.approx(2 * one.own.time.compute_seconds)
+    layout = one.own.layout
+    updated = update_bytes(one.recipe.model, layout.stage, layout.accumulation, 8) / 3.35e12  # seconds, at any MFU
+    assert other.own.time.compute_seconds - updated == pytest.approx(2 * (one.own.time.compute_seconds - updated))
     # 6 FLOPs a parameter and token, and a third more for recomputing; attention beside.
     least = 6 * one.recipe.model.parameters * one.tokens * 4 / 3 / (0.4 * 989e12 * 8) / 3600
     assert least < one.hours(one.own)[0] < 1.3 * least
     assert one.to_dict()["cost"][1] == pytest.approx(one.hours(one.own)[1] * 8 * 2.0)
+
+
+def test_the_update_costs_more_the_smaller_the_micro_batch() -> None:
+    model = load_recipe(XL).model
+    assert update_bytes(model, 1, 1, 1) == 48 * model.parameters  # as tests/integration/test_step.py counts it
+    assert update_bytes(model, 1, 4, 1) == 78 * model.parameters
+    assert update_bytes(model, 1, 4, 8) == (40 + 38 / 8) * model.parameters
+    assert update_bytes(model, 3, 4, 8) < update_bytes(model, 1, 4, 8)
+    made = plan(140, 1)
+    small, large = (
+        next(
+            each.time.compute_seconds
+            for each in made.others
+            if (each.layout.stage, each.choice.recompute, each.choice.micro_batch_size) == (1, "none", size)
+        )
+        for size in (8, 16)
+    )
+    # 64 micro-batches of 8, or 32 of 16: half as often 10 bytes a parameter.
+    assert small - large == pytest.approx(32 * 10 * model.parameters / 3.35e12)
 
 
 def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
