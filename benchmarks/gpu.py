@@ -7,7 +7,7 @@ Usage: python benchmarks/gpu.py --part first|second|third [--seconds N] [--outpu
   there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
 - second (300 s): nanoGPT (from DIR, a clone; left out without it), ours beside it, HF Trainer + DeepSpeed; xl's step in
   other ways, each change switched off alone, predicted memory beside measured.
-- third (130 s): ZeRO-3, DeepSpeed's own optimizer step, and the memory of more ways, the first that should not fit last.
+- third (130 s): ZeRO-3, DeepSpeed's own optimizer step, the memory of more ways; the first that should not fit is last.
 
 Each of these is a process of its own, started without a launcher and ended when its share of the time is over; what one
 leaves over goes to those after it. A JSON line is appended to FILE.jsonl for each cell as soon as it is measured, and
