@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,11 +19,9 @@ from codeparrot_ds.errors import (
     EXIT_CRASHED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
-    ClusterError,
     ConfigError,
     TrainingError,
     UserError,
-    list_problems,
 )
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
 from codeparrot_ds.run.directory import RunDirectory
@@ -33,8 +31,8 @@ from codeparrot_ds.run.ds_config import (
     swap_directory,
 )
 from codeparrot_ds.system.files import (
+    as_user_error,
     exclusive_lock,
-    explain_os_error,
     write_atomically,
     write_json,
 )
@@ -46,6 +44,8 @@ from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 if TYPE_CHECKING:
     from codeparrot_ds.run.directory import Checkpoint
     from codeparrot_ds.training.ranks import Ranks
+
+_CANNOT_START = "training cannot start"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lifeline = Lifeline(options.supervisor, rank)
         code = 0 if train(options.recipe, options.set, lifeline) else EXIT_PREEMPTED
     except Exception as error:
-        explained = error if isinstance(error, UserError) else _user_error(error)
+        explained = as_user_error(error)
         if explained is None:
             traceback.print_exc()
             code, message = EXIT_CRASHED, f"{type(error).__name__}: {error}"
@@ -77,13 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _user_error(error: Exception) -> UserError | None:
-    """What a user can mend about `error`, if anything."""
-    if isinstance(error, UserError):
-        return error
-    return explain_os_error(error) if isinstance(error, OSError) else None
-
-
 def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
     """Train one recipe to its last step on this rank; False when it has saved and stopped before, as it was asked to.
 
@@ -94,7 +87,7 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     try:
         checked = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
-        failure = _user_error(error)
+        failure = as_user_error(error)
         if failure is None:
             raise
         if not _spans_hosts(world_size):
@@ -108,14 +101,14 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
 
     rank_module.die_with_launcher()
     ranks = rank_module.join()
-    _agree(ranks, failure)
+    ranks.agree(failure, _CANNOT_START)
     assert checked is not None
     with contextlib.ExitStack() as stack:
         if _spans_hosts(world_size):
             ranks = rank_module.find_disks(ranks, checked.run.path)
-        _on_all(ranks, _take_run_directory, checked, ranks, stack)
+        ranks.call(_take_run_directory, checked, ranks, stack, heading=_CANNOT_START)
         resume_from = find_resume_point(checked.run, ranks)
-        _on_all(ranks, _accept, checked, ranks, resume_from)
+        ranks.call(_accept, checked, ranks, resume_from, heading=_CANNOT_START)
         try:
             finished = _train_on_rank(checked, ranks, resume_from, lifeline)
         except BaseException as error:
@@ -137,29 +130,6 @@ def _environment(name: str, default: int) -> int:
 def _spans_hosts(world_size: int) -> bool:
     """Whether there are ranks on other hosts."""
     return local_world_size(world_size) < world_size
-
-
-def _on_all(ranks: "Ranks", function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function that may fail on some ranks; then it fails on all. All ranks must call."""
-    failure = None
-    try:
-        function(*arguments)
-    except (UserError, OSError) as error:
-        failure = _user_error(error)
-        if failure is None:
-            raise
-    _agree(ranks, failure)
-
-
-def _agree(ranks: "Ranks", failure: UserError | None) -> None:
-    """Raise on every rank when any rank has failed, so that none waits for it and rank 0 can say why."""
-    found = ranks.gather(None if failure is None else (socket.gethostname(), str(failure)))
-    hosts = {host for host, _ in filter(None, found)}
-    if failure is not None and len(hosts) == 1 and not _spans_hosts(ranks.world_size):
-        raise failure
-    problems = sorted({f"host {host}: {message}" for host, message in filter(None, found)})
-    if problems:
-        raise ClusterError(list_problems("training cannot start", problems))
 
 
 def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) -> None:

@@ -257,6 +257,13 @@ def _hold(descriptor: int, path: Path, busy: str) -> None:
         print(f"note: {path}: this file system has no locks; see that nobody else works here.", file=sys.stderr)
 
 
+def as_user_error(error: Exception) -> UserError | None:
+    """The error that a user can fix behind `error`: itself, or what explains it; None if there is none."""
+    if isinstance(error, UserError):
+        return error
+    return explain_os_error(error) if isinstance(error, OSError) else None
+
+
 def explain_os_error(error: OSError) -> UserError | None:
     """The user's side of an operating-system error (full disk, no permission), or None if it is ours."""
     where = error.filename or "the output"

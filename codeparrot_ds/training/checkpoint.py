@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ class Saving:
 
         Raises CheckpointError on all ranks when one could not write. Older checkpoints are then untouched.
         """
-        files, failure = {}, None
+        files: dict[str, dict[str, Any]] = {}
+        failure: CheckpointError | None = None
         try:
             with self._explained():
                 writer = self.engine.checkpoint_engine
@@ -104,9 +105,9 @@ class Saving:
                 if self.ranks.on_many_disks:
                     files = {name: {**entry, "host": socket.gethostname()} for name, entry in files.items()}
         except CheckpointError as error:
-            failure = str(error)
-        failures, files_of_all_ranks = zip(*self.ranks.gather((failure, files)), strict=True)
-        _raise_first(failures)
+            failure = error
+        self.ranks.agree(failure)
+        files_of_all_ranks = self.ranks.gather(files)
         merged = {name: entry for files in files_of_all_ranks for name, entry in files.items()}
         if self.ranks.is_fs_leader:
             here = [files for rank, files in enumerate(files_of_all_ranks) if self.ranks.shares_disk(rank)]
@@ -115,8 +116,8 @@ class Saving:
                     checkpoint = dataclasses.replace(self.checkpoint, files=merged)
                     _prepare(checkpoint, self._unfinished, [name for files in here for name in files])
             except CheckpointError as error:
-                failure = str(error)
-        _raise_first(self.ranks.gather(failure))  # no disk has it under its name before all have the manifest
+                failure = error
+        self.ranks.agree(failure)  # no disk has it under its name before all have the manifest
         if self.ranks.is_fs_leader:
             self.run.publish(self.checkpoint.step)
         if self.ranks.on_many_disks:  # no disk removes its part of an old one before all have this one
@@ -142,11 +143,6 @@ class Saving:
             )
             log.error("%s", message)
             raise CheckpointError(message) from error
-
-
-def _raise_first(failures: Sequence[str | None]) -> None:
-    for failure in filter(None, failures):
-        raise CheckpointError(failure)
 
 
 def _remove(directory: Path) -> None:

@@ -11,7 +11,6 @@ hold all its files between them; what a rank needs and its own disk lacks is the
 import contextlib
 import math
 import shutil
-import socket
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -87,8 +86,8 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
                     run.set_aside(run.checkpoint(passed))
                 _complete(run, chosen, copies[ranks.rank])
             except OSError as error:
-                failure = f"{error.filename or run.checkpoints}: {error.strerror}"
-        _agree(ranks, failure)
+                failure = CheckpointError(f"{error.filename or run.checkpoints}: {error.strerror}")
+        ranks.agree(failure)
         return Checkpoint.read(run.checkpoint(step))
     if passed_over:
         mend = "Restore one from a copy, or remove them all to start again from step 0."
@@ -160,23 +159,18 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
         needed_bytes = sum(checkpoint.files[name]["bytes"] for name in lacking_here)
         require_free_space(checkpoint.path, needed_bytes, "what other hosts have of this checkpoint")
     except ConfigError as error:
-        failure = str(error)
-    _agree(ranks, failure)
+        failure = CheckpointError(str(error))
+    ranks.agree(failure)
     if ranks.is_fs_leader:
         for name in sorted(set().union(*(lacking for _, lacking in everyone))):
             sources = [rank for rank in sorted(set(ranks.disk_of)) if name in everyone[rank][0]]
             if sources:
-                failure = _transfer(checkpoint, name, sources[0], ranks, name in lacking_here) or failure
+                problem = _transfer(checkpoint, name, sources[0], ranks, name in lacking_here)
             else:
-                failure = f"{checkpoint.path / name}: is gone from all disks since it was looked at"
-    _agree(ranks, failure)
-
-
-def _agree(ranks: Ranks, failure: str | None) -> None:
-    """Raise CheckpointError on all ranks when one has failed."""
-    failures = [f"host {host}: {text}" for host, text in ranks.gather((socket.gethostname(), failure)) if text]
-    if failures:
-        raise CheckpointError("; ".join(failures))
+                problem = f"{checkpoint.path / name}: is gone from all disks since it was looked at"
+            if problem is not None:
+                failure = CheckpointError(problem)
+    ranks.agree(failure)
 
 
 def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, wanted: bool) -> str | None:

@@ -14,7 +14,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from codeparrot_ds.errors import ClusterError
+from codeparrot_ds.errors import ClusterError, UserError, list_problems
+from codeparrot_ds.system.files import as_user_error
 from codeparrot_ds.system.launched import local_world_size
 from codeparrot_ds.system.network import free_port
 from codeparrot_ds.system.processes import kill_with_parent
@@ -90,6 +91,33 @@ class Ranks:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def agree(self, failure: UserError | None, heading: str = "") -> None:
+        """Raise on every rank when any rank has a `failure`, so that none waits for it. All ranks must call.
+
+        Every rank raises the error of the lowest rank that failed. In a job that spans hosts, its message names each
+        host that failed, under `heading`.
+        """
+        found = self.gather(None if failure is None else (socket.gethostname(), type(failure), str(failure)))
+        failures = list(filter(None, found))
+        if not failures:
+            return
+        kind, message = failures[0][1:]
+        if local_world_size(self.world_size) < self.world_size:
+            problems = sorted({f"host {host}: {text}" for host, _, text in failures})
+            message = list_problems(heading, problems) if heading else "; ".join(problems)
+        raise kind(message)
+
+    def call(self, function: Callable[..., None], *arguments: Any, heading: str = "") -> None:
+        """Call a function that may raise UserError or OSError on some ranks; then all raise. All ranks must call."""
+        failure = None
+        try:
+            function(*arguments)
+        except (UserError, OSError) as error:
+            failure = as_user_error(error)
+            if failure is None:
+                raise
+        self.agree(failure, heading)
 
 
 def die_with_launcher() -> None:
