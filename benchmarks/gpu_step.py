@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.machine import MachineSpec, find_machine
 from codeparrot_ds.planning.plan import Choice, predict
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.train import end
@@ -140,7 +140,7 @@ class Bench:
     def __init__(self, trainer: Trainer, memory: DeviceMemory, job: dict[str, Any]) -> None:
         self._trainer, self._memory, self._job = trainer, memory, job
         self._recipe = trainer.recipe
-        self._machine = find_machine(trainer.recipe, 1, on_cpu=job["on_cpu"])
+        self._machine = find_machine(trainer.recipe, MachineSpec(1, on_cpu=job["on_cpu"]))
 
     @property
     def _network(self) -> Any:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import checkpoint_bytes
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from codeparrot_ds.tokenizer.train import train as train_tokenizer
 from tests.forked_ranks import ForkServer
 
@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         standard_library = Path(sysconfig.get_path("stdlib"))
         collect(root / "corpus", [standard_library / "asyncio", standard_library / "email"])
         train_tokenizer(root / "corpus", root / "tokenizer", VOCAB_SIZE, SEQ_LEN)
-        build(root / "corpus", root / "tokenizer", root / "shards", valid_fraction=0.1, workers=1)
+        build(root / "corpus", root / "tokenizer", root / "shards", BuildOptions(valid_fraction=0.1, workers=1))
 
     return once(tmp_path_factory, "data", make)
 

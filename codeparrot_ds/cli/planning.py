@@ -36,7 +36,7 @@ def plan_command(
 ) -> None:
     """Memory, time, cost and disk of a run before it is started. Exits with 1 if it cannot fit."""
     from codeparrot_ds.hosts.hostfile import read_hostfile
-    from codeparrot_ds.planning.machine import find_machine
+    from codeparrot_ds.planning.machine import MachineSpec, find_machine
     from codeparrot_ds.planning.plan import compare_with, make_plan, require_fit
     from codeparrot_ds.report.plan import as_text, comparison_text
     from codeparrot_ds.run.recipe import load_recipe
@@ -49,16 +49,18 @@ def plan_command(
     loaded = load_recipe(recipe, overrides or [])
     machine = find_machine(
         loaded,
-        sum(slots) if slots else gpus,
-        gpu=gpu,
-        gpu_memory_bytes=None if gpu_memory is None else parse_size(gpu_memory),
-        gpus_per_host=max(slots) if slots else gpus_per_host,
-        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
-        host_bytes_per_second=parse_bandwidth(interconnect),
-        hosts=len(slots) if slots else None,
-        mfu=mfu,
-        price_per_hour=price,
-        on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+        MachineSpec(
+            sum(slots) if slots else gpus,
+            gpu=gpu,
+            gpu_memory_bytes=None if gpu_memory is None else parse_size(gpu_memory),
+            gpus_per_host=max(slots) if slots else gpus_per_host,
+            host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+            host_bytes_per_second=parse_bandwidth(interconnect),
+            hosts=len(slots) if slots else None,
+            mfu=mfu,
+            price_per_hour=price,
+            on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+        ),
     )
     made = make_plan(loaded, machine)
     result = made.to_dict()
@@ -88,7 +90,7 @@ def tune_command(
     json_output: JsonOption = False,
 ) -> None:
     """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
-    from codeparrot_ds.planning.machine import find_machine
+    from codeparrot_ds.planning.machine import MachineSpec, find_machine
     from codeparrot_ds.planning.plan import make_plan
     from codeparrot_ds.planning.tune import tune, winner, write_recipe
     from codeparrot_ds.report.plan import trial_head, trial_text
@@ -96,7 +98,7 @@ def tune_command(
     from codeparrot_ds.system.files import make_directory
 
     loaded = load_recipe(recipe, overrides or [])
-    plan = make_plan(loaded, find_machine(loaded, gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu"))
+    plan = make_plan(loaded, find_machine(loaded, MachineSpec(gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu")))
     done = []
     written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
     make_directory(written.parent)  # what cannot be written is told before the trials

@@ -56,7 +56,7 @@ def shards_build(
         _print_shards(Manifest.read(output), json_output)
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
-    from codeparrot_ds.shards.build import build
+    from codeparrot_ds.shards.build import BuildOptions, build
     from codeparrot_ds.system.jobs import Slice, say, slice_from_environment
 
     share = Slice.parse(part) if part else None
@@ -66,15 +66,17 @@ def shards_build(
         inputs,
         tokenizer,
         output,
-        text_field=text_field,
-        suffix=suffix,
-        valid_fraction=valid_fraction,
-        shard_tokens=shard_tokens,
-        on_bad_document=on_bad_document,
-        encoder=encoder,
-        workers=workers,
-        engine=engine,
-        part=share,
+        BuildOptions(
+            text_field=text_field,
+            suffix=suffix,
+            valid_fraction=valid_fraction,
+            shard_tokens=shard_tokens,
+            on_bad_document=on_bad_document,
+            encoder=encoder,
+            workers=workers,
+            engine=engine,
+            part=share,
+        ),
     )
     if manifest is not None:
         _print_shards(manifest, json_output)

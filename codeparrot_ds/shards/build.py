@@ -6,10 +6,10 @@ call keeps what has a receipt and makes the rest. When all receipts are there, t
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,45 +83,57 @@ class _Receipt(msgspec.Struct):
     quarantined: list[BadDocument]
 
 
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How documents become shards. The first five decide what is in the shards, the others how they are built.
+
+    Attributes:
+        text_field: field of a row that holds the content.
+        suffix: read files with this suffix in the input directories, one document per file.
+        valid_fraction: share of documents that go to the validation split, chosen by a digest of their content.
+        shard_tokens: tokens per shard, approximately; None for 1/64 of all tokens, between 4 and 128 million.
+        on_bad_document: "fail", or "skip" to skip bad documents and list them in `quarantine.jsonl`.
+        encoder: "auto", "fastokens" or "tokenizers".
+        workers: local processes; None for one per core.
+        engine: "local", or "ray" for a Ray cluster.
+        part: the slice of the tasks to run; the last slice to finish writes the manifest. None for all tasks.
+
+    Raises ConfigError for a bad value.
+    """
+
+    text_field: str = "content"
+    suffix: str | None = None
+    valid_fraction: float = 0.005
+    shard_tokens: int | None = None
+    on_bad_document: str = "fail"
+    encoder: str = "auto"
+    workers: int | None = None
+    engine: str = "local"
+    part: Slice | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(self.valid_fraction, self.on_bad_document, self.engine, self.part)
+
+
 def build(
-    inputs: Sequence[str | Path] | str | Path,
-    tokenizer: Path,
-    output: Address,
-    *,
-    text_field: str = "content",
-    suffix: str | None = None,
-    valid_fraction: float = 0.005,
-    shard_tokens: int | None = None,
-    on_bad_document: str = "fail",
-    encoder: str = "auto",
-    workers: int | None = None,
-    engine: str = "local",
-    part: Slice | None = None,
+    inputs: Sequence[str | Path] | str | Path, tokenizer: Path, output: Address, options: BuildOptions | None = None
 ) -> Manifest | None:
     """Encode documents into shards and return their manifest, or None while other slices have not finished.
 
     Args:
-        inputs: what `corpus.inputs.find_inputs` takes: corpus directories, data files, globs, URLs, Hub datasets.
+        inputs: what `documents.inputs.find_inputs` takes: corpus directories, data files, globs, URLs, Hub datasets.
         tokenizer: directory that holds `tokenizer.json`; copied into `output`/tokenizer.
-        output: path or fsspec URL; made if missing. Finished shards of the same inputs are kept as they are.
-        text_field: of a row, holds the content.
-        suffix: take files with this suffix in the directories of `inputs`, one document each.
-        valid_fraction: share of documents that go to validation, by a digest of their content.
-        shard_tokens: tokens in a shard, about; by default a 64th of all, between 4 and 128 million.
-        on_bad_document: "fail", or "skip" to leave bad documents out and list them in `quarantine.jsonl`.
-        encoder: "auto", "fastokens" or "tokenizers".
-        workers: local processes; all cores by default.
-        engine: "local", or "ray" for a Ray cluster.
-        part: do this slice of the tasks only; whichever slice ends last writes the manifest.
+        output: path or fsspec URL, created if missing. Finished shards of the same inputs are kept.
+        options: None for the defaults.
 
     Raises:
         ConfigError: bad option, no permission, disk too small.
         DataError: damaged input, or `output` holds other shards.
         ClusterError: workers were lost for good.
     """
-    _check_options(valid_fraction, on_bad_document, engine, part)
+    options = options or BuildOptions()
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
-    pieces = find_inputs(arguments, suffix)
+    pieces = find_inputs(arguments, options.suffix)
     text = sum(map(text_bytes, pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
     manifest = Manifest(
@@ -134,11 +146,11 @@ def build(
         inputs=arguments,
         sources=_sources(pieces),
         options={
-            "text_field": text_field,
-            "suffix": suffix,
-            "valid_fraction": valid_fraction,
-            "shard_tokens": shard_tokens or _shard_tokens(text),
-            "on_bad_document": on_bad_document,
+            "text_field": options.text_field,
+            "suffix": options.suffix,
+            "valid_fraction": options.valid_fraction,
+            "shard_tokens": options.shard_tokens or _shard_tokens(text),
+            "on_bad_document": options.on_bad_document,
         },
     )
     target = open_directory(output if is_remote(output) else Path(output).resolve())  # workers may start elsewhere
@@ -150,23 +162,32 @@ def build(
         there = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
         ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
         require_free_space(target.path, int(ids_bytes) - there, "the shards")
-    with _lock(target, part):
+    with _lock(target, options.part):
         if finished := _finished(target, manifest):  # by the process that held the lock
             return finished
         target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
-        chosen = choose_with_sample(tokenizer, referee, encoder, pieces, text_field)
-        skip_bad = on_bad_document == "skip"
-        job = _Job(target, tokenizer.resolve(), referee.digest, text_field, valid_fraction, skip_bad, chosen)
+        chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, options.text_field)
+        skip_bad = options.on_bad_document == "skip"
+        job = _Job(
+            target, tokenizer.resolve(), referee.digest, options.text_field, options.valid_fraction, skip_bad, chosen
+        )
         dealt = deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN)
         tasks = [_Task(number, its_pieces, job) for number, its_pieces in enumerate(dealt)]
         labels = trusted_labels(chosen, referee)
-        mine = part.of(tasks) if part else tasks
+        mine = options.part.of(tasks) if options.part else tasks
         unfinished = [task for task in mine if _read_receipt(task, labels) is None]
-        os.environ["CODEPARROT_DS_PRELOAD_TOKENIZER"] = f"{job.tokenizer}\n{referee.digest}\n{chosen}"
-        results = run_tasks(_build_one, unfinished, workers or available_cores(), engine=engine, preload=_PRELOAD)
+        share_encoders = partial(load_encoders, job.tokenizer, referee.digest, chosen)
+        results = run_tasks(
+            _build_one,
+            unfinished,
+            options.workers or available_cores(),
+            engine=options.engine,
+            preload=_PRELOAD,
+            prepare=share_encoders,
+        )
         for _ in progress(results, "encoding", len(mine), "task", done=len(mine) - len(unfinished)):
             pass
-        return _finish(tasks, labels, target, manifest, tokenizer, alone=part is None)
+        return _finish(tasks, labels, target, manifest, tokenizer, alone=options.part is None)
 
 
 def _check_options(valid_fraction: float, on_bad_document: str, engine: str, part: Slice | None) -> None:

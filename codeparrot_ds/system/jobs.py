@@ -69,6 +69,7 @@ def run_tasks(
     *,
     engine: str = "local",
     preload: str | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> Iterator[Result]:
     """Yield `function(task)` of every task as they finish.
 
@@ -78,6 +79,8 @@ def run_tasks(
         workers: local processes; one runs the tasks in this process. Ray takes what CPUs its cluster has.
         engine: "local" or "ray".
         preload: a module that local workers share instead of importing each its own.
+        prepare: called in this process when workers are forked from it, so that they share what it loads. Where they
+            are not, each has to load that for itself.
 
     Raises:
         ClusterError: a worker was killed, or Ray gave a task up.
@@ -88,18 +91,22 @@ def run_tasks(
     elif workers <= 1 or not tasks:
         yield from map(function, tasks)
     else:
-        yield from _run_locally(function, tasks, min(workers, len(tasks)), preload)
+        yield from _run_locally(function, tasks, min(workers, len(tasks)), preload, prepare)
 
 
 def run_apart(function: Callable[[Item], Result], task: Item) -> Result:
     """`function(task)` in a process of its own, whose memory goes back to the system afterwards."""
-    return next(_run_locally(function, [task], 1, None))
+    return next(_run_locally(function, [task], 1))
 
 
 def _run_locally(
-    function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, preload: str | None
+    function: Callable[[Item], Result],
+    tasks: Sequence[Item],
+    workers: int,
+    preload: str | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> Iterator[Result]:
-    pool = ProcessPoolExecutor(workers, mp_context=_context(preload), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(preload, prepare), initializer=_start_worker)
     waiting: set[Future[Result]] = set()
     remaining = iter(tasks)
     try:
@@ -127,8 +134,8 @@ def _run_locally(
         pool.shutdown(cancel_futures=True)
 
 
-def _context(preload: str | None) -> BaseContext:
-    """How workers start: they share what `preload` imports.
+def _context(preload: str | None, prepare: Callable[[], object] | None) -> BaseContext:
+    """How workers start: they share what `preload` imports, and where they fork from here what `prepare` loads.
 
     A fork inherits locks that other threads hold at that moment. With this thread alone there are none, and workers
     fork from this process (what `preload` imports may start threads of its own, and has to know forks, as with the
@@ -139,6 +146,9 @@ def _context(preload: str | None) -> BaseContext:
         _forked_from = os.getpid()
         if preload is not None:
             importlib.import_module(preload)
+        if prepare is not None:
+            with contextlib.suppress(Exception):  # the task that needs it reports what is wrong
+                prepare()
         return get_context("fork")
     context = get_context("forkserver")
     context.set_forkserver_preload([preload] if preload is not None else [])

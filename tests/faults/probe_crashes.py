@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.shards import preload
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from tests.shard_commands import files_of
@@ -56,10 +56,7 @@ def build_until(crash_at: int, command: Command, output: Path) -> tuple[int, str
                 command.inputs,
                 command.tokenizer,
                 output,
-                shard_tokens=command.shard_tokens,
-                valid_fraction=0.2,
-                on_bad_document="skip",
-                workers=1,
+                BuildOptions(shard_tokens=command.shard_tokens, valid_fraction=0.2, on_bad_document="skip", workers=1),
             )
         except BaseException as error:
             print(repr(error), file=sys.stderr)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from codeparrot_ds.shards import build as building
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.system.jobs import Slice
@@ -282,11 +282,9 @@ def build_slice(corpus: Corpus, output: Path, part: Slice) -> None:
         corpus.inputs,
         corpus.tokenizer,
         output,
-        shard_tokens=corpus.shard_tokens,
-        valid_fraction=0.2,
-        on_bad_document="skip",
-        workers=1,
-        part=part,
+        BuildOptions(
+            shard_tokens=corpus.shard_tokens, valid_fraction=0.2, on_bad_document="skip", workers=1, part=part
+        ),
     )
 
 

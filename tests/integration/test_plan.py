@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.machine import MachineSpec, find_machine
 from codeparrot_ds.planning.plan import Plan, make_plan
 from codeparrot_ds.run.recipe import load_recipe
 from tests.conftest import LAUNCH_TIMEOUT, ROOT, RunRanks, save_recipe
@@ -109,7 +109,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory, forked: RunRanks) -> dict[s
 def plan_of(case: Case, directory: Path, memory: int | None = None) -> Plan:
     """On as many CPU ranks, each with `memory` bytes."""
     recipe = load_recipe(case.write(directory))
-    return make_plan(recipe, find_machine(recipe, case.ranks, gpu_memory_bytes=memory, on_cpu=True))
+    return make_plan(recipe, find_machine(recipe, MachineSpec(case.ranks, gpu_memory_bytes=memory, on_cpu=True)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from tests.conftest import ROOT, Trained, read_run, save_recipe
 from tests.faults.jobs import until
 from tests.multinode.conftest import TOOLS_PATH, unavailable
@@ -217,7 +217,7 @@ def test_an_array_builds_the_shards_that_one_machine_builds(slurm: Slurm, data: 
     assert until(lambda: not slurm.call("squeue", "--noheader", f"--jobs={number}").strip(), JOB_SECONDS), (
         log.read_text()
     )
-    whole = build(data / "corpus", data / "tokenizer", tmp_path / "whole", valid_fraction=0.1, workers=1)
+    whole = build(data / "corpus", data / "tokenizer", tmp_path / "whole", BuildOptions(valid_fraction=0.1, workers=1))
     assert (tmp_path / "shards" / "manifest.json").exists(), f"{log.read_text()}\n{slurm.logs()}"
     for path in sorted(whole.directory.glob("*.bin")) + sorted(whole.directory.glob("*.idx")):
         assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes(), path.name

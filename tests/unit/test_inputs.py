@@ -23,7 +23,7 @@ from codeparrot_ds.documents.document import PROVENANCE_FIELDS, BadDocument, Doc
 from codeparrot_ds.documents.inputs import deal, find_inputs
 from codeparrot_ds.documents.read import Piece, Read, read_documents, require_document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.shards.build import QUARANTINE, build
+from codeparrot_ds.shards.build import QUARANTINE, BuildOptions, build
 from codeparrot_ds.shards.format import Manifest, read_provenance
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.system.files import MANIFEST, write_json
@@ -81,7 +81,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def make(data: Path, inputs: Sequence[Path | str] | Path | str, output: Path, **how: Any) -> Manifest:
     options = {"valid_fraction": VALID_FRACTION, "workers": 1, **how}
-    manifest = build(inputs, data / "tokenizer", output, **options)
+    manifest = build(inputs, data / "tokenizer", output, BuildOptions(**options))
     assert manifest is not None
     return manifest
 
@@ -1133,9 +1133,9 @@ def test_slices_list_what_one_build_lists(data: Path, mixed: Path, tmp_path: Pat
         "valid_fraction": VALID_FRACTION,
         "workers": 1,
     }
-    build(mixed, data / "tokenizer", tmp_path / "one", **how)
+    build(mixed, data / "tokenizer", tmp_path / "one", BuildOptions(**how))
     for index in (2, 0, 1):
-        build(mixed, data / "tokenizer", tmp_path / "sliced", part=Slice(index, 3), **how)
+        build(mixed, data / "tokenizer", tmp_path / "sliced", BuildOptions(part=Slice(index, 3), **how))
     assert files_of(tmp_path / "sliced") == files_of(tmp_path / "one")
 
 

@@ -15,7 +15,7 @@ from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.adopt import adopt
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
 from codeparrot_ds.shards.sequences import Dataset, PackedSequences
@@ -51,7 +51,7 @@ def test_the_documents_of_all_sequences_put_together_are_the_corpus(data: Path) 
 def test_a_sequence_across_shards_is_shown_whole(data: Path, tmp_path: Path) -> None:
     shards, sources = tmp_path / "shards", Path(asyncio.__file__).parent
     options = {"suffix": ".py", "shard_tokens": 1, "valid_fraction": 0.1, "workers": 1}  # a shard a file
-    build(sources, data / "tokenizer", shards, **options)
+    build(sources, data / "tokenizer", shards, BuildOptions(**options))
     one = inspect_sequence({shards: 1.0}, "train", 15_000, 3)
     assert len({excerpt.shard for excerpt in one}) > 1
     assert sum(excerpt.stop - excerpt.start for excerpt in one) == 15_001
@@ -193,7 +193,7 @@ def test_shards_of_two_tokenizers_are_not_blended(data: Path, tmp_path: Path) ->
 def test_shards_are_held_against_their_input(data: Path, tmp_path: Path) -> None:
     corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
     shards = tmp_path / "shards"
-    manifest = build(corpus, data / "tokenizer", shards, valid_fraction=0.1, workers=1)
+    manifest = build(corpus, data / "tokenizer", shards, BuildOptions(valid_fraction=0.1, workers=1))
     assert manifest is not None
     assert verify_against_corpus(manifest) > 30
     assert verify_against_corpus(Manifest.read(shards), [str(data / "corpus")]) > 30  # where it lies now

@@ -14,7 +14,7 @@ from codeparrot_ds.cli.output import parse_bandwidth
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.planning.footprint import footprint
 from codeparrot_ds.planning.layout import Layout
-from codeparrot_ds.planning.machine import find_machine
+from codeparrot_ds.planning.machine import MachineSpec, find_machine
 from codeparrot_ds.planning.plan import Plan, changes, make_plan, require_fit
 from codeparrot_ds.planning.scaling import update_bytes
 from codeparrot_ds.planning.tune import Trial, candidates, says_out_of_memory, tune, winner
@@ -35,7 +35,7 @@ def layout(stage: int, world_size: int = 1, *overrides: str) -> Layout:
 def plan(memory: float, gpus: int = 1, *overrides: str, **machine: Any) -> Plan:
     """Of codeparrot-xl on GPUs with so many GB."""
     recipe = load_recipe(XL, [f"engine.deepspeed={ROOT}/ds_configs/zero3.json", *overrides])
-    return make_plan(recipe, find_machine(recipe, gpus, gpu_memory_bytes=int(memory * 1e9), **machine))
+    return make_plan(recipe, find_machine(recipe, MachineSpec(gpus, gpu_memory_bytes=int(memory * 1e9), **machine)))
 
 
 def test_states_are_those_of_the_zero_paper_and_of_deepspeed_beside() -> None:
@@ -196,9 +196,9 @@ def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--gpus 16 --gpu-memory 80GB"):
         find_machine(recipe)
     with pytest.raises(ConfigError, match=r"logging\.peak_tflops"):
-        find_machine(recipe, 8, gpu="Unheard Of 3000", gpu_memory_bytes=10**10)
+        find_machine(recipe, MachineSpec(8, gpu="Unheard Of 3000", gpu_memory_bytes=10**10))
     with pytest.raises(ConfigError, match="cannot be dealt evenly to 7 ranks"):
-        make_plan(recipe, find_machine(recipe, 7, gpu_memory_bytes=10**10))
+        make_plan(recipe, find_machine(recipe, MachineSpec(7, gpu_memory_bytes=10**10)))
 
 
 def test_gpus_of_this_machine_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_gpus_of_this_machine_are_read_from_nvidia_smi(monkeypatch: pytest.Monke
 
 def test_hosts_need_not_be_alike(tmp_path: Path) -> None:
     recipe = load_recipe(XL, ["batch.global_batch_size=480"])
-    machine = find_machine(recipe, 12, gpu_memory_bytes=80 * 10**9, gpus_per_host=8, hosts=3)
+    machine = find_machine(recipe, MachineSpec(12, gpu_memory_bytes=80 * 10**9, gpus_per_host=8, hosts=3))
     made = make_plan(recipe, machine)
     assert machine.cluster.hosts == 3
     assert (
@@ -237,7 +237,7 @@ def test_a_deepspeed_json_that_is_not_for_the_recipe_is_passed_over(tmp_path: Pa
             json.dumps(body | ({"gradient_clipping": 0.5} if stage == 2 else {}))
         )
     recipe = load_recipe(XL, [f"engine.deepspeed={tmp_path}/zero3.json"])
-    made = make_plan(recipe, find_machine(recipe, 8, gpu_memory_bytes=80 * 10**9))
+    made = make_plan(recipe, find_machine(recipe, MachineSpec(8, gpu_memory_bytes=80 * 10**9)))
     assert made.own.fits and {each.layout.stage for each in made.others} == {3}
 
 

@@ -17,7 +17,7 @@ from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards import build as building
 from codeparrot_ds.shards import encoders
-from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.build import BuildOptions, build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.system.files import MANIFEST
@@ -539,10 +539,12 @@ def make(data: Path, inputs: Iterable[Path], output: Path, encoder: str = "auto"
         [str(path) for path in inputs],
         data / "tokenizer",
         output,
-        valid_fraction=0.5,
-        shard_tokens=1_500,  # 4,500 bytes of text: more than one of the files, less than two
-        encoder=encoder,
-        workers=1,
+        BuildOptions(
+            valid_fraction=0.5,
+            shard_tokens=1_500,  # 4,500 bytes of text: more than one of the files, less than two
+            encoder=encoder,
+            workers=1,
+        ),
     )
     assert manifest is not None
     return manifest
@@ -711,7 +713,7 @@ def test_the_first_build_proves_the_encoder_and_the_second_does_not(
     data: Path, inputs: list[Path], tmp_path: Path, cache: Path, referee: Encoder
 ) -> None:
     """In processes of their own: the fork server of this one, if any, knows another cache directory."""
-    code = "import sys; from codeparrot_ds.shards.build import build; "
+    code = "import sys; from codeparrot_ds.shards.build import BuildOptions, build; "
     code += "build(sys.argv[3:], __import__('pathlib').Path(sys.argv[1]), sys.argv[2], valid_fraction=0.5, workers=1)"
 
     def said_by_build(output: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 from codeparrot_ds.documents.document import Document
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.shards.build import build, split_of
+from codeparrot_ds.shards.build import BuildOptions, build, split_of
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
 from codeparrot_ds.shards.verify import _check_bytes, verify
@@ -90,22 +90,24 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_pat
     corpus = tmp_path / "corpus"
     shutil.copytree(data / "corpus", corpus)
     _split_corpus(corpus, 3)
-    one = build(corpus, data / "tokenizer", tmp_path / "one", shard_tokens=1, valid_fraction=0.1, workers=1)
+    one = build(
+        corpus, data / "tokenizer", tmp_path / "one", BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=1)
+    )
     assert len(one.split("train")) == 3
-    build(corpus, data / "tokenizer", tmp_path / "two", shard_tokens=1, valid_fraction=0.1, workers=2)
+    build(corpus, data / "tokenizer", tmp_path / "two", BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=2))
     # Interrupted: two tasks done, the third half written, no manifest.
     broken = tmp_path / "broken"
     with pytest.raises(DataError):
         _build_with_damaged_last_file(corpus, data / "tokenizer", broken)
     assert not (broken / MANIFEST).exists()
-    build(corpus, data / "tokenizer", broken, shard_tokens=1, valid_fraction=0.1, workers=1)
+    build(corpus, data / "tokenizer", broken, BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=1))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(broken)
 
 
 def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, tmp_path: Path) -> None:
     """Three builds, two of them interrupted: a receipt must not outlive the shards that it speaks of."""
     output = tmp_path / "shards"
-    manifest = build(data / "corpus", data / "tokenizer", output, valid_fraction=0.1, workers=1)
+    manifest = build(data / "corpus", data / "tokenizer", output, BuildOptions(valid_fraction=0.1, workers=1))
     assert manifest is not None
     receipt = {
         "fingerprint": "of the first build",
@@ -117,7 +119,7 @@ def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, 
     }
     (output / ".task-00000.json").write_text(json.dumps(receipt))
     (output / MANIFEST).unlink()
-    build(data / "corpus", data / "tokenizer", output, valid_fraction=0.3, workers=1)
+    build(data / "corpus", data / "tokenizer", output, BuildOptions(valid_fraction=0.3, workers=1))
     verify(output, deep=True)
     assert not list(output.glob(".*"))
 
@@ -128,7 +130,7 @@ def test_two_builds_at_once_are_refused(data: Path, tmp_path: Path) -> None:
         exclusive_lock(tmp_path / "shards" / ".lock", ""),
         pytest.raises(ConfigError, match="another process is building shards here"),
     ):
-        build(data / "corpus", data / "tokenizer", tmp_path / "shards", valid_fraction=0.1, workers=1)
+        build(data / "corpus", data / "tokenizer", tmp_path / "shards", BuildOptions(valid_fraction=0.1, workers=1))
 
 
 def _split_corpus(corpus: Path, parts: int) -> None:
@@ -152,7 +154,7 @@ def _build_with_damaged_last_file(corpus: Path, tokenizer: Path, output: Path) -
     damaged[len(good) // 2 :] = bytes(len(good) - len(good) // 2)  # the same size, so that opening does not tell
     last.write_bytes(damaged)
     try:
-        build(corpus, tokenizer, output, shard_tokens=1, valid_fraction=0.1, workers=1)
+        build(corpus, tokenizer, output, BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=1))
     finally:
         last.write_bytes(good)
 
@@ -174,14 +176,14 @@ def test_a_sampled_corpus_keeps_the_validation_share() -> None:
 
 
 def test_finished_shards_are_kept_and_others_are_refused(data: Path, tmp_path: Path) -> None:
-    build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
+    build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=0.1, workers=1))
     before = (tmp_path / "s" / MANIFEST).stat().st_mtime_ns
-    build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.1, workers=1)
+    build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=0.1, workers=1))
     assert (tmp_path / "s" / MANIFEST).stat().st_mtime_ns == before
     with pytest.raises(DataError, match="built with different options"):
-        build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=0.2, workers=1)
+        build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=0.2, workers=1))
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        build(data / "corpus", data / "tokenizer", tmp_path / "s", valid_fraction=1.5)
+        build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=1.5))
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_two_shards_that_have_changed_places_are_found(tmp_path: Path, data: Pat
     corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
     _split_corpus(corpus, 2)
     shards = tmp_path / "shards"
-    build(corpus, data / "tokenizer", shards, shard_tokens=1, valid_fraction=0.1, workers=1)
+    build(corpus, data / "tokenizer", shards, BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=1))
     manifest = json.loads((shards / MANIFEST).read_text())
     first, second = (shards / f"train-0000{n}.bin" for n in (0, 1))
     content = first.read_bytes(), second.read_bytes()
