@@ -92,16 +92,16 @@ def push(
 
 def _limit_silence(seconds: float) -> None:
     """Left alone, `huggingface_hub` waits for ever for a Hub that says nothing, and some of its calls insist on it."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session, set_client_factory
+
+    usual = get_session()
 
     def limit(request: Any) -> None:
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
     def client() -> Any:
-        made = default_client_factory()
-        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], limit]}
-        return made
+        hooks = {**usual.event_hooks, "request": [*usual.event_hooks["request"], limit]}
+        return type(usual)(event_hooks=hooks, follow_redirects=True, timeout=None)
 
     set_client_factory(client)
 

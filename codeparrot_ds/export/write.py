@@ -78,37 +78,24 @@ def write_weights(
     Raises:
         CheckpointError: a weight is not finite, or not in the range of `dtype`.
     """
-    plan = _plan(weights.shapes, dtype, max_file_bytes)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        dict(weights.shapes),
+        get_storage_size=lambda shape: shape.numel() * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
     proofs: dict[str, TensorProof] = {}
     digests: dict[str, str] = {}
     remaining = progress(list(weights.shapes))
-    for file, names in plan.items():
+    for file, names in plan.filename_to_tensors.items():
         digests[file] = _write_file(directory / file, names, weights, dtype, proofs, remaining)
         weights.leave_cache()
-    if len(plan) > 1:
-        sizes = sum(shape.numel() for shape in weights.shapes.values()) * dtype.itemsize
-        index = {
-            "metadata": {"total_size": sizes},
-            "weight_map": {name: file for file, names in plan.items() for name in names},
-        }
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return proofs, digests
-
-
-def _plan(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> the tensors in it, in their order."""
-    parts: list[list[str]] = [[]]
-    held_bytes = 0
-    for name, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
-        if parts[-1] and held_bytes + size > max_file_bytes:
-            parts.append([])
-            held_bytes = 0
-        parts[-1].append(name)
-        held_bytes += size
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": names for number, names in enumerate(parts, 1)}
 
 
 def _write_file(

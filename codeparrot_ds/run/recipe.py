@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.run.sections import (
@@ -46,12 +46,12 @@ class Recipe(Section):
     guards: Guards = Guards.model_validate({})
     logging: Logging = Logging.model_validate({})
 
-    @model_validator(mode="after")
-    def _schedule_in_steps(self) -> "Recipe":
-        tokens_per_step = self.batch.global_batch_size * self.model.seq_len
-        # The section is frozen for its users; what they see is the schedule in steps.
-        self.__dict__["schedule"] = self.schedule.in_steps(tokens_per_step)
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_schedule_in_steps(cls, body: Any, validate: ModelWrapValidatorHandler["Recipe"]) -> "Recipe":
+        recipe = validate(body)
+        tokens_per_step = recipe.batch.global_batch_size * recipe.model.seq_len
+        return recipe.model_copy(update={"schedule": recipe.schedule.in_steps(tokens_per_step)})
 
     @model_validator(mode="after")
     def _exports_are_checkpoints(self) -> "Recipe":

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 import psutil
 import torch
@@ -157,16 +157,6 @@ class SkippedSteps:
                 "or look at the data of these steps: `codeparrot-ds shards inspect`."
             )
         return skipped
-
-
-def drop_gradients_unless_finite(engine: Any) -> None:
-    """Have the engine skip this step where its gradients are not finite: DeepSpeed does so itself from stage 1 on."""
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        optimizer = engine.optimizer
-        # This once. The gradients stay until the engine drops them: it fails when it finds none to clip.
-        optimizer.step = lambda: delattr(optimizer, "step")
-        engine.skipped_steps += 1
 
 
 class SpikeDetector:

@@ -27,7 +27,6 @@ from codeparrot_ds.training.guards import (
     SpikeDetector,
     StopRequests,
     Watchdog,
-    drop_gradients_unless_finite,
     replicas_differ,
 )
 from codeparrot_ds.training.metrics import Instant, Metrics, Step, log, peak_memory_bytes, read_tensors
@@ -137,8 +136,6 @@ class Trainer:
             loss += micro_loss.detach() / accumulation
             if number == accumulation:
                 self._check_replicas()
-                if engine.zero_optimization_stage() == 0:
-                    drop_gradients_unless_finite(engine)
                 writing = self._saving is not None and self._saving.busy
                 self.stop_requests.begin_exchange(self._checkpoint_is_old(), writing)
             engine.step()  # acts on the last micro-batch only

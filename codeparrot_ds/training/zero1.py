@@ -110,6 +110,20 @@ class Engine(DeepSpeedEngine):
                 if reduced is not bucket:
                     bucket.copy_(reduced)
 
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's, which from stage 1 on skips a step whose gradients are not finite; here stage 0 does so too."""
+        if self.zero_optimization_stage() == 0 and not self._gradients_are_finite():
+            self.zero_grad()
+            self.skipped_steps += 1
+            self.global_steps += 1
+            self.global_samples += self.train_batch_size()
+            return
+        super()._take_model_step(lr_kwargs)
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
     # DeepSpeed counts skipped steps in a number. Ours are counted on the device, and added where that is read.
     @property
     def skipped_steps(self) -> int:

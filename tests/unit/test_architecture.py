@@ -141,25 +141,6 @@ def test_the_command_line_loads_no_stage_before_its_verb_is_called() -> None:
     assert heavy_imports("import codeparrot_ds.cli") == set()
 
 
-def public_names() -> str:
-    """One line a module: its public functions and classes, in order."""
-    lines = []
-    for path in modules():
-        names = [
-            node.name
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-        ]
-        if names:
-            lines.append(f"{path.relative_to(PACKAGE).with_suffix('').as_posix()}: {' '.join(names)}")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_public_names_are_those_that_were_agreed() -> None:
-    """A name that comes, goes or changes is a decision: write it down in public_names.txt."""
-    assert public_names() == (Path(__file__).with_name("public_names.txt")).read_text()
-
-
 def test_every_public_name_has_a_docstring() -> None:
     missing = []
     for path in modules():
