@@ -20,7 +20,8 @@ from filelock import FileLock
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import checkpoint_bytes
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.tokenizer.train import train as train_tokenizer
 from tests.forked_ranks import ForkServer
 

@@ -56,7 +56,8 @@ def shards_build(
         _print_shards(Manifest.read(output), json_output)
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
-    from codeparrot_ds.shards.build import BuildOptions, build
+    from codeparrot_ds.shards.build import build
+    from codeparrot_ds.shards.options import BuildOptions
     from codeparrot_ds.system.jobs import Slice, say, slice_from_environment
 
     share = Slice.parse(part) if part else None

@@ -20,11 +20,12 @@ import xxhash
 from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.inputs import deal, find_inputs, text_bytes
 from codeparrot_ds.documents.read import Piece, read_documents, require_document
-from codeparrot_ds.errors import ClusterError, ConfigError, DataError
+from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
-from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
+from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
@@ -81,38 +82,6 @@ class _Receipt(msgspec.Struct):
     read: int
     empty: int
     quarantined: list[BadDocument]
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildOptions:
-    """How documents become shards. The first five decide what is in the shards, the others how they are built.
-
-    Attributes:
-        text_field: field of a row that holds the content.
-        suffix: read files with this suffix in the input directories, one document per file.
-        valid_fraction: share of documents that go to the validation split, chosen by a digest of their content.
-        shard_tokens: tokens per shard, approximately; None for 1/64 of all tokens, between 4 and 128 million.
-        on_bad_document: "fail", or "skip" to skip bad documents and list them in `quarantine.jsonl`.
-        encoder: "auto", "fastokens" or "tokenizers".
-        workers: local processes; None for one per core.
-        engine: "local", or "ray" for a Ray cluster.
-        part: the slice of the tasks to run; the last slice to finish writes the manifest. None for all tasks.
-
-    Raises ConfigError for a bad value.
-    """
-
-    text_field: str = "content"
-    suffix: str | None = None
-    valid_fraction: float = 0.005
-    shard_tokens: int | None = None
-    on_bad_document: str = "fail"
-    encoder: str = "auto"
-    workers: int | None = None
-    engine: str = "local"
-    part: Slice | None = None
-
-    def __post_init__(self) -> None:
-        _check_options(self.valid_fraction, self.on_bad_document, self.engine, self.part)
 
 
 def build(
@@ -188,17 +157,6 @@ def build(
         for _ in progress(results, "encoding", len(mine), "task", done=len(mine) - len(unfinished)):
             pass
         return _finish(tasks, labels, target, manifest, tokenizer, alone=options.part is None)
-
-
-def _check_options(valid_fraction: float, on_bad_document: str, engine: str, part: Slice | None) -> None:
-    if not 0.0 < valid_fraction < 1.0:
-        raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
-    if on_bad_document not in ("fail", "skip"):
-        raise ConfigError(f"on bad document {on_bad_document!r}: must be fail or skip.")
-    if engine not in ENGINES:
-        raise ConfigError(f"engine {engine!r}: must be one of {', '.join(ENGINES)}.")
-    if engine == "ray" and part is not None:
-        raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
 
 
 def _shard_tokens(text: float) -> int:

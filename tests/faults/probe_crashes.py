@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.shards import preload
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from tests.shard_commands import files_of

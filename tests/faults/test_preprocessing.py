@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from codeparrot_ds.shards import build as building
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.system.jobs import Slice

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
+from codeparrot_ds.shards.options import BuildOptions
 from tests.conftest import ROOT, Trained, read_run, save_recipe
 from tests.faults.jobs import until
 from tests.multinode.conftest import TOOLS_PATH, unavailable

@@ -23,8 +23,9 @@ from codeparrot_ds.documents.document import PROVENANCE_FIELDS, BadDocument, Doc
 from codeparrot_ds.documents.inputs import deal, find_inputs
 from codeparrot_ds.documents.read import Piece, Read, read_documents, require_document
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.shards.build import QUARANTINE, BuildOptions, build
+from codeparrot_ds.shards.build import QUARANTINE, build
 from codeparrot_ds.shards.format import Manifest, read_provenance
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.system.files import MANIFEST, write_json
 from codeparrot_ds.system.jobs import Slice

@@ -15,9 +15,10 @@ from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.adopt import adopt
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.sequences import Dataset, PackedSequences
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.tokenizer.encode import Encoder

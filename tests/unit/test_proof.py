@@ -17,8 +17,9 @@ from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards import build as building
 from codeparrot_ds.shards import encoders
-from codeparrot_ds.shards.build import BuildOptions, build
+from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.tokenizer import proof
@@ -713,8 +714,11 @@ def test_the_first_build_proves_the_encoder_and_the_second_does_not(
     data: Path, inputs: list[Path], tmp_path: Path, cache: Path, referee: Encoder
 ) -> None:
     """In processes of their own: the fork server of this one, if any, knows another cache directory."""
-    code = "import sys; from codeparrot_ds.shards.build import BuildOptions, build; "
-    code += "build(sys.argv[3:], __import__('pathlib').Path(sys.argv[1]), sys.argv[2], valid_fraction=0.5, workers=1)"
+    code = (
+        "import sys; from pathlib import Path; from codeparrot_ds.shards.build import BuildOptions, build; "
+        "options = BuildOptions(valid_fraction=0.5, workers=1); "
+        "build(sys.argv[3:], Path(sys.argv[1]), sys.argv[2], options)"
+    )
 
     def said_by_build(output: Path) -> str:
         command = [sys.executable, "-c", code, data / "tokenizer", output, *inputs]

@@ -1,0 +1,45 @@
+"""How `shards build` is told what to build, and how."""
+
+from dataclasses import dataclass
+
+from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.system.jobs import ENGINES, Slice
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How documents become shards. The first five decide what is in the shards, the others how they are built.
+
+    Attributes:
+        text_field: field of a row that holds the content.
+        suffix: read files with this suffix in the input directories, one document per file.
+        valid_fraction: share of documents that go to the validation split, chosen by a digest of their content.
+        shard_tokens: tokens per shard, approximately; None for 1/64 of all tokens, between 4 and 128 million.
+        on_bad_document: "fail", or "skip" to skip bad documents and list them in `quarantine.jsonl`.
+        encoder: "auto", "fastokens" or "tokenizers".
+        workers: local processes; None for one per core.
+        engine: "local", or "ray" for a Ray cluster.
+        part: the slice of the tasks to run; the last slice to finish writes the manifest. None for all tasks.
+
+    Raises ConfigError for a bad value.
+    """
+
+    text_field: str = "content"
+    suffix: str | None = None
+    valid_fraction: float = 0.005
+    shard_tokens: int | None = None
+    on_bad_document: str = "fail"
+    encoder: str = "auto"
+    workers: int | None = None
+    engine: str = "local"
+    part: Slice | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.valid_fraction < 1.0:
+            raise ConfigError(f"valid fraction {self.valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
+        if self.on_bad_document not in ("fail", "skip"):
+            raise ConfigError(f"on bad document {self.on_bad_document!r}: must be fail or skip.")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine {self.engine!r}: must be one of {', '.join(ENGINES)}.")
+        if self.engine == "ray" and self.part is not None:
+            raise ConfigError("a Ray cluster shares out all tasks by itself: leave out --slice, or --engine ray.")
