@@ -39,11 +39,12 @@ def printable(text: str) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes from "30MB", "32kB", "5GB" or "1000" (decimal units). Raises ConfigError."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper())
-    if match is None:
-        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.")
-    return int(float(match[1]) * units[match[2]])
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text.strip()))
+    except ValidationError:
+        raise ConfigError(f"size {text!r}: write it like 30MB, 5GB or 32kB.") from None
 
 
 def parse_bandwidth(text: str) -> float:
