@@ -60,7 +60,7 @@ def test_usage_errors_exit_with_2() -> None:
         (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards'; expected 'corpus'"),
         (
             ["shards", "build", "{data}/tokenizer", "--tokenizer", "{data}/tokenizer", "-o", "{tmp}/s"],
-            "not of 'corpus'",
+            "expected 'corpus'",
         ),
         (["tokenizer", "train", "{data}/corpus", "--vocab-size", "300", "-o", "{stdlib}/__init__.py/t"], "__init__.py"),
     ],

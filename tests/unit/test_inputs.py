@@ -511,11 +511,11 @@ def test_a_corpus_manifest_without_its_files_is_refused_by_name(data: Path, tmp_
         ("absent", None, r"absent: no such file or directory"),
         ("dangling.jsonl", None, r"dangling\.jsonl: no such file or directory"),
         ("a.txt/b.jsonl", None, r"a\.txt/b\.jsonl: "),
-        ("a.txt", None, r"a\.txt: of no kind that can be read \(\.jsonl, .*--suffix"),
-        ("empty", None, r"empty: holds no data files \(\.jsonl, "),
-        ("sources", None, r"sources: holds no data files .*--suffix \.py"),
-        ("sources", ".rs", r"sources: holds no files ending in \.rs"),
-        ("*.jsonl.bz2", None, r"\*\.jsonl\.bz2: holds no data files"),
+        ("a.txt", None, r"a\.txt: not a supported file type \(\.jsonl, .*--suffix"),
+        ("empty", None, r"empty: contains no data files \(\.jsonl, "),
+        ("sources", None, r"sources: contains no data files .*--suffix \.py"),
+        ("sources", ".rs", r"sources: contains no files ending in \.rs"),
+        ("*.jsonl.bz2", None, r"\*\.jsonl\.bz2: contains no data files"),
     ],
 )
 def test_input_that_leads_to_nothing_is_named_in_one_message(
@@ -778,8 +778,8 @@ BAD: dict[str, Bad] = {
         "a.jsonl", _second(b'{"text": "x", "n": 1}'), ":2", "no field 'content'.*'text'.*--text-field", 2
     ),
     "no fields": Bad("a.jsonl", _second(b"{}"), ":2", "no field 'content'.*--text-field", 2),
-    "wrong type": Bad("a.jsonl", _second(b'{"content": ["x"]}'), ":2", "field 'content' is of type list, not text", 2),
-    "null": Bad("a.jsonl", _second(b'{"content": null}'), ":2", "field 'content' is of type NoneType, not text", 2),
+    "wrong type": Bad("a.jsonl", _second(b'{"content": ["x"]}'), ":2", "field 'content' has type list, not text", 2),
+    "null": Bad("a.jsonl", _second(b'{"content": null}'), ":2", "field 'content' has type NoneType, not text", 2),
     "lone surrogate": Bad("a.jsonl", _second(LONE), ":2", "a lone surrogate", 2),
     "lone surrogate in bytes": Bad(
         "a.jsonl", _second(b'{"content": "\xed\xa0\x80"}'), ":2", "surrogate|not valid JSON", 2
@@ -865,7 +865,7 @@ BAD_PARQUET: dict[str, Bad] = {
         "a.parquet",
         parquet({"text": many()}),
         "",
-        r"no column 'content' \(its columns: 'text'; name one with --text-field",
+        r"no column 'content' \(its columns: 'text'; select one with --text-field",
         0,
     ),
     "a column of bytes": Bad("a.parquet", parquet({"content": [b"x"]}), " row 1", "of type bytes, not text", 0),
@@ -943,7 +943,9 @@ def test_a_line_may_be_as_long_as_a_document_and_no_longer(
             f"{path}:4",
         ]
         reasons = [read.reason for read in reads if isinstance(read, BadDocument)]
-        assert all(reason.startswith(f"a line of {length} bytes; 100 are the most") for reason in reasons)
+        assert all(
+            reason.startswith(f"a line of {length} bytes; the limit for one document is 100") for reason in reasons
+        )
 
 
 @pytest.mark.parametrize("on_bad_document", ["fail", "skip"])
@@ -957,7 +959,8 @@ def test_too_long_a_line_is_named_by_a_build(
     path = write(tmp_path / "a.jsonl", start + long + b"\n" + row("last"))
     if on_bad_document == "fail":
         with pytest.raises(
-            DataError, match=rf"{path}:41: not a document: a line of {len(long):,} bytes; 2,000 are the most"
+            DataError,
+            match=rf"{path}:41: not a document: a line of {len(long):,} bytes; the limit for one document is 2,000",
         ):
             make(data, path, tmp_path / "shards")
         return
@@ -972,7 +975,7 @@ def test_too_large_a_source_file_is_named(data: Path, tmp_path: Path, monkeypatc
     path = write(tmp_path / "p" / "a.py", b"x" * 101)
     write(tmp_path / "p" / "b.py", b"x" * 100)
     assert read_all(tmp_path / "p", suffix=".py") == [
-        BadDocument(str(path), "101 bytes; 100 are the most for one document"),
+        BadDocument(str(path), "101 bytes; the limit for one document is 100"),
         Document("x" * 100, "p", "b.py", "", "directory"),
     ]
 
@@ -992,7 +995,7 @@ def test_a_line_of_100_megabytes_is_refused_without_being_held(tmp_path: Path, n
     assert texts_of([before, after]) == ["before", "after"]
     assert isinstance(bad, BadDocument)
     assert bad.where == f"{path}:2"
-    assert bad.reason.startswith("a line of 100,000,015 bytes; 32,000,000 are the most")
+    assert bad.reason.startswith("a line of 100,000,015 bytes; the limit for one document is 32,000,000")
     assert peak < 40_000_000  # what a document may have, and some blocks
 
 
