@@ -1,7 +1,7 @@
-"""What the local workers of `shards build` share: imported once by the process that they are forked from.
+"""State shared by the local workers of `shards build`: imported once by the process that they are forked from.
 
-That process has no other threads of ours, so its children inherit the libraries and the loaded tokenizer, as memory
-that is shared until written, and start in milliseconds. Nothing depends on it: a worker loads what it does not find.
+That process runs no other threads of this package, so its children inherit the libraries and the loaded tokenizer as
+copy-on-write memory and start in milliseconds. This is optional: a worker loads whatever is missing.
 """
 
 import os
@@ -14,8 +14,8 @@ from isal import igzip
 from codeparrot_ds.shards import encoders
 
 LIBRARIES = (pyarrow.parquet, igzip)
-TOKENIZER = "CODEPARROT_DS_PRELOAD_TOKENIZER"  # directory, digest and encoder, a line each
+TOKENIZER = "CODEPARROT_DS_PRELOAD_TOKENIZER"  # directory, digest and encoder, one per line
 
-with suppress(Exception):  # whatever is wrong with it, the task that needs it says so
+with suppress(Exception):  # the task that needs the tokenizer reports any error
     directory, digest, name = os.environ[TOKENIZER].split("\n")
     encoders.load_encoders(Path(directory), digest, name)

@@ -224,7 +224,7 @@ def expect_others(done: Done, output: Path, tasks: int) -> None:
     """A slice that is not the last says what is left, and succeeds without a manifest."""
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert f"{output}: {tasks} of 8 tasks are left to other slices; the last finishes it." in done.stderr
+    assert f"{output}: {tasks} of 8 tasks remain for other slices; the last one finishes the build." in done.stderr
     assert not (output / MANIFEST).exists()
 
 
@@ -368,7 +368,7 @@ def test_an_array_with_gaps_and_a_slice_that_is_none_are_refused(small: Corpus, 
     assert "the task ids have gaps" in error_of(shards(*small.command(output), **array(1, 0, 5, 3)))
     assert "write I/N" in error_of(shards(*small.command(output, "--slice", "3/3")))
     both = shards(*small.command(output, "--slice", "0/3", "--engine", "ray"))
-    assert "leave out --slice, or --engine ray" in error_of(both)
+    assert "omit --slice, or omit --engine ray" in error_of(both)
     assert not output.exists()
 
 

@@ -493,7 +493,7 @@ def test_a_foreign_manifest_in_a_data_directory_is_no_data(data: Path, tmp_path:
 
 
 def test_shards_are_not_taken_for_a_corpus(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a manifest of 'shards', not of 'corpus'"):
+    with pytest.raises(DataError, match="a manifest of 'shards'; expected 'corpus'"):
         make(data, data / "shards", tmp_path / "shards")
 
 
@@ -844,7 +844,7 @@ BAD: dict[str, Bad] = {
     ),
     "no zstandard at all": Bad("a.jsonl.zst", lines(), "", "damaged zstandard data after line 0", 0),
     "null in parquet": Bad(
-        "a.parquet", parquet({"content": ["x", None, "z"]}), " row 2", "of type NoneType, not text", 2
+        "a.parquet", parquet({"content": ["x", None, "z"]}), " row 2", "has type NoneType, not text", 2
     ),
     "bad UTF-8 in parquet": Bad("a.parquet", _parquet_with_bad_utf8, " row 2", "not UTF-8", 2),
     "a source file in Latin-1": Bad("p/a.py", b"# caf\xe9\n", "", r"not UTF-8 \(byte 5", 0, ".py"),
@@ -868,7 +868,7 @@ BAD_PARQUET: dict[str, Bad] = {
         r"no column 'content' \(its columns: 'text'; select one with --text-field",
         0,
     ),
-    "a column of bytes": Bad("a.parquet", parquet({"content": [b"x"]}), " row 1", "of type bytes, not text", 0),
+    "a column of bytes": Bad("a.parquet", parquet({"content": [b"x"]}), " row 1", "has type bytes, not text", 0),
 }
 
 

@@ -245,7 +245,7 @@ def test_another_tokenizer_or_none_is_found(shards: Path, data: Path) -> None:
     (shards / "tokenizer" / "tokenizer.json").write_text(
         (data / "tokenizer" / "tokenizer.json").read_text().replace('"id": 0', '"id":  0')
     )
-    with pytest.raises(DataError, match="not the tokenizer that made these shards"):
+    with pytest.raises(DataError, match="not the tokenizer that these shards were built with"):
         verify(shards)
     (shards / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
@@ -254,7 +254,7 @@ def test_another_tokenizer_or_none_is_found(shards: Path, data: Path) -> None:
 
 def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
     (shards / MANIFEST).write_text('{"kind": "corpus"}')
-    with pytest.raises(DataError, match="a manifest of 'corpus', not of 'shards'"):
+    with pytest.raises(DataError, match="a manifest of 'corpus'; expected 'shards'"):
         verify(shards)
     (shards / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
