@@ -151,9 +151,7 @@ class ZeroCheckpoint(SavedState):
             self._states.append(state["optimizer_state_dict"])
         # Stage 3: elements of each group per rank, which a swapped-out tensor does not record itself.
         self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
-        self._places: dict[
-            str, tuple[int, int]
-        ] = {}  # stage 1, 2: (group, first element); stage 3: (0, offset in a rank)
+        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, offset)
         for number, group in enumerate(groups):
             if self._stage != 3 or number == 0:
                 offset = 0

@@ -218,9 +218,9 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             text_bytes += chosen[end][1]
             end += 1
         path = output / f"documents-{len(files):05d}.jsonl.gz"
-        beside = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
         # No name and no time in the gzip header, so that the bytes depend only on the documents.
-        with open(beside, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
+        with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
             for digest, _, candidate in chosen[start:end]:
                 document = _document(candidate, candidate.file.read_bytes().decode())
                 if document.digest() != digest:
@@ -229,7 +229,7 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             out.close()
             raw.flush()
             os.fsync(raw.fileno())
-        beside.replace(path)
+        temporary.replace(path)
         files.append(
             {
                 "name": path.name,

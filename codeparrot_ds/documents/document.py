@@ -20,9 +20,8 @@ PROVENANCE_FIELDS: dict[str, tuple[str, ...]] = {
 
 PROVENANCE_NAMES = [name for names in PROVENANCE_FIELDS.values() for name in names]
 _ENDS = list(accumulate(map(len, PROVENANCE_FIELDS.values())))
-_PLACES = [
-    range(start, end) for start, end in pairwise([0, *_ENDS])
-]  # indices of each field's names in PROVENANCE_NAMES
+# Indices of each field's names in PROVENANCE_NAMES.
+_PLACES = [range(start, end) for start, end in pairwise([0, *_ENDS])]
 
 
 class Document(msgspec.Struct, frozen=True, order=True, gc=False):

@@ -93,9 +93,7 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
     # The training loop logs the steps itself; DeepSpeed's throughput timer synchronizes the device twice per step.
     resolved.setdefault("steps_per_print", 2**31 - 1)
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
-    if (
-        stage == 1 and recipe.engine.precision == "bf16"
-    ):  # otherwise bf16 gradients are kept until the backward pass ends
+    if stage == 1 and recipe.engine.precision == "bf16":  # or bf16 gradients are kept until the backward pass ends
         resolved["bf16"].setdefault("immediate_grad_update", True)
     return resolved
 

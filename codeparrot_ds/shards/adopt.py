@@ -94,13 +94,13 @@ def _strip(prefix: Path) -> Path:
     return prefix.with_suffix("") if prefix.suffix in (".bin", ".idx") else prefix
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
+def _with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
 def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
     """Read a whole dataset to compute digests, check the range of the ids, and find the document lengths."""
-    data, index = _beside(prefix, ".bin"), _beside(prefix, ".idx")
+    data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
     if not data.is_file():
         raise DataError(f"{data}: no such file. Expected PREFIX.bin and, for Megatron-LM, PREFIX.idx.")
     has_index = index.is_file()

@@ -141,17 +141,16 @@ def build(
             "on_bad_document": on_bad_document,
         },
     )
-    target = open_directory(
-        output if is_remote(output) else Path(output).resolve()
-    )  # workers may run in another directory
+    # An absolute path, because workers may run in another directory.
+    target = open_directory(output if is_remote(output) else Path(output).resolve())
     if finished := _finished(target, manifest):
         _clean(target)  # a process may have been killed after writing the manifest
         return finished
     target.make()
     if isinstance(target, LocalDirectory):
-        there = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
+        existing_bytes = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
         ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
-        require_free_space(target.path, int(ids_bytes) - there, "the shards")
+        require_free_space(target.path, int(ids_bytes) - existing_bytes, "the shards")
     with _lock(target, part):
         if finished := _finished(target, manifest):  # by the process that held the lock before
             return finished

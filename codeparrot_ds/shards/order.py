@@ -134,9 +134,7 @@ class Blend:
                 f"blend weights {list(weights)}: their pattern repeats after {period:,} samples; the limit is "
                 f"{_LONGEST_PERIOD:,}. Use fewer digits."
             )
-        self._counts = np.array(
-            [int(share * period) for share in shares], np.int64
-        )  # samples of each source per period
+        self._counts = np.array([int(share * period) for share in shares], np.int64)  # samples per source and period
         self._source = _deal(self._counts.tolist(), period)  # [period] source of each sample
         self._earlier = np.empty(period, np.int64)  # [period] earlier samples of that source in the period
         for source, count in enumerate(self._counts):

@@ -64,12 +64,12 @@ def _libc() -> ctypes.CDLL:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Atomically replace `path` with `content`: after a crash it holds either the old or the new bytes, never a mix."""
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f"{path.name}.tmp")
-    with open(beside, "wb") as out:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     flush_to_disk(path.parent)
 
 
@@ -93,25 +93,25 @@ def publish_directory(path: Path) -> Iterator[Path]:
     path = path.resolve()  # "." has no name from which to derive a sibling
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
-    beside = path.with_name(f".{path.name}.tmp")
-    make_directory(beside)
+    temporary = path.with_name(f".{path.name}.tmp")
+    make_directory(temporary)
     busy = f"{path}: another process is creating it now. Wait for it, or name another directory."
-    descriptor = os.open(beside, os.O_RDONLY)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        _hold(descriptor, beside, busy)
-        if not beside.exists() or not os.path.samestat(os.fstat(descriptor), beside.stat()):
+        _hold(descriptor, temporary, busy)
+        if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), temporary.stat()):
             raise ConfigError(busy)  # the other process finished, or gave up, in the meantime
-        for leftover in beside.iterdir():  # from a process that was killed
+        for leftover in temporary.iterdir():  # from a process that was killed
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         try:
-            yield beside
-            for file in sorted(beside.rglob("*")):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
                 flush_to_disk(file)
-            flush_to_disk(beside)
-            beside.replace(path)  # `path` is absent or an empty directory
+            flush_to_disk(temporary)
+            temporary.replace(path)  # `path` is absent or an empty directory
             flush_to_disk(path.parent)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
     finally:
         os.close(descriptor)

@@ -190,12 +190,12 @@ class LocalDirectory:
         """
         (self.path / name).parent.mkdir(exist_ok=True)
         with self.scratch() as scratch:
-            beside = scratch.path("write")
-            beside.write_bytes(data)
+            temporary = scratch.path("write")
+            temporary.write_bytes(data)
             if durable:
-                self.publish({name: beside})
+                self.publish({name: temporary})
             else:
-                beside.replace(self.path / name)
+                temporary.replace(self.path / name)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

@@ -702,7 +702,7 @@ def test_verification_against_the_input_finds_ids_that_no_check_saw(
     break_encoder(monkeypatch, "n_5 = 1\n")
     manifest = make(data, inputs, tmp_path / "shards")
     verify(tmp_path / "shards", deep=True)  # whole, and yet wrong
-    with pytest.raises(DataError, match=r"does not hold o/r1 5\.py of the input"):
+    with pytest.raises(DataError, match=r"does not contain o/r1 5\.py of the input"):
         verify_against_corpus(manifest)
 
 

@@ -210,7 +210,7 @@ def test_an_id_beyond_the_vocabulary_is_found(tmp_path: Path) -> None:
         shard = write_shard(tmp_path, f"train-{vocab_size:05d}", [ids], np.dtype("<u2"))
         manifest = Manifest(tmp_path, vocab_size, 0, "", "uint16", (shard,))
         found = _check_bytes(LocalDirectory(tmp_path), manifest, shard)
-        assert found == [] if fits else "holds id 300, the vocabulary ends at 300" in found[0]
+        assert found == [] if fits else "contains id 300, the vocabulary ends at 300" in found[0]
 
 
 def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
