@@ -208,8 +208,8 @@ def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
     differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
     if differing:
         raise DataError(
-            f"{target}: contains finished shards that were built with different {', '.join(differing)}. "
-            "Name another output directory, or remove this one."
+            f"{target}: contains finished shards that were built with different options (differing: "
+            f"{', '.join(differing)}). Name another output directory, or remove this one."
         )
     return found
 
