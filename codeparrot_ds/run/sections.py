@@ -307,7 +307,7 @@ class Export(Section):
             default of `codeparrot-ds convert`.
         keep_last: number of newest exports to keep.
         hub: OWNER/NAME of a Hub repository to push each export to, on a branch named after the run; null for none.
-        private: create the repository as private if it does not exist.
+        private: visibility of the repository if the run creates it.
     """
 
     every_steps: Positive | None = None
@@ -322,14 +322,13 @@ class Guards(Section):
     """Detection of hangs, loss spikes and diverging replicas.
 
     Attributes:
-        hang_seconds: terminate the job if a step, a save or an evaluation takes longer, and write every rank's stacks
-            to its log; null for never. The first of each in a process may take three times as long, because it compiles
-            and allocates.
+        hang_seconds: terminate the job if a step takes longer, and write every rank's stacks to its log; null for
+            never. Start-up (which compiles and allocates), saves and evaluations may take three times as long.
         max_skipped_steps: number of consecutive steps that may be skipped for non-finite gradients; one more stops the
             run.
         spike: action on a loss spike. ignore: none. warn: log the samples of the step. stop: warn, and stop without
             saving. go_back: resume from the newest checkpoint before the spike, and skip the samples of its steps.
-        spike_threshold: a spike is a loss this far (nats) above the median of the last 64.
+        spike_threshold: a spike is a loss this far (nats) above the median of the last 64 losses.
         replica_check_steps: steps between comparisons of state that must be equal on all ranks (weights below ZeRO-3);
             null for never.
     """
