@@ -109,8 +109,10 @@ class _TooLong(msgspec.Struct):
 
 
 def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes | _TooLong]:
-    """Yield chunks of whole lines, without the final newline. Lines may span blocks; only the size of a line that is
-    too long is kept."""
+    """Yield chunks of whole lines without the final newline; a line may span many blocks.
+
+    Of a line over MAX_DOCUMENT_BYTES, only the size is kept.
+    """
     held: list[bytes] = []
     size = 0
     for block in blocks:
@@ -257,8 +259,10 @@ def _row_decoder(text_field: str) -> Any:
 
 
 def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:
-    """Parse a line that msgspec rejects with the standard library, which accepts NaN and a byte-order mark and has
-    clearer error messages."""
+    """Parse a line that msgspec rejects, using the standard library.
+
+    It accepts NaN and a byte-order mark, and has clearer error messages.
+    """
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
