@@ -1,7 +1,7 @@
-"""codeparrot-ds: from folders of source code to a trained GPT-2 code model, with proof at every step.
+"""codeparrot-ds: from folders of source code to a trained GPT-2 code model, with every step verified.
 
-The stages, in the order in which data walks through them: corpus, tokenizer, shards, training, export,
-evaluation. Read docs/reading-the-code.md for a tour.
+The stages, in the order of the data flow: corpus, tokenizer, shards, training, export, evaluation.
+docs/reading-the-code.md is a guided tour.
 """
 
 __version__ = "0.1.0"

@@ -1,22 +1,22 @@
-"""Errors that a user can mend. Each carries one message that says what is wrong, where, and how to mend it.
+"""User errors. Each carries one message that says what is wrong, where, and how to fix it.
 
 The command line prints the message without a traceback and exits with 1 (`EXIT_USER_ERROR`). Any other
-exception is a defect of this package and keeps its traceback.
+exception is a bug in this package and keeps its traceback.
 """
 
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 1
-EXIT_CRASHED = 70  # sysexits.h EX_SOFTWARE: of ranks; what a user cannot mend, so that starting again may help
-EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers may queue the job again
+EXIT_CRASHED = 70  # sysexits.h EX_SOFTWARE: used by ranks for failures other than user errors; a restart may help
+EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers may requeue the job
 
 
 class UserError(Exception):
-    """Base of the errors below; never raised itself."""
+    """Base class of the errors below; never raised directly."""
 
 
 class ConfigError(UserError):
-    """A recipe, a DeepSpeed JSON, an option or the machine's set-up is wrong."""
+    """A recipe, a DeepSpeed JSON, an option or the machine's setup is wrong."""
 
 
 class DataError(UserError):
@@ -28,16 +28,16 @@ class CheckpointError(UserError):
 
 
 class ClusterError(UserError):
-    """A hostfile or a host is wrong."""
+    """A hostfile or a host is misconfigured or unusable."""
 
 
 class TrainingError(UserError):
-    """A run that goes wrong in a way that only its owner can judge, and was stopped."""
+    """A run was stopped because of a training problem that only its owner can judge."""
 
 
-def list_problems(subject: str, problems: Sequence[str], mend: str = "") -> str:
-    """One message for all `problems` found in `subject` (inline for one, a list for several) and how to `mend` them."""
+def list_problems(subject: str, problems: Sequence[str], fix: str = "") -> str:
+    """One message for all `problems` found in `subject` (inline for one, a list for several) and how to `fix` them."""
     if len(problems) == 1:
-        return f"{subject}: {problems[0]}" + (f". {mend}" if mend else "")
+        return f"{subject}: {problems[0]}" + (f". {fix}" if fix else "")
     lines = [f"{subject}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)]
-    return "\n".join([*lines, mend] if mend else lines)
+    return "\n".join([*lines, fix] if fix else lines)

@@ -1,1 +1,1 @@
-"""Tensors of a checkpoint without loading it: files, ZeRO partitions."""
+"""Access to the tensors of a checkpoint (files, ZeRO partitions) without loading it into memory."""

@@ -1,7 +1,7 @@
-"""Open files that torch.save wrote, without running code from them and without their tensors in memory.
+"""Open files written by torch.save without running code from them and without loading their tensors.
 
-A tensor comes back as its place in the file, and any stretch of it is read when asked for. A memory map would count as
-memory of the process as long as it is open, and where the disk fails under it the process dies without a word.
+A tensor is returned as its location in the file, and any range of it is read on demand. A memory map would count as
+memory of the process while it is open, and a disk error would kill the process without a message (SIGBUS).
 """
 
 import os
@@ -21,11 +21,11 @@ class StoredTensor:
     """A contiguous tensor in a file.
 
     Attributes:
-        path: the file.
-        offset: where it begins there, bytes.
-        dtype: of its elements.
-        shape: of the whole.
-        name_on_disk: what DeepSpeed calls a tensor that it has swapped out, or None.
+        path: file that contains the tensor.
+        offset: start of the tensor in the file (bytes).
+        dtype: of the elements.
+        shape: of the whole tensor.
+        name_on_disk: DeepSpeed's id of a tensor that was swapped out, or None.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class StoredTensor:
         self.path, self.offset, self.dtype, self.shape, self.name_on_disk = path, offset, dtype, shape, name_on_disk
 
     def __len__(self) -> int:
-        """Elements in all dimensions."""
+        """Total number of elements."""
         return self.shape.numel()
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements `start` .. `stop` - 1 of the flattened tensor, in memory of their own. Raises CheckpointError."""
+        """Read elements `start` .. `stop` - 1 of the flattened tensor into new memory. Raises CheckpointError."""
         count = (len(self) if stop is None else stop) - start
         size = self.dtype.itemsize
         try:
@@ -51,22 +51,22 @@ class StoredTensor:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What torch.save wrote to `path`, a dictionary, with a `StoredTensor` for each tensor. Raises CheckpointError."""
+    """Load a dictionary written by torch.save, with a `StoredTensor` for each tensor. Raises CheckpointError."""
     stored = load_value(path)
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{path}: damaged (it holds no dictionary).")
+        raise CheckpointError(f"{path}: damaged (it does not contain a dictionary).")
     return stored
 
 
 def load_value(path: Path) -> Any:
-    """What torch.save wrote to `path`, with a `StoredTensor` for each tensor.
+    """Load a value written by torch.save, with a `StoredTensor` for each tensor.
 
-    Raises CheckpointError when it is missing or damaged, or holds more than tensors, plain values and the few plain
-    classes that DeepSpeed puts beside them.
+    Raises CheckpointError when the file is missing or damaged, or contains anything but tensors, plain values and the
+    few plain classes that DeepSpeed stores with them.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Nothing is computed with DeepSpeed here; left to choose, it looks for a GPU and prints what it found.
+    # DeepSpeed computes nothing here; without this setting it looks for a GPU and prints what it finds.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         with FakeTensorMode(), torch.serialization.safe_globals(classes_in_checkpoints()):
@@ -76,20 +76,20 @@ def load_value(path: Path) -> Any:
         raise CheckpointError(f"{path}: missing, so this checkpoint is incomplete.") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused: it holds more than tensors and plain values, and loading it could run code "
+            f"{path}: refused: it contains more than tensors and plain values, and loading it could run code "
             f"({_reason(error)})."
         ) from None
-    except (RuntimeError, OSError, EOFError) as error:  # RecursionError too: a pickle may hold itself
+    except (RuntimeError, OSError, EOFError) as error:  # includes RecursionError: a pickle may contain itself
         raise CheckpointError(f"{path}: damaged ({(str(error) or type(error).__name__).splitlines()[0]}).") from None
 
 
 def _stored(value: Any, path: Path) -> Any:
-    """`value` with every tensor replaced."""
+    """`value` with every tensor replaced by a `StoredTensor`."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         begin = getattr(storage, "_checkpoint_offset", None)  # None in files older than torch 1.6
         if begin is None or not value.is_contiguous():
-            raise CheckpointError(f"{path}: damaged (a tensor does not lie in it whole).")
+            raise CheckpointError(f"{path}: damaged (a tensor is not stored contiguously in it).")
         offset = begin + value.storage_offset() * value.dtype.itemsize
         return StoredTensor(path, offset, value.dtype, value.shape, getattr(value, "ds_id", None))
     if isinstance(value, dict):
@@ -100,6 +100,6 @@ def _stored(value: Any, path: Path) -> Any:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """What torch has found, without its advice to load it all the same."""
+    """torch's reason for the refusal, without its advice to load the file anyway."""
     found = re.search(r"WeightsUnpickler error: (.*?)(\. Please|\n|$)", str(error))
     return found[1] if found else str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Which checkpoint a user names: of a run, or a directory, ours or one that DeepSpeed's script has made."""
+"""Resolve the checkpoint that a user names: of a run, or a directory written by us or by DeepSpeed's script."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from codeparrot_ds.system.files import MANIFEST, digest_file
 
 
 def source_checkpoints(source: Path, step: int | None = None, last: int = 1) -> list[Checkpoint]:
-    """The `last` checkpoints of a run up to the one that `source_checkpoint` finds, oldest first.
+    """The `last` checkpoints of a run, up to and including the one from `source_checkpoint`, oldest first.
 
     Raises CheckpointError when there are fewer.
     """
@@ -21,14 +21,14 @@ def source_checkpoints(source: Path, step: int | None = None, last: int = 1) -> 
     found = [path for path in run.checkpoint_directories() if step_of(path) <= newest.step]
     if len(found) < last:
         raise CheckpointError(
-            f"{run.checkpoints}: {len(found)} checkpoints up to step {newest.step:,}, and the mean of {last} is asked "
-            "for. Have the recipe keep more of them (checkpoints.keep_last)."
+            f"{run.checkpoints}: {len(found)} checkpoints up to step {newest.step:,}, but {last} are needed for the "
+            "mean. Keep more of them by raising checkpoints.keep_last in the recipe."
         )
     return [Checkpoint.read(path) for path in found[-last:]]
 
 
 def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint that `source` means: a run directory (its newest, or `step`) or a checkpoint directory.
+    """The checkpoint that `source` names: a run directory (its newest, or `step`) or a checkpoint directory.
 
     Raises CheckpointError when there is none.
     """
@@ -44,7 +44,7 @@ def source_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
 
 
 def _describe_universal(path: Path) -> Checkpoint:
-    """The manifest that DeepSpeed's script did not write beside a universal checkpoint made from one of ours."""
+    """Reconstruct the manifest, which DeepSpeed's script does not write, of a universal checkpoint made from ours."""
     found = [stage for stage in (3, 0) if (path / model_states(stage)).is_file()]
     if not found:
         raise CheckpointError(f"{path}: no {model_states(0)}, so this checkpoint is incomplete.")
@@ -74,4 +74,4 @@ def _describe_universal(path: Path) -> Checkpoint:
             universal=True,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not made from a checkpoint of this program ({error!r}).") from None
+        raise CheckpointError(f"{path}: was not converted from a checkpoint of this package ({error!r}).") from None

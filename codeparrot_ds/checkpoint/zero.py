@@ -1,14 +1,14 @@
-"""Read weights and optimizer state out of a DeepSpeed checkpoint, any stretch of any tensor, without running its code.
+"""Read any range of any weight or optimizer tensor from a DeepSpeed checkpoint, without running code from it.
 
-Only what is asked for is read, and takes memory. Source of the layouts: DeepSpeed 0.19.8, `runtime/engine.py`
+Only the requested range is read into memory. Source of the layouts: DeepSpeed 0.19.8, `runtime/engine.py`
 (`_get_zero_param_shapes`), `runtime/zero/stage3.py` and `stage_1_and_2.py`, `checkpoint/ds_to_universal.py`:
 
-    stage 3     each rank holds every parameter's slice of ceil(numel / ranks), parameters end to end
-    stage 1, 2  each parameter group is flattened whole, padded, and cut into one piece a rank
+    stage 3     each rank holds a slice of ceil(numel / ranks) elements of every parameter, concatenated
+    stage 1, 2  each parameter group is flattened as a whole, padded, and split into one partition per rank
     stage 0     rank 0 holds the module's own tensors
-    universal   a directory a parameter, a file each for its weights and moments: zero/NAME/fp32.pt
+    universal   one directory per parameter, one file each for its weights and moments: zero/NAME/fp32.pt
 
-A tensor that was offloaded to NVMe is empty there, and lies in a raw file of its own, padded at the end
+A tensor that was offloaded to NVMe is empty in these files and stored in a separate raw file, padded at the end
 (`runtime/swap_tensor/optimizer_utils.py`).
 """
 
@@ -37,13 +37,13 @@ _RANK_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_|offloaded_tensors/rank(\d+)/)")
 
 
 def rank_of_file(name: str) -> int | None:
-    """The rank whose part of a checkpoint is in this file; None for what concerns all, which rank 0 writes."""
+    """The rank whose partition is in this checkpoint file; None for shared files, which rank 0 writes."""
     match = _RANK_FILE.search(name)
     return int(match[1] or match[2]) if match else None
 
 
 def model_states(zero_stage: int) -> str:
-    """Name of the file in which rank 0 keeps what is beside the partitions."""
+    """Name of rank 0's file with the state that is not partitioned."""
     return f"{'zero_pp_rank_0_' if zero_stage == 3 else ''}mp_rank_00_model_states.pt"
 
 
@@ -51,30 +51,39 @@ class SavedState(ABC):
     """The fp32 master weights of a published checkpoint, and AdamW's moments.
 
     Attributes:
-        shapes: parameter name -> shape, in the checkpoint's order; tied copies are left out.
+        shapes: parameter name -> shape, in the checkpoint's order, without tied copies.
         tied: name of a tied copy -> name of the parameter that it shares.
-        model_state: what DeepSpeed keeps beside the partitions: counters and, below stage 3, the module.
+        model_state: state that DeepSpeed does not partition: counters and, below stage 3, the module.
     """
 
     shapes: dict[str, torch.Size]
     tied: dict[str, str]
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Open the checkpoint's files. Raises CheckpointError when they are incomplete or hold more than tensors."""
+        """Open the checkpoint's files. Raises CheckpointError when they are incomplete or contain more than tensors."""
         self._path = checkpoint.path
         self._files = checkpoint.files
         self.model_state = load(self._path / model_states(checkpoint.zero_stage))
         self.tied = dict(self.model_state.get("shared_params") or {})
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, value) of every parameter, fp32 on the CPU, each made only when asked for."""
+        """Lazily yield (name, value) of every parameter, fp32 on the CPU."""
         for name, shape in self.shapes.items():
             yield name, self.read(name).view(shape)
 
     def read(self, name: str, what: str = FP32, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements `start` .. `stop` - 1 of a parameter ("fp32") or of one of its `MOMENTS`, flat, fp32 on the CPU.
+        """Read a range of a parameter or of one of its moments, flat, fp32 on the CPU.
 
-        A moment that does not exist yet, before the first optimizer step, is zeros. Raises CheckpointError.
+        Before the first optimizer step, moments do not exist yet and are returned as zeros.
+
+        Args:
+            name: of the parameter.
+            what: "fp32" for the weights, or one of the `MOMENTS`.
+            start: first element.
+            stop: one past the last element; None for the end.
+
+        Raises:
+            CheckpointError: the file is damaged.
         """
         numel = self.shapes[name].numel()
         stop = numel if stop is None else stop
@@ -87,35 +96,35 @@ class SavedState(ABC):
     def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor: ...
 
     def leave_cache(self) -> None:
-        """Have the kernel forget the files that hold weights, as far as they have been read."""
+        """Drop the files that contain weights from the page cache."""
         for name in self.files(FP32):
             drop_from_cache(self._path / name)
 
     @abstractmethod
     def files(self, what: str) -> set[str]:
-        """Names of the files that hold the weights ("fp32") or a moment, as the manifest has them."""
+        """Names, as in the manifest, of the files that contain the weights ("fp32") or a moment."""
 
     @property
     @abstractmethod
     def step(self) -> int:
-        """AdamW's own count of steps; skipped ones are not in it. Raises CheckpointError when its groups differ."""
+        """AdamW's step count, without skipped steps. Raises CheckpointError when parameters disagree."""
 
     @abstractmethod
     def hyperparameters(self) -> list[dict[str, Any]]:
-        """Of AdamW's parameter groups: learning rate, weight decay, and what else it keeps of a group."""
+        """AdamW's settings for each parameter group: learning rate, weight decay and others."""
 
     @abstractmethod
     def loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler under fp16, with its current scale; None where there is none."""
+        """DeepSpeed's loss scaler with its current scale under fp16; None without one."""
 
 
 def open_state(checkpoint: Checkpoint) -> SavedState:
-    """Open a checkpoint of whatever layout. Raises CheckpointError when it is incomplete or holds more than tensors."""
+    """Open a checkpoint of any layout. Raises CheckpointError when it is incomplete or contains more than tensors."""
     return UniversalCheckpoint(checkpoint) if checkpoint.universal else ZeroCheckpoint(checkpoint)
 
 
 class ZeroCheckpoint(SavedState):
-    """What the ranks of a training run wrote."""
+    """A checkpoint as written by the ranks of a training run."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -125,7 +134,7 @@ class ZeroCheckpoint(SavedState):
         self._states: list[dict[str, Any]] = []  # of each rank
         if self._stage == 0:
             self._module: dict[str, StoredTensor] = {}
-            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but they share their place
+            first_name: dict[int, str] = {}  # DeepSpeed lists no ties here, but tied tensors share their offset
             for name, tensor in self.model_state["module"].items():
                 owner = first_name.setdefault(tensor.offset, name)
                 if owner == name:
@@ -140,9 +149,9 @@ class ZeroCheckpoint(SavedState):
         for rank in range(ranks):
             state = load(self._path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             self._states.append(state["optimizer_state_dict"])
-        # Stage 3: a rank's elements of each group, all that a swapped tensor does not say itself.
+        # Stage 3: elements of each group per rank, which a swapped-out tensor does not record itself.
         self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
-        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, in a rank)
+        self._places: dict[str, tuple[int, int]] = {}  # stage 1, 2: (group, first element); stage 3: (0, offset)
         for number, group in enumerate(groups):
             if self._stage != 3 or number == 0:
                 offset = 0
@@ -175,7 +184,7 @@ class ZeroCheckpoint(SavedState):
         return taken[0] if len(taken) == 1 else torch.cat(taken or [torch.empty(0)])
 
     def _flats(self, what: str) -> list["_Flat"]:
-        """Of the weights or of a moment: at stage 3 a flat a rank, at stages 1 and 2 a flat a parameter group."""
+        """Flat tensors of the weights or a moment: one per rank at stage 3, one per parameter group at stages 1, 2."""
         if what not in self._flats_of:
             self._flats_of[what] = self._map_flats(what)
         return self._flats_of[what]
@@ -197,16 +206,16 @@ class ZeroCheckpoint(SavedState):
         ]
 
     def _on_disk(self, rank: int, tensor: StoredTensor, numel: int) -> StoredTensor:
-        """`tensor`, or what stands in for it when it was offloaded to NVMe."""
+        """`tensor`, or the raw file that replaces it if it was offloaded to NVMe."""
         if len(tensor) == numel:
             return tensor
         name = f"offloaded_tensors/rank{rank:02d}/{tensor.name_on_disk}.tensor.swp"
-        if len(tensor) or name not in self._files:  # the manifest's, so that no pickle can name any other
-            raise CheckpointError(f"{self._path}: its partitions hold fewer weights than its parameters need.")
+        if len(tensor) or name not in self._files:  # only files in the manifest, so that a pickle cannot name others
+            raise CheckpointError(f"{self._path}: its partitions contain fewer weights than its parameters need.")
         return StoredTensor(self._path / name, 0, torch.float32, torch.Size([numel]))
 
     def _base(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state_dict of the optimizer that DeepSpeed has wrapped."""
+        """The state_dict of the optimizer that DeepSpeed wraps."""
         base: dict[str, Any] = state["optimizer_state_dict" if self._stage == 3 else "base_optimizer_state"]
         return base
 
@@ -225,7 +234,7 @@ class ZeroCheckpoint(SavedState):
 
     def _stage_0_state(self, name: str) -> dict[str, StoredTensor]:
         optimizer = self.model_state["optimizer"]
-        # The groups of training.model.parameter_groups: what has two dimensions first, each in the model's order.
+        # As in training.model.parameter_groups: parameters with two dimensions first, each group in model order.
         names = sorted(self.shapes, key=lambda each: len(self.shapes[each]) < 2)
         numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
         state: dict[str, StoredTensor] = optimizer["state"][numbers[names.index(name)]]
@@ -237,7 +246,7 @@ class ZeroCheckpoint(SavedState):
 
 
 class UniversalCheckpoint(SavedState):
-    """What `convert --to-universal` or DeepSpeed's `ds_to_universal.py` made of one."""
+    """A checkpoint converted by `convert --to-universal` or DeepSpeed's `ds_to_universal.py`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -251,18 +260,18 @@ class UniversalCheckpoint(SavedState):
 
     def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor:
         value = self._value(tensor_file(name, what))
-        tensor = value["param"] if isinstance(value, dict) else value  # bare, where ZeRO-3's partitions were merged
+        tensor = value["param"] if isinstance(value, dict) else value  # a bare tensor if ZeRO-3 partitions were merged
         if not isinstance(tensor, StoredTensor) or len(tensor) != self.shapes[name].numel():
             raise CheckpointError(f"{self._path / tensor_file(name, what)}: not a tensor of its parameter's size.")
         return tensor.read(start, stop).float()
 
     def _value(self, file: str) -> Any:
-        if file not in self._files:  # the manifest's, so that no pickle can name any other
+        if file not in self._files:  # only files in the manifest, so that a pickle cannot name others
             raise CheckpointError(f"{self._path / file}: missing, so this checkpoint is incomplete.")
         return load_value(self._path / file)
 
     def _base(self) -> dict[str, Any]:
-        """Of AdamW's state what concerns it whole; DeepSpeed's script puts it elsewhere below stage 3."""
+        """AdamW's state that is not per parameter; DeepSpeed's script stores it elsewhere below stage 3."""
         base: dict[str, Any] = self._optimizer.get("optimizer_state_dict") or self._optimizer
         return base
 
@@ -285,7 +294,7 @@ class UniversalCheckpoint(SavedState):
 
 
 def tensor_file(name: str, what: str) -> str:
-    """Where a universal checkpoint has a parameter's weights ("fp32"), one of its `MOMENTS`, or AdamW's "step"."""
+    """Name of a universal checkpoint's file for a parameter's weights ("fp32"), one of its `MOMENTS`, or its "step"."""
     return f"zero/{name}/{what}.pt"
 
 
@@ -295,17 +304,17 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 def _only(steps: set[int], path: Path) -> int:
     if len(steps) > 1:
-        raise CheckpointError(f"{path}: its parameters have taken different numbers of steps: {sorted(steps)}.")
+        raise CheckpointError(f"{path}: its parameters have different step counts: {sorted(steps)}.")
     return steps.pop() if steps else 0
 
 
 def _count(value: "StoredTensor | int") -> int:
-    """torch counts steps in a tensor, DeepSpeed's CPUAdam in a plain number."""
+    """Step count as an int: torch stores a tensor, DeepSpeed's CPUAdam a plain number."""
     return int(value.read()[0]) if isinstance(value, StoredTensor) else int(value)
 
 
 class _Flat:
-    """Flat tensors end to end."""
+    """Flat tensors addressed as one concatenated tensor."""
 
     def __init__(self, path: Path, pieces: Sequence[StoredTensor]) -> None:
         self._path = path
@@ -313,13 +322,13 @@ class _Flat:
         self._starts = [0, *accumulate(map(len, pieces))]
 
     def files(self) -> set[Path]:
-        """Where they lie."""
+        """Files that contain the tensors."""
         return {piece.path for piece in self._pieces}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements `start` .. `stop` - 1. Raises CheckpointError when there are fewer."""
         if stop > self._starts[-1]:
-            raise CheckpointError(f"{self._path}: its partitions hold fewer weights than its parameters need.")
+            raise CheckpointError(f"{self._path}: its partitions contain fewer weights than its parameters need.")
         taken = []
         number = bisect_right(self._starts, start) - 1
         while start < stop:
@@ -331,7 +340,7 @@ class _Flat:
 
 
 def check_pickles(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a file of `checkpoint` that is here holds more than tensors and plain values."""
+    """Raise CheckpointError if a local file of `checkpoint` contains more than tensors and plain values."""
     for name in checkpoint.files:
         if name.endswith(".pt") and (checkpoint.path / name).exists():
             load_value(checkpoint.path / name)

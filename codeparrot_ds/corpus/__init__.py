@@ -1,1 +1,1 @@
-"""Documents in, clean documents with provenance out."""
+"""Collect documents into a deduplicated corpus with provenance."""

@@ -1,7 +1,7 @@
 """Collect source files from this machine into a corpus: gzip-compressed JSON Lines and a manifest.
 
-The result is a function of the files found and the options alone: documents are ordered by a digest of their
-content, so the order in which directories are listed does not matter, and `sample_bytes` takes a uniform sample.
+The result depends only on the files found and the options: documents are sorted by the digest of their content, so the
+directory listing order does not matter, and `sample_bytes` takes a uniform sample.
 """
 
 import gzip
@@ -36,7 +36,7 @@ _GZIP_RATIO = 0.35  # compressed size of Python source, measured 0.25 to 0.30 at
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A source file on this machine that may become a document."""
+    """A source file that may become a document."""
 
     file: Path
     repository: str
@@ -57,16 +57,16 @@ def collect(
     """Collect source files into the corpus directory `output` and return its manifest.
 
     Args:
-        output: made if missing; a finished corpus with the same options is kept as it is.
-        directories: searched recursively, symbolic links not followed.
-        installed_python: also take the standard library and the installed packages of this interpreter.
-        suffix: of the files to take.
-        max_file_bytes: larger files are counted and left out.
-        sample_bytes: stop at this many bytes of text, taking the documents whose digests are smallest.
+        output: created if missing; a finished corpus with the same options is kept unchanged.
+        directories: searched recursively, without following symbolic links.
+        installed_python: also collect the standard library and the installed packages of this interpreter.
+        suffix: suffix of the files to collect.
+        max_file_bytes: larger files are counted and skipped.
+        sample_bytes: stop at this many bytes of text, choosing the documents with the smallest digests.
 
     Raises:
         ConfigError: a directory is missing, `output` cannot be written, or the disk is too small.
-        DataError: no source file was found, or `output` holds another corpus.
+        DataError: no source file was found, or `output` contains another corpus.
     """
     options = {
         "directories": [str(directory) for directory in directories],
@@ -79,7 +79,7 @@ def collect(
         return finished
     for directory in directories:
         if not directory.is_dir():
-            raise ConfigError(f"{directory}: no such directory to collect from.")
+            raise ConfigError(f"{directory}: no such directory to collect from. Check the name.")
     candidates = [c for directory in directories for c in _files_below(directory, suffix)]
     if installed_python:
         candidates += _installed_python(suffix)
@@ -90,7 +90,7 @@ def collect(
         places = ", ".join(str(directory) for directory in directories) or "this Python installation"
         raise DataError(
             f"no {suffix} files found in {places} (skipped: {dict(skipped) or 'none'}). "
-            "Name directories that hold source code."
+            "Name directories that contain source code."
         )
     make_directory(output)
     total_bytes = sum(size for _, size, _ in chosen)
@@ -111,7 +111,7 @@ def collect(
 
 
 def _files_below(root: Path, suffix: str, repository: str = "", licence: str = "") -> Iterator[Candidate]:
-    """Candidates below `root`, without following links."""
+    """Yield candidates below `root`, without following symbolic links."""
     root = root.resolve()
     for parent, directories, names in os.walk(root):
         directories[:] = [name for name in directories if name not in _SKIPPED_DIRECTORIES]
@@ -123,7 +123,7 @@ def _files_below(root: Path, suffix: str, repository: str = "", licence: str = "
 
 
 def _installed_python(suffix: str) -> list[Candidate]:
-    """The standard library and the installed packages of this interpreter, with names and licences."""
+    """Candidates from this interpreter's standard library and installed packages, with names and licences."""
     site_packages = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
     standard_library = Path(sysconfig.get_path("stdlib")).resolve()
     found = [
@@ -140,7 +140,7 @@ def _installed_python(suffix: str) -> list[Candidate]:
 
 
 def _distributions_by_file(root: Path) -> dict[str, tuple[str, str]]:
-    """(name-version, licence) of the distribution that owns each file below `root`, by relative path."""
+    """Map each file below `root`, by relative path, to (name-version, licence) of the distribution that owns it."""
     owners: dict[str, tuple[str, str]] = {}
     for distribution in importlib.metadata.distributions(path=[str(root)]):
         metadata = distribution.metadata
@@ -153,7 +153,7 @@ def _distributions_by_file(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def _read_text(candidate: Candidate, max_file_bytes: int) -> str:
-    """The text of a candidate. Raises ValueError with the reason why it is left out."""
+    """The text of a candidate. Raises ValueError with the reason if it is to be skipped."""
     try:
         candidate.path.encode()
     except UnicodeEncodeError:
@@ -179,9 +179,9 @@ def _document(candidate: Candidate, text: str) -> Document:
 def _choose(
     candidates: Sequence[Candidate], max_file_bytes: int, sample_bytes: int | None, skipped: Counter[str]
 ) -> list[tuple[str, int, Candidate]]:
-    """(digest, bytes, candidate) of the documents to keep, by digest: unique, and sampled if asked.
+    """(digest, bytes, candidate) of the documents to keep, sorted by digest: deduplicated, and sampled if requested.
 
-    Only digests and sizes are held in memory. Among copies the first by repository and path is kept.
+    Only digests and sizes are held in memory. Of duplicates, the first by repository and path is kept.
     """
     unique: dict[str, tuple[int, Candidate]] = {}
     ordered = sorted(candidates, key=lambda c: (c.repository, c.path))
@@ -218,9 +218,9 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             text_bytes += chosen[end][1]
             end += 1
         path = output / f"documents-{len(files):05d}.jsonl.gz"
-        beside = path.with_name(f".{path.name}.tmp")
-        # No name and no time in the gzip header: the bytes are a function of the documents.
-        with open(beside, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
+        temporary = path.with_name(f".{path.name}.tmp")
+        # No name and no time in the gzip header, so that the bytes depend only on the documents.
+        with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
             for digest, _, candidate in chosen[start:end]:
                 document = _document(candidate, candidate.file.read_bytes().decode())
                 if document.digest() != digest:
@@ -229,7 +229,7 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             out.close()
             raw.flush()
             os.fsync(raw.fileno())
-        beside.replace(path)
+        temporary.replace(path)
         files.append(
             {
                 "name": path.name,

@@ -1,1 +1,1 @@
-"""A document and its provenance, and every format that it comes in."""
+"""Documents with their provenance, and readers for every input format."""

@@ -1,4 +1,4 @@
-"""Datasets streamed from the Hugging Face Hub."""
+"""Stream datasets from the Hugging Face Hub."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ from codeparrot_ds.errors import DataError
 
 
 def open_hub_dataset(address: str) -> Any:
-    """The `datasets.IterableDataset` of "hub:NAME", "hub:NAME?split=train&config=C&revision=R". Raises DataError.
+    """Open "hub:NAME" or "hub:NAME?split=train&config=C&revision=R" as a `datasets.IterableDataset`.
 
-    NAME is a dataset of the Hub, or a local directory that `datasets` understands. No code of the dataset is run.
+    NAME is a dataset on the Hub, or a local directory that `datasets` can load. Dataset scripts are never executed.
+    Raises DataError.
     """
     from urllib.parse import parse_qsl
 
@@ -18,7 +19,7 @@ def open_hub_dataset(address: str) -> Any:
     options = dict(parse_qsl(query))
     unknown = sorted(set(options) - {"split", "config", "revision"})
     if unknown:
-        raise DataError(f"{address}: unknown option {unknown[0]!r}; split, config and revision are known.")
+        raise DataError(f"{address}: unknown option {unknown[0]!r}; use split, config or revision.")
     try:
         return load_dataset(
             name,
@@ -27,9 +28,9 @@ def open_hub_dataset(address: str) -> Any:
             revision=options.get("revision"),
             streaming=True,
         )
-    except Exception as error:  # datasets raises errors of many libraries for one fact: it cannot be opened
+    except Exception as error:  # datasets raises exceptions of many libraries when a dataset cannot be opened
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{address}: this dataset cannot be opened ({type(error).__name__}: {reason}). Check its name, split and "
-            "configuration, the network, and for a private one `hf auth login`."
+            "configuration, and the network. A private dataset needs `hf auth login`."
         ) from error

@@ -1,4 +1,4 @@
-"""Find the input that a command is given, and deal it into pieces of even size, from its list of files alone."""
+"""Find a command's input files, and split them into tasks of similar size based on the file list alone."""
 
 import json
 import os
@@ -30,14 +30,14 @@ _KINDS = {
     ".json.zst": "jsonl",
     ".parquet": "parquet",
 }
-# Bytes of text in a byte of file, for planning alone. Python source, measured: gzip 3.9, zstandard 4.2, parquet 3.
+# Bytes of text per byte of file, used only for planning. Measured on Python source: gzip 3.9, zstandard 4.2, parquet 3.
 _EXPANSION = {".gz": 3.9, ".zst": 4.2, ".zstd": 4.2, ".parquet": 3.0}
 _SKIPPED_DIRECTORIES = {".git", "__pycache__", "node_modules", ".venv", ".tox"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A finished corpus directory: its document files in order, and its manifest."""
+    """A finished corpus directory: its manifest, and its document files in order."""
 
     directory: Path
     files: tuple[Path, ...]
@@ -45,7 +45,7 @@ class Corpus:
 
     @classmethod
     def open(cls, directory: Path) -> "Corpus":
-        """Open `directory` and see that all its files are there in full. Raises DataError."""
+        """Open `directory` and check that all its files exist with the expected size. Raises DataError."""
         manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus collect")
         try:
             entries = [(entry["name"], entry["bytes"]) for entry in manifest["files"]]
@@ -67,7 +67,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """Digest of the whole corpus: equal for equal bytes."""
+        """Digest of the contents of all document files."""
         return str(self.manifest["digest"])
 
     def __iter__(self) -> Iterator[Document]:
@@ -76,22 +76,27 @@ class Corpus:
 
 
 def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Piece]:
-    """The input files that `arguments` name, whole, in the order of the arguments and sorted within each.
+    """Find the input files named by `arguments`, in the order of the arguments and sorted within each.
 
     Args:
         arguments: each a corpus directory, a directory or a file of JSON Lines or parquet, a glob, an fsspec URL
-            ("s3://bucket/prefix", "hf://datasets/NAME/data/*.parquet"), or "hub:NAME" for a Hub dataset that is to
-            be streamed by `datasets`.
-        suffix: take the files with this suffix in a directory, one document each, instead of data files.
+            ("s3://bucket/prefix", "hf://datasets/NAME/data/*.parquet"), or "hub:NAME" for a Hub dataset to stream
+            with `datasets`.
+        suffix: read files with this suffix as one document each, instead of data files.
+
+    Returns:
+        One piece per file (per part of a Hub dataset), not split further.
 
     Raises:
-        DataError: an argument leads to nothing.
+        DataError: an argument matches nothing, or an input is named twice.
     """
     pieces: list[Piece] = []
     for argument in arguments:
         argument = argument.removeprefix("file://").removeprefix("local://")
         if not argument:
-            raise DataError("an input without a name: an empty shell variable? Name a file, a directory or a URL.")
+            raise DataError(
+                "an input argument is empty, possibly from an unset shell variable. Name a file, a directory or a URL."
+            )
         if argument.startswith("hub:"):
             found = _find_hub(argument)
         elif is_remote(argument):
@@ -101,7 +106,8 @@ def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Pie
         if not found:
             wanted = f"files ending in {suffix}" if suffix else f"data files ({', '.join(_KINDS)})"
             raise DataError(
-                f"{argument}: holds no {wanted}. Name other input, or take source files as documents with --suffix .py."
+                f"{argument}: contains no {wanted}. Name other input, or read source files as documents with --suffix "
+                ".py."
             )
         pieces += found
     seen: set[tuple[str, int]] = set()
@@ -109,19 +115,19 @@ def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Pie
         _require_utf8(piece)
         key = (piece.address if is_remote(piece.address) else os.path.realpath(piece.address), piece.start)
         if key in seen:
-            raise DataError(f"{piece.address}: named twice among the inputs. Name it once, or the model sees it twice.")
+            raise DataError(f"{piece.address}: named twice among the inputs. Remove one, or it is trained on twice.")
         seen.add(key)
     return pieces
 
 
 def _require_utf8(piece: Piece) -> None:
-    """Manifests and provenance are UTF-8: so must names be. Of source files, that is for their reader to say."""
+    """Manifests and provenance are UTF-8, so file names must be too. Source files are checked by their reader."""
     if piece.kind != "file" and printable_name(piece.address) != piece.address:
         raise DataError(f"{printable_name(piece.address)}: its name is not UTF-8. Rename it.")
 
 
 def _kind(name: str) -> str | None:
-    """The kind of a data file by the end of its name, or None."""
+    """The kind of a data file according to its suffix, or None."""
     return next((kind for end, kind in _KINDS.items() if name.lower().endswith(end)), None)
 
 
@@ -137,7 +143,7 @@ def _find_local(argument: str, suffix: str | None) -> list[Piece]:
             path
             for path in root.rglob(f"*{suffix or ''}")
             if path.is_file()
-            and not (suffix and path.is_symlink())  # a data file may be a link into a cache
+            and not (suffix and path.is_symlink())  # data files may be links into a cache
             and path.name != MANIFEST
             and not _SKIPPED_DIRECTORIES & set(path.relative_to(root).parts)
             and not any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -153,7 +159,7 @@ def _find_local(argument: str, suffix: str | None) -> list[Piece]:
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether this package finished `directory`; other software calls its files manifest.json too."""
+    """Whether this package wrote the manifest in `directory`; other software also uses the name manifest.json."""
     try:
         body = json.loads((directory / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -169,11 +175,11 @@ def _local_piece(path: Path, name: str, kind: str | None = None, repository: str
     kind = kind or _kind(path.name)
     if kind is None:
         raise DataError(
-            f"{path}: of no kind that can be read ({', '.join(_KINDS)}). Rename it to what it is, or take it as one "
-            "document with --suffix."
+            f"{path}: not a supported file type ({', '.join(_KINDS)}). Correct its suffix, or read it as one document "
+            "with --suffix."
         )
     return Piece(
-        os.path.abspath(path),  # noqa: PTH100 (links stay as they are; workers may start elsewhere)
+        os.path.abspath(path),  # noqa: PTH100 (does not resolve links; workers may run in another directory)
         printable_name(name),
         kind,
         facts.st_size,
@@ -188,7 +194,7 @@ def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
         found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
     except FileNotFoundError:
         found = {}
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store has its own exceptions
         raise DataError(
             f"{argument}: cannot be listed ({type(error).__name__}: {error}). Check the address, the network and the "
             "credentials in the environment."
@@ -218,22 +224,22 @@ def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
 
 
 def _find_hub(argument: str) -> list[Piece]:
-    """One piece a part of the dataset (usually a file of it)."""
+    """One piece per part of the dataset (usually one of its files)."""
     parts = int(open_hub_dataset(argument).num_shards)
     called = argument.removeprefix("hub:")
     name, _, query = called.partition("?")
     options = dict(parse_qsl(query))
     revision = _hub_revision(name, options.get("revision"))
     address = argument
-    if revision and not Path(name).is_dir():  # all workers read this state, whatever is pushed meanwhile
+    if revision and not Path(name).is_dir():  # pin the revision, so that all workers read the same data
         address = f"hub:{name}?{urlencode({**options, 'revision': revision})}"
     return [Piece(address, called, "hub", 0, part, parts, digest=revision) for part in range(parts)]
 
 
 def _hub_revision(name: str, revision: str | None) -> str:
-    """What tells one state of a dataset from another: its commit, or of a local directory its files' sizes and times.
+    """Identify the version of a dataset: its commit, or for a local directory a digest of file sizes and times.
 
-    Empty where the Hub cannot be asked.
+    Empty if the Hub is not reachable.
     """
     directory = Path(name)
     if directory.is_dir():
@@ -249,17 +255,19 @@ def _hub_revision(name: str, revision: str | None) -> str:
 
 
 def text_bytes(piece: Piece) -> float:
-    """Estimated bytes of text in a whole file; 0 when unknown."""
+    """Estimated bytes of text in a whole file; 0 if unknown."""
     return piece.size * _EXPANSION.get(PurePosixPath(piece.address).suffix, 1.0)
 
 
 def deal(pieces: Sequence[Piece], task_bytes: float) -> list[list[Piece]]:
-    """Pieces in their order, as tasks of about `task_bytes` of text: big files split where their format can be,
-    small ones together. A function of the arguments alone."""
+    """Group pieces, in order, into tasks of about `task_bytes` of text.
+
+    Splits large files if their format allows it, and combines small ones. Depends only on its arguments.
+    """
     tasks: list[list[Piece]] = []
     filled = 0.0
     for piece in _split(pieces, task_bytes):
-        size = text_bytes(piece) if piece.whole else task_bytes  # a part is as large as it was asked to be
+        size = text_bytes(piece) if piece.whole else task_bytes  # a part has the requested size
         if not tasks or filled + size > task_bytes:
             tasks.append([])
             filled = 0.0
@@ -287,7 +295,7 @@ def _split(pieces: Iterable[Piece], task_bytes: float) -> Iterator[Piece]:
 
 
 def _row_groups(piece: Piece) -> int:
-    """Number of row groups of a parquet file. Raises DataError when it is none."""
+    """Number of row groups in a parquet file. Raises DataError when it is not one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""Read documents from whatever they come in: source files, JSON Lines (plain, gzip, zstandard), parquet, the Hub.
+"""Read documents from source files, JSON Lines (plain, gzip, zstandard), parquet and the Hub.
 
-Everything streams: memory is a block, a line and a document. What cannot be read becomes a `BadDocument` in its
-place; who reads decides whether that ends the work.
+Everything is streamed: memory use is one block, one line and one document. An unreadable document yields a
+`BadDocument` in its place; the caller decides whether to stop.
 """
 
 import itertools
@@ -26,10 +26,10 @@ from codeparrot_ds.documents.hub import open_hub_dataset
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.storage import open_binary
 
-MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; a longer one is a data dump, not source code
-_BLOCK_BYTES = 1 << 18  # decompresses fastest: the block stays in the second-level cache
-_ROWS = 64  # of a parquet file at a time
-_PAGE_BYTES = 1 << 20  # of a parquet column at a time; without it a whole column chunk is read at once
+MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; anything longer is a data dump, not source code
+_BLOCK_BYTES = 1 << 18  # fastest decompression: the block fits in the L2 cache
+_ROWS = 64  # parquet rows read at a time
+_PAGE_BYTES = 1 << 20  # parquet read buffer; without it a whole column chunk is read into memory
 
 _DAMAGED: Any = (EOFError, OSError, zlib.error, igzip_lib.IsalError)
 
@@ -37,18 +37,18 @@ Read = Document | BadDocument
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """A stretch of input that one task reads: a whole file, or a part of one where its format can be split.
+    """A unit of input: a whole file, or a range of one if its format can be split.
 
     Attributes:
         address: path, fsspec URL, or "hub:NAME".
-        name: how messages, provenance and manifests call it: its path below the argument it was found by.
+        name: name in messages, provenance and manifests: the path relative to the input argument.
         kind: "file" (one document), "jsonl", "parquet" or "hub".
-        size: bytes of the whole file; 0 when unknown.
-        start: first byte (jsonl), row group (parquet) or part (hub) of the stretch.
-        stop: one past the last; None for the end.
-        stamp: changes when the file does: its modification time or the store's own tag.
-        digest: xxh3-128 of the file, where a manifest says it.
-        repository: of a "file".
+        size: size of the whole file (bytes); 0 if unknown.
+        start: first byte (jsonl), row group (parquet) or part (hub) of the range.
+        stop: one past the last; None for the end of the file.
+        stamp: changes when the file changes: modification time, or the store's tag.
+        digest: xxh3-128 of the file if a manifest records it.
+        repository: repository of the document, for kind "file".
     """
 
     address: str
@@ -63,27 +63,27 @@ class Piece(msgspec.Struct, frozen=True):
 
     @property
     def whole(self) -> bool:
-        """Whether it is a whole file."""
+        """Whether the piece is a whole file."""
         return self.start == 0 and self.stop is None
 
 
 def read_documents(piece: Piece, text_field: str = "content") -> Iterator[Read]:
-    """The documents of `piece` in order, with a BadDocument in the place of each that cannot be read.
+    """Yield the documents of `piece` in order, with a BadDocument in place of each unreadable one.
 
-    Raises DataError, with the file's name, when the file is not there, or is none of its kind.
+    Raises DataError, naming the file, when the file is missing or cannot be read.
     """
     try:
         yield from _READERS[piece.kind](piece, text_field)
     except OSError as error:
         if error.errno is None and not isinstance(error, FileNotFoundError):
-            raise  # not the operating system's word: the readers have named what they expect
+            raise  # not an error of the operating system; the readers handle the expected ones
         raise DataError(
-            f"{piece.address}: cannot be read ({error.strerror or error}). Mend that and run the same command again."
+            f"{piece.address}: cannot be read ({error.strerror or error}). Fix this and run the same command again."
         ) from error
 
 
 def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
-    """The decompressed content, a block at a time. Raises EOFError, OSError or the library's error on damage."""
+    """Yield the decompressed content in blocks. Damaged data raises EOFError, OSError or the library's exception."""
     suffix = PurePosixPath(piece.address).suffix.lower()
     if suffix == ".gz":
         from isal import igzip
@@ -92,7 +92,7 @@ def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
             while block := content.read(_BLOCK_BYTES):
                 yield block
     elif suffix in (".zst", ".zstd"):
-        import pyarrow as pa  # whose reader, unlike others, tells a frame that is cut short from one that ends
+        import pyarrow as pa  # unlike other readers, it detects truncated frames
 
         with pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd") as content:
             while block := content.read(_BLOCK_BYTES):
@@ -103,14 +103,16 @@ def _blocks(piece: Piece, file: IO[bytes]) -> Iterator[bytes]:
 
 
 class _TooLong(msgspec.Struct):
-    """Stands for a line over MAX_DOCUMENT_BYTES, which is never held in memory."""
+    """Placeholder for a line over MAX_DOCUMENT_BYTES, which is never held in memory."""
 
     size: int
 
 
 def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes | _TooLong]:
-    """Stretches of whole lines, without the last one's end. A line may span many blocks; a too long one is only
-    measured."""
+    """Yield chunks of whole lines without the final newline; a line may span many blocks.
+
+    Of a line over MAX_DOCUMENT_BYTES, only the size is kept.
+    """
     held: list[bytes] = []
     size = 0
     for block in blocks:
@@ -132,12 +134,12 @@ def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes | _TooLong]:
 
 
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
-    """One document a line. A stretch of bytes holds the lines that start in it."""
+    """One document per line. A byte range contains the lines that start in it."""
     decoder = _row_decoder(text_field)
-    number, offset = 0, piece.start  # the line at hand, from 1, and the byte it starts at
+    number, offset = 0, piece.start  # current line, from 1, and the byte at which it starts
 
     def where() -> str:
-        # In the middle of a file the number of lines before is not known, but the byte is.
+        # In the middle of a file the line number is unknown, so report the byte offset.
         return f"{piece.address}:{number}" if piece.whole else f"{piece.address} at byte {offset:,}"
 
     def place() -> str:
@@ -152,8 +154,8 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
                     return
                 if isinstance(stretch, _TooLong):
                     number += 1
-                    most = f"{MAX_DOCUMENT_BYTES:,} are the most for one document"
-                    yield BadDocument(where(), f"a line of {stretch.size:,} bytes; {most}")
+                    limit = f"the limit for one document is {MAX_DOCUMENT_BYTES:,}"
+                    yield BadDocument(where(), f"a line of {stretch.size:,} bytes; {limit}")
                     offset += stretch.size + 1
                     continue
                 inside = piece.stop is None or offset + len(stretch) < piece.stop
@@ -174,16 +176,16 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Read]:
                     offset += len(line) + 1
         except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's or the network's fault, not the file's
+                raise  # a disk or network error, not a damaged file
             kind = "gzip" if piece.address.lower().endswith(".gz") else "zstandard"
             yield BadDocument(
                 piece.address,
-                f"damaged {kind} data after line {number} ({error}); the copy is incomplete: copy it again",
+                f"damaged {kind} data after line {number} ({error}); the file is incomplete: copy it again",
             )
 
 
 def _seek_line(file: IO[bytes], start: int) -> int:
-    """Move to the first line that starts at byte `start` or later and return its offset."""
+    """Seek to the first line that starts at or after byte `start`, and return its offset."""
     file.seek(start - 1)
     offset = start - 1
     while block := file.read(_BLOCK_BYTES):
@@ -196,14 +198,14 @@ def _seek_line(file: IO[bytes], start: int) -> int:
 
 
 def _parse_fast(decoder: Any, lines: bytes, name: str | None, number: int) -> list[Document] | None:
-    """The documents of good lines that follow line `number` of the file `name`.
+    """Fast path: decode the lines that follow line `number` of the file `name`.
 
-    None when that is not for sure: a line is blank, is bad, holds more or less than one object, or needs its place
-    where no `name` is given.
+    Returns None if the slow path must decide: a line is blank, invalid or not exactly one object, or a document needs
+    its path but no `name` is given.
     """
     if decoder is None or not (lines.startswith(b"{") and lines.endswith(b"}")):
         return None
-    # msgspec would take two objects on a line, and one that spans several.
+    # msgspec also accepts two objects on one line, and an object that spans lines.
     count, end = 1, lines.find(b"\n")
     while end >= 0:
         if lines[end - 1 : end + 2] != b"}\n{":
@@ -229,7 +231,7 @@ def _parse(decoder: Any, line: bytes, text_field: str, where: Callable[[], str],
             text, *provenance = msgspec.structs.astuple(decoder.decode(line))
             return make_document(text, provenance, place())
         except (ValueError, RecursionError):
-            pass  # the slow parser has the last word
+            pass  # the slow parser decides
     return _parse_slowly(line, text_field, where(), place())
 
 
@@ -238,11 +240,11 @@ _ROW_ATTRIBUTES = ["text", *(f"field_{i}" for i in range(len(PROVENANCE_NAMES)))
 
 @lru_cache(maxsize=8)
 def _row_decoder(text_field: str) -> Any:
-    """msgspec's decoder of JSON lines: it builds the text and the provenance, and skips all other fields.
+    """A msgspec decoder of JSON lines that reads only the text and the provenance fields.
 
-    None for a text field that it cannot name.
+    None if msgspec does not support the name of the text field.
     """
-    # A field is the text or provenance, not both.
+    # A field is either the text or provenance, not both.
     names = [name if name != text_field else "(the field that holds the text)" for name in PROVENANCE_NAMES]
     try:
         row = msgspec.defstruct(
@@ -251,14 +253,16 @@ def _row_decoder(text_field: str) -> Any:
             rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
             gc=False,
         )
-    except ValueError:  # of quotation marks and the like in it
+    except ValueError:  # e.g. quotation marks in the name
         return None
     return msgspec.json.Decoder(row)
 
 
 def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:
-    """What the standard library says of a line that msgspec refuses: it reads NaN and a byte-order mark, and where
-    it fails its message is the clearer one."""
+    """Parse a line that msgspec rejects, using the standard library.
+
+    It accepts NaN and a byte-order mark, and has clearer error messages.
+    """
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
@@ -271,17 +275,17 @@ def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read
 
 
 def printable_name(name: str) -> str:
-    """`name` with what is not UTF-8 in it escaped, so that it can be written."""
+    """`name` with bytes that are not valid UTF-8 escaped, so that it can be printed."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
-    """One file, one document."""
+    """Read a file as one document."""
     if printable_name(piece.address) != piece.address:
         yield BadDocument(printable_name(piece.address), "its name is not UTF-8")
         return
     if piece.size > MAX_DOCUMENT_BYTES:
-        yield BadDocument(piece.address, f"{piece.size:,} bytes; {MAX_DOCUMENT_BYTES:,} are the most for one document")
+        yield BadDocument(piece.address, f"{piece.size:,} bytes; the limit for one document is {MAX_DOCUMENT_BYTES:,}")
         return
     with open_binary(piece.address) as file:
         data = file.read()
@@ -292,7 +296,7 @@ def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
 
 
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
-    """One document a row. What is damaged cannot be told row by row: it is one BadDocument."""
+    """One document per row. Damage cannot be attributed to single rows, so it yields one BadDocument."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -301,9 +305,9 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
             table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=_PAGE_BYTES)
             names = table.schema_arrow.names
             if text_field not in names:
-                there = ", ".join(map(repr, names))
+                found = ", ".join(map(repr, names))
                 yield BadDocument(
-                    piece.address, f"no column {text_field!r} (its columns: {there}; name one with --text-field)"
+                    piece.address, f"no column {text_field!r} (its columns: {found}; select one with --text-field)"
                 )
                 return
             groups = range(piece.start, table.num_row_groups if piece.stop is None else piece.stop)
@@ -329,7 +333,7 @@ def _read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch; a string says why one cannot be read."""
+    """Yield the rows of a record batch; for an unreadable row, a string with the reason."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -341,7 +345,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _read_hub(piece: Piece, text_field: str) -> Iterator[Read]:
-    """One document an example of a streamed Hub dataset; the stretch is one of its parts."""
+    """One document per example of a streamed Hub dataset; the piece is one of its parts."""
     dataset = open_hub_dataset(piece.address)
     assert piece.stop is not None
     part = dataset.shard(num_shards=piece.stop, index=piece.start)
@@ -351,9 +355,9 @@ def _read_hub(piece: Piece, text_field: str) -> Iterator[Read]:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # of the network, of a damaged file: errors of many libraries
+        except Exception as error:  # network errors and damaged files raise exceptions of many libraries
             raise DataError(
-                f"{piece.address}: part {piece.start} cannot be read behind example {number - 1:,} "
+                f"{piece.address}: part {piece.start} cannot be read after example {number - 1:,} "
                 f"({type(error).__name__}: {error}). Check the network, and run the same command again."
             ) from error
         where = f"{piece.address} part {piece.start} example {number:,}"
@@ -361,11 +365,11 @@ def _read_hub(piece: Piece, text_field: str) -> Iterator[Read]:
 
 
 def _from_row(row: dict[str, Any], text_field: str, where: str, place: str) -> Read:
-    """As `document_from_row`, with the limit of a document's size."""
+    """Like `document_from_row`, with a limit on the document's size."""
     text = row.get(text_field)
     if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
         return BadDocument(
-            where, f"{len(text):,} characters; {MAX_DOCUMENT_BYTES:,} bytes are the most for one document"
+            where, f"{len(text):,} characters; the limit for one document is {MAX_DOCUMENT_BYTES:,} bytes"
         )
     return document_from_row(row, text_field, where, place)
 
@@ -374,16 +378,16 @@ _READERS = {"jsonl": _read_jsonl, "file": _read_file, "parquet": _read_parquet, 
 
 
 def read_local(file: Path, text_field: str = "content") -> Iterator[Document]:
-    """The documents of one local file. Raises DataError at the first that cannot be read."""
+    """Yield the documents of one local file. Raises DataError at the first unreadable one."""
     for read in read_documents(Piece(str(file), file.name, "jsonl", file.stat().st_size), text_field):
         yield require_document(read)
 
 
 def require_document(read: Read) -> Document:
-    """`read` if it is a document. Raises DataError otherwise."""
+    """Return `read` if it is a document. Raises DataError otherwise."""
     if isinstance(read, BadDocument):
         raise DataError(
-            f"{read.where}: not a document: {read.reason}. Mend or remove it, or leave such documents out by name "
-            "with --on-bad-document skip."
+            f"{read.where}: not a document: {read.reason}. Fix or remove it, or skip and list bad documents with "
+            "--on-bad-document skip."
         )
     return read

@@ -1,1 +1,1 @@
-"""What a run is and what it leaves on disk: recipe and run directory. No torch."""
+"""The definition of a run and its files: recipe and run directory. Does not import torch."""

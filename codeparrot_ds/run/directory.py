@@ -1,9 +1,9 @@
-"""The layout of a run directory and the manifest of its checkpoints: what training, export and evaluation share.
+"""Layout of a run directory and of its checkpoint manifests, shared by training, export and evaluation.
 
     runs/NAME/  recipe.yaml  ds_config.json  tokenizer/  status.json  metrics.jsonl  logs/rank_00000.log
                 tensorboard/  checkpoints/latest  checkpoints/step-00001000/{manifest.json, DeepSpeed's files}  hf/
 
-A checkpoint is complete when its directory has its final name; `manifest.json` lists size and digest of every file.
+A checkpoint is complete once its directory has its final name; `manifest.json` lists size and digest of every file.
 """
 
 import re
@@ -27,12 +27,12 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 
-_READERS = 4  # files read at once: one thread does not keep a disk busy
+_READERS = 4  # files read concurrently: one thread does not saturate a disk
 _STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint directory is named after."""
+    """The optimizer step encoded in a checkpoint directory's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -54,31 +54,31 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
-        """Copy of the tokenizer that made the shards, so that the run can be converted without them."""
+        """Copy of the tokenizer that the shards were built with, so that the run can be converted without them."""
         return self.path / "tokenizer"
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a logged step."""
+        """One JSON line per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def status_file(self) -> Path:
-        """What became of the run; see `write_status`."""
+        """State of the run; see `write_status`."""
         return self.path / "status.json"
 
     @property
     def stop_file(self) -> Path:
-        """Made by a user to have the run save and end."""
+        """Created by a user to make the run save a checkpoint and exit."""
         return self.path / "stop"
 
     @property
     def lock(self) -> Path:
-        """Held by rank 0 while it trains."""
+        """Lock file held by rank 0 during training."""
         return self.path / ".lock"
 
     def in_use(self) -> bool:
-        """Whether some process trains here now."""
+        """Whether a process is currently training in this directory."""
         if not self.lock.exists():
             return False
         try:
@@ -89,51 +89,54 @@ class RunDirectory:
 
     @property
     def launches(self) -> Path:
-        """One JSON line an attempt of `codeparrot-ds launch`: when, from which step to which, and why it ended."""
+        """One JSON line per attempt of `codeparrot-ds launch`: time, first and last step, and why it ended."""
         return self.path / "launches.jsonl"
 
     @property
     def incidents(self) -> Path:
-        """One JSON line a loss spike: its step, its samples and where they come from, and what was done."""
+        """One JSON line per loss spike: its step, its samples and their provenance, and the action taken."""
         return self.path / "incidents.jsonl"
 
     @property
     def skipped_ranges_file(self) -> Path:
-        """Stretches of the data's order that are not trained on, after spikes."""
+        """Ranges of the data order that are skipped after loss spikes."""
         return self.path / "left_out.json"
 
     def skipped_ranges(self) -> list[tuple[int, int]]:
-        """The stretches of the order, (first place, one past the last), that are left out. Raises DataError."""
+        """The skipped ranges of the data order, [start, stop) positions. Raises DataError."""
         if not self.skipped_ranges_file.exists():
             return []
-        stretches = read_json(self.skipped_ranges_file, "list of left out samples")
+        ranges = read_json(self.skipped_ranges_file, "list of skipped samples")
         try:
-            return [(int(start), int(stop)) for start, stop in stretches]
+            return [(int(start), int(stop)) for start, stop in ranges]
         except (TypeError, ValueError):
-            raise DataError(f"{self.skipped_ranges_file}: not a list of [first, one past the last].") from None
+            raise DataError(
+                f"{self.skipped_ranges_file}: must be a list of [first, one past the last] pairs. Fix the file, or "
+                "restore a copy."
+            ) from None
 
     @property
     def logs(self) -> Path:
-        """One log file a rank."""
+        """Directory with one log file per rank."""
         return self.path / "logs"
 
     def log(self, rank: int) -> Path:
-        """The log file of one rank; the stacks of its threads are in it when it has hung."""
+        """The log file of one rank; contains the stacks of all its threads after a hang."""
         return self.logs / f"rank_{rank:05d}.log"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
+        """Directory of TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """Directory of checkpoints."""
+        """Directory of all checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def exports(self) -> Path:
-        """Models converted while the run trains."""
+        """Directory of models converted during training."""
         return self.path / "exports"
 
     def export(self, step: int) -> Path:
@@ -141,14 +144,17 @@ class RunDirectory:
         return self.exports / f"step-{step:08d}"
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replace status.json. States: running, finished, preempted, failed. Exit codes of launchers prove nothing."""
+        """Replace status.json, because launchers' exit codes are unreliable.
+
+        States: running, finished, preempted, failed.
+        """
         write_json(self.status_file, {"state": state, **facts})
 
     def read_status(self) -> dict[str, Any]:
-        """What `write_status` wrote last. Raises DataError when the run has none."""
+        """Read what `write_status` wrote last. Raises DataError when the run has no status."""
         status = read_json(self.status_file, "run status")
         if not isinstance(status, dict):
-            raise DataError(f"{self.status_file}: not a run status.")
+            raise DataError(f"{self.status_file}: not a run status (must be a JSON object).")
         return status
 
     def checkpoint(self, step: int) -> Path:
@@ -156,33 +162,34 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:08d}"
 
     def unfinished(self, step: int) -> Path:
-        """Where that checkpoint is before it is whole."""
+        """Directory of that checkpoint while it is being written."""
         return self.checkpoints / f"step-{step:08d}.tmp"
 
     def prepared_steps(self) -> set[int]:
-        """Steps whose checkpoint has its manifest, and not yet its name."""
+        """Steps whose checkpoint has its manifest but not yet its final name."""
         found = [path for path in self.checkpoints.glob("step-*.tmp") if (path / MANIFEST).is_file()]
         return {int(match[1]) for path in found if (match := _STEP_DIRECTORY.fullmatch(path.stem))}
 
     def publish(self, step: int) -> None:
-        """Give the checkpoint after `step` steps its name, when all its files and its manifest are on disk."""
+        """Rename the checkpoint of `step` to its final name. Call when all its files and its manifest are on disk."""
         final = self.checkpoint(step)
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a fall-back
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after falling back to an older one
         self.unfinished(step).rename(final)
         flush_to_disk(self.checkpoints)
         self.point_latest_at(final)
 
     def set_aside(self, checkpoint: Path) -> None:
-        """Rename a damaged checkpoint, so that nobody goes on from it or counts it. Nothing where there is none."""
+        """Rename a damaged checkpoint, so that no run resumes from it or counts it. No-op if it does not exist."""
         if checkpoint.exists():
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged for a second time
+            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged a second time
             checkpoint.rename(aside)
 
     def checkpoint_directories(self, *, whole: bool = True) -> list[Path]:
-        """Every published checkpoint, oldest first, damaged or not. Those still being written have other names.
+        """Every published checkpoint, oldest first, damaged or not. Unfinished checkpoints have other names.
 
-        One that has lost its manifest is among them only when they need not be `whole`.
+        Args:
+            whole: omit checkpoints without a manifest.
         """
         if not self.checkpoints.is_dir():
             return []
@@ -190,9 +197,9 @@ class RunDirectory:
         return sorted((path for path in found if not whole or (path / MANIFEST).is_file()), key=step_of)
 
     def newest_checkpoint(self) -> "Checkpoint":
-        """The newest published checkpoint. Raises CheckpointError when there is none, or it is damaged.
+        """The newest published checkpoint. Raises CheckpointError when there is none, or its manifest is damaged.
 
-        The directories decide, not the `latest` file, which a crash may leave behind by one.
+        Determined from the directories, not from the `latest` file, which a crash may leave one checkpoint behind.
         """
         found = self.checkpoint_directories()
         if not found:
@@ -200,7 +207,7 @@ class RunDirectory:
         return Checkpoint.read(found[-1])
 
     def point_latest_at(self, checkpoint: Path) -> None:
-        """Replace the `latest` file, which DeepSpeed's own tools read."""
+        """Update the `latest` file, which DeepSpeed's own tools read."""
         write_atomically(self.checkpoints / "latest", checkpoint.name)
 
 
@@ -209,18 +216,18 @@ class Checkpoint:
     """A published checkpoint and its manifest.
 
     Attributes:
-        path: its directory.
+        path: checkpoint directory.
         step: optimizer steps taken.
-        samples_seen: position in the data, sequences.
-        parameters: of the model, tied ones once.
-        zero_stage: 0 to 3.
-        world_size: ranks that wrote it.
+        samples_seen: position in the data order (sequences).
+        parameters: number of model parameters; tied parameters count once.
+        zero_stage: ZeRO stage, 0 to 3.
+        world_size: number of ranks that wrote it.
         precision: "bf16", "fp16" or "fp32".
-        identity: what a run must have in common with this checkpoint to go on from it.
-        files: name -> {"bytes", "xxh3_128"}, and "host", which wrote it, where each keeps its own on its own disk.
-        loss_valid: validation loss at this step (nats per token), or None when not evaluated here.
-        offload: where the optimizer's state lived: "none", "cpu" or "nvme".
-        universal: a file a tensor, as `convert --to-universal` writes; else as the ranks wrote it.
+        identity: settings that must match for a run to resume from this checkpoint.
+        files: name -> {"bytes", "xxh3_128"}, plus "host" (which wrote the file) if hosts do not share a disk.
+        loss_valid: validation loss at this step (nats per token), or None if not evaluated at this step.
+        offload: where the optimizer state was kept: "none", "cpu" or "nvme".
+        universal: True for one file per tensor, as `convert --to-universal` writes; False for per-rank files.
     """
 
     path: Path
@@ -238,11 +245,11 @@ class Checkpoint:
 
     @property
     def run(self) -> RunDirectory:
-        """The run that it is of. A universal checkpoint stands alone: it holds recipe and tokenizer itself."""
+        """The run of this checkpoint. A universal checkpoint is self-contained: it includes recipe and tokenizer."""
         return RunDirectory(self.path if (self.path / "recipe.yaml").is_file() else self.path.parent.parent)
 
     def write(self, directory: Path) -> None:
-        """Write the manifest into `directory`, which becomes `path` when it is renamed."""
+        """Write the manifest into `directory`, which is later renamed to `path`."""
         body = {key: value for key, value in vars(self).items() if key != "path"}
         write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "kind": "checkpoint", **body})
 
@@ -251,41 +258,41 @@ class Checkpoint:
         """Read a checkpoint's manifest. Raises CheckpointError."""
         try:
             body = read_manifest(path, "checkpoint")
-            body = {"offload": "none", "universal": False, **body}  # version 0.1.0 did not write them
+            body = {"offload": "none", "universal": False, **body}  # version 0.1.0 did not write these keys
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
-            for name in fields["files"]:  # some are fetched from other hosts, to be written here
+            for name in fields["files"]:  # files may be fetched from other hosts and written under these names
                 if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise DataError(f"{name!r} is no file of a checkpoint")
+                    raise DataError(f"{name!r} is not a valid checkpoint file name")
         except (DataError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path}: no readable manifest ({error}), so this is no complete checkpoint."
+                f"{path}: no readable manifest ({error}), so this is not a complete checkpoint."
             ) from None
         return cls(path=path, **fields)
 
     def verify(self, names: Collection[str] | None = None) -> None:
-        """Compare the size of every file, and the digest of those in `names` (or of all).
+        """Verify the size of every file, and the digests of the files in `names` (default: all).
 
-        Raises CheckpointError naming each that differs.
+        Raises CheckpointError listing every mismatch.
         """
         problems = self.problems(self.files, names)
         if problems:
-            mend = "Training goes on from the checkpoint before it."
+            fix = "Training resumes from the previous checkpoint."
             if any("host" in self.files[name] and not (self.path / name).exists() for name in problems):
-                mend = "Each host has what its ranks wrote: name them with --hostfile to bring all files here."
-            raise CheckpointError(list_problems(str(self.path), list(problems.values()), mend))
+                fix = "Each host has the files of its own ranks: name the hosts with --hostfile to copy all files here."
+            raise CheckpointError(list_problems(str(self.path), list(problems.values()), fix))
 
     def problems(self, names: Iterable[str], to_digest: Collection[str] | None = None) -> dict[str, str]:
-        """What is wrong with these files, by name. Digests are compared of those in `to_digest`, or of all."""
+        """Problems found in the files `names`, by name. Verifies the digests of `to_digest` (default: all)."""
 
         def problem(name: str) -> str | None:
             file, expected = self.path / name, self.files[name]
             if not file.is_file():
-                return f"{name} is missing" + (f": {expected['host']} wrote it" if "host" in expected else "")
+                return f"{name} is missing" + (f" (written by {expected['host']})" if "host" in expected else "")
             if (size := file.stat().st_size) != expected["bytes"]:
                 return f"{name}: {size:,} bytes, the manifest says {expected['bytes']:,}"
             try:
                 if (to_digest is None or name in to_digest) and digest_file(file) != expected["xxh3_128"]:
-                    return f"{name}: its bytes are not those that were written (digests differ)"
+                    return f"{name}: content differs from what was written (digest mismatch)"
             except OSError as error:
                 return f"{name}: cannot be read ({error.strerror})"
             return None
@@ -297,7 +304,7 @@ class Checkpoint:
 
 
 def classes_in_checkpoints() -> list[Any]:
-    """The few plain classes that DeepSpeed puts beside tensors: all that a checkpoint may make torch build."""
+    """The plain classes that DeepSpeed stores next to tensors; torch may instantiate no others from a checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

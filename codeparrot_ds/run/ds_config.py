@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: resolved against the recipe, and what follows from it. Arithmetic alone: no torch, no GPU."""
+"""Resolve the DeepSpeed JSON against the recipe, and derive sizes from it. Arithmetic only: no torch, no GPU."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,15 +9,15 @@ from typing import Any
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.run.recipe import Recipe
 
-# Sections that would decide twice what the recipe decides, or that DeepSpeed 0.19.8 accepts and does not honour.
+# Sections that duplicate recipe settings, or that DeepSpeed 0.19.8 accepts but ignores.
 _REFUSED = {
-    "optimizer": "the recipe's `optimizer` section decides",
-    "scheduler": "the recipe's `schedule` section decides",
-    "elasticity": "DeepSpeed 0.19.8 has no elastic training any more",
-    "bfloat16": "`bf16` is its name now, and the recipe's `engine.precision` decides",
-    "amp": "the recipe's `engine.precision` decides",
-    "torch_autocast": "the recipe's `engine.precision` decides",
-    "checkpoint.writer": "this writer saves what DeepSpeed cannot load again",
+    "optimizer": "the recipe's `optimizer` section sets it",
+    "scheduler": "the recipe's `schedule` section sets it",
+    "elasticity": "DeepSpeed 0.19.8 no longer supports elastic training",
+    "bfloat16": "the section is now called `bf16`, and the recipe's `engine.precision` sets it",
+    "amp": "the recipe's `engine.precision` sets it",
+    "torch_autocast": "the recipe's `engine.precision` sets it",
+    "checkpoint.writer": "DeepSpeed cannot load what this writer saves",
 }
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -27,21 +27,26 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such DeepSpeed configuration. Those shipped are in ds_configs/.") from None
+        raise ConfigError(f"{path}: no such DeepSpeed configuration. ds_configs/ has examples.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not a readable DeepSpeed JSON ({error}).") from None
     if not isinstance(body, dict):
-        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object.")
+        raise ConfigError(f"{path}: a DeepSpeed configuration must be a JSON object.")
     return body
 
 
 def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration with every "auto" filled in from the recipe. Touches nothing outside.
+    """Return the DeepSpeed configuration with every "auto" filled in from the recipe. Does not modify its arguments.
 
-    A key that the recipe decides may be "auto", absent, or equal to the recipe's value.
+    A key that the recipe sets may be "auto", absent, or equal to the recipe's value.
+
+    Args:
+        ds_config: as read from the DeepSpeed JSON.
+        recipe: the run's recipe.
+        world_size: number of ranks.
 
     Raises:
-        ConfigError: names every contradicted, refused or left-over key.
+        ConfigError: lists every key that contradicts the recipe, is not allowed, or is still "auto".
     """
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     decided = {
@@ -51,11 +56,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         "gradient_clipping": recipe.optimizer.gradient_clipping,
         "bf16.enabled": recipe.engine.precision == "bf16",
         "fp16.enabled": recipe.engine.precision == "fp16",
-        "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default under bf16 is bf16, which loses small gradients
+        "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default with bf16 is bf16, which loses small gradients
     }
     resolved = deepcopy(dict(ds_config))
     problems = [
-        f'{section}: {resolved.pop(section)!r}; it is a section, as {{"enabled": "auto"}}.'
+        f'{section}: {resolved.pop(section)!r}; must be a section, e.g. {{"enabled": "auto"}}.'
         for section in ("bf16", "fp16", "data_types", "zero_optimization")
         if not isinstance(resolved.setdefault(section, {}), dict)
     ]
@@ -71,24 +76,24 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         if given is None or given == "auto":
             _set(resolved, key, value)
         elif given != value:
-            problems.append(f'{key}: {given!r}, but the recipe makes it {value!r}. Write "auto", or the same value.')
+            problems.append(f'{key}: {given!r}, but the recipe sets {value!r}. Use "auto" or the same value.')
     for key, reason in _REFUSED.items():
         if _get(resolved, key) is not None:
             problems.append(f"{key}: remove it; {reason}.")
-    problems += [f'{key}: "auto" is left, and the recipe has no value for it. Give one.' for key in _autos(resolved)]
+    problems += [f'{key}: "auto", but the recipe has no value for it. Set a value.' for key in _autos(resolved)]
     stage = _get(resolved, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage: {stage!r}; give 0, 1, 2 or 3.")
+        problems.append(f"zero_optimization.stage: {stage!r}; must be 0, 1, 2 or 3.")
     elif stage == 0 and recipe.engine.precision != "fp32":
         problems.append(
             f"zero_optimization.stage: 0 cannot accumulate {recipe.engine.precision} gradients in fp32. Use 1."
         )
     if problems:
         raise ConfigError(list_problems(str(recipe.engine.deepspeed), problems))
-    # Ours reports the steps; DeepSpeed's own lines would repeat them, and its timer waits for the device twice a step.
+    # The training loop logs the steps itself; DeepSpeed's throughput timer synchronizes the device twice per step.
     resolved.setdefault("steps_per_print", 2**31 - 1)
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
-    if stage == 1 and recipe.engine.precision == "bf16":  # or bf16 gradients would stay until the backward pass ends
+    if stage == 1 and recipe.engine.precision == "bf16":  # or bf16 gradients are kept until the backward pass ends
         resolved["bf16"].setdefault("immediate_grad_update", True)
     return resolved
 
@@ -121,15 +126,21 @@ def _autos(config: Any, key: str = "") -> Iterator[str]:
 
 
 def offload_device(ds_config: Mapping[str, Any]) -> str:
-    """Where a resolved configuration keeps the optimizer's state: "none" (with the weights), "cpu" or "nvme"."""
+    """Where a resolved configuration keeps the optimizer state: "none" (with the weights), "cpu" or "nvme"."""
     return str(_get(ds_config, "zero_optimization.offload_optimizer.device") or "none")
 
 
 def checkpoint_bytes(parameters: int, zero_stage: int, precision: str) -> tuple[int, int]:
-    """Of a checkpoint of so many parameters: bytes in the partitions of all ranks together, and in a file of rank 0's.
+    """Size of a checkpoint: (bytes in the partitions of all ranks, bytes in rank 0's model file).
 
-    The partitions are fp32 weights and AdamW's two moments, the file the weights that are computed with. ZeRO-3 leaves
-    those out. Without ZeRO the file holds all, and in fp32 one kind of weights is the other.
+    The partitions hold the fp32 master weights and AdamW's two moments; rank 0's file holds the weights used in forward
+    and backward, which ZeRO-3 omits. Without ZeRO, rank 0's file holds everything, and in fp32 master and model weights
+    are the same.
+
+    Args:
+        parameters: number of model parameters.
+        zero_stage: ZeRO stage, 0 to 3.
+        precision: "bf16", "fp16" or "fp32".
     """
     masters_and_moments, computed_with = 12 * parameters, (4 if precision == "fp32" else 2) * parameters
     if zero_stage == 0:
@@ -138,14 +149,14 @@ def checkpoint_bytes(parameters: int, zero_stage: int, precision: str) -> tuple[
 
 
 def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed operators that a resolved configuration compiles: none unless it offloads."""
+    """DeepSpeed operators that a resolved configuration must compile: none without offloading."""
     devices = {section: _get(ds_config, f"zero_optimization.{section}.device") for section in _OFFLOADS}
     ops = ["cpu_adam"] if devices["offload_optimizer"] in ("cpu", "nvme") else []
     return ops + (["async_io"] if "nvme" in devices.values() else [])
 
 
 def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
-    """Where a resolved configuration offloads to on this host; None when it does not use NVMe."""
+    """Directory that a resolved configuration offloads to on each host; None if it does not use NVMe."""
     zero = ds_config["zero_optimization"]
     for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
         if section and section.get("device") == "nvme":
@@ -154,17 +165,17 @@ def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
 
 
 def swap_buffer_bytes(ds_config: Mapping[str, Any], share: int, largest: int) -> int:
-    """Bytes of host memory that a rank locks for what goes to and from NVMe.
+    """Pinned host memory (bytes) that a rank allocates for NVMe swap buffers.
 
     Args:
-        ds_config: resolved.
-        share: parameters of this rank.
-        largest: parameters of this rank in the model's largest tensor.
+        ds_config: resolved configuration.
+        share: number of parameters that this rank owns.
+        largest: number of parameters that this rank owns of the model's largest tensor.
     """
     zero, needed_bytes = ds_config["zero_optimization"], 0
     optimizer, weights = (zero.get(name) or {} for name in _OFFLOADS)
     if optimizer.get("device") == "nvme":
-        # Each buffer holds one fp32 tensor of the largest group, which is closed by the parameter that fills it.
+        # Each buffer holds one fp32 tensor of the largest sub-group, which ends with the parameter that fills it.
         group = min(share, int(zero.get("sub_group_size", 1e9)) + largest)
         needed_bytes += 4 * group * int(optimizer.get("buffer_count", 4))
     if weights.get("device") == "nvme":
@@ -174,8 +185,8 @@ def swap_buffer_bytes(ds_config: Mapping[str, Any], share: int, largest: int) ->
 
 
 def swap_bytes_per_parameter(ds_config: Mapping[str, Any]) -> int:
-    """Bytes on NVMe for each parameter of a rank's share."""
+    """Bytes on NVMe per parameter that a rank owns."""
     zero = ds_config["zero_optimization"]
     optimizer, weights = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    # fp32 weights, two moments and the gradients; the weights that are computed with.
+    # Optimizer: fp32 weights, two moments and gradients. Parameters: the weights used in forward and backward.
     return 16 * (optimizer.get("device") == "nvme") + 4 * (weights.get("device") == "nvme")

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run."""
+"""Read a run's metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from codeparrot_ds.errors import DataError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out. Raises DataError for others."""
+    """The rows of a metrics.jsonl. Skips a last line truncated by a crash; other bad lines raise DataError."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -16,5 +16,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise DataError(f"{path}:{number}: not a line of metrics ({error}). Mend or remove it.") from None
+                raise DataError(f"{path}:{number}: not a valid metrics line ({error}). Fix or remove it.") from None
     return rows

@@ -1,7 +1,7 @@
-"""The run as one validated YAML file plus dotted overrides (`--set optimizer.learning_rate=1e-4`).
+"""Recipes: a run as one validated YAML file plus dotted overrides (`--set optimizer.learning_rate=1e-4`).
 
-A recipe says what a run is; the DeepSpeed JSON that it names says how the engine runs. Unknown keys are refused,
-and all problems are reported at once.
+A recipe defines the run; the DeepSpeed JSON that it names configures the engine. Unknown keys are rejected, and all
+problems are reported together.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,13 @@ from codeparrot_ds.run.sections import (
 
 
 class Recipe(Section):
-    """All that a run is."""
+    """The complete definition of a run.
+
+    Attributes:
+        name: of the run; its directory is `runs`/`name`. Letters, digits, `.`, `_` and `-`.
+        seed: of weight initialization, data order and dropout.
+        runs: directory that contains all runs.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(1, ge=0)
@@ -60,23 +66,23 @@ class Recipe(Section):
             raise ValueError(f"export.every_steps {every} is not a multiple of checkpoints.every_steps {saved}")
         if every is not None and not self.checkpoints.shared_disk:
             raise ValueError(
-                "export.every_steps needs all files of a checkpoint on one disk, and checkpoints.shared_disk is false: "
-                "use `codeparrot-ds convert --hostfile` afterwards"
+                "export.every_steps needs all files of a checkpoint on one disk, but checkpoints.shared_disk is false: "
+                "run `codeparrot-ds convert --hostfile` after training instead"
             )
         return self
 
     @property
     def run_directory(self) -> Path:
-        """Where everything of this run goes."""
+        """Directory of all files of this run."""
         return self.runs / self.name
 
     @property
     def swap_directory(self) -> Path | None:
-        """Where each host keeps what this run offloads to NVMe; None when the recipe names no disk for it."""
+        """Directory on each host for data offloaded to NVMe; None if the recipe does not set `engine.nvme`."""
         return None if self.engine.nvme is None else self.engine.nvme.absolute() / f"{self.name}.swap"
 
     def identity(self, shards_digest: str) -> dict[str, Any]:
-        """What must not change while a run goes on from its checkpoints, by the name a user knows it under."""
+        """Settings that must not change when a run resumes from a checkpoint, by their user-facing names."""
         return {
             "model": self.model.model_dump(mode="json", exclude={"activation_checkpointing", "init_from"}),
             "seed": self.seed,
@@ -85,11 +91,11 @@ class Recipe(Section):
         }
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, every default written out."""
+        """The recipe as YAML, including all defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def resolved(self, ds_config: Path) -> "Recipe":
-        """This recipe with absolute paths, naming the resolved DeepSpeed JSON `ds_config`: it holds from anywhere."""
+        """This recipe with absolute paths and the resolved DeepSpeed JSON `ds_config`, valid in any directory."""
         return self.model_copy(
             update={
                 "runs": self.runs.resolve(),
@@ -112,11 +118,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: a YAML file.
-        overrides: "dotted.key=value" each, the value in YAML; they win over the file.
+        path: YAML file.
+        overrides: items of the form "dotted.key=value" with a YAML value; they take precedence over the file.
 
     Raises:
-        ConfigError: lists every unknown key and every wrong value.
+        ConfigError: lists every unknown key and every invalid value.
     """
     try:
         return Recipe.model_validate(read_recipe(path, overrides))
@@ -125,17 +131,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe as it is written, with overrides, not validated. Raises ConfigError where it is no mapping."""
+    """Read a recipe and apply overrides, without validation. Raises ConfigError if it is not a mapping."""
     try:
         body = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe. Those shipped are in launch/recipes/.") from None
+        raise ConfigError(f"{path}: no such recipe. launch/recipes/ has examples.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(body, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections (model, data, batch, …).")
+        raise ConfigError(f"{path}: a recipe must be a mapping of sections (model, data, batch, …).")
     for override in overrides:
         _override(body, override)
     return body
@@ -144,7 +150,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _override(body: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write it as section.key=value, e.g. schedule.steps=100.")
+        raise ConfigError(f"--set {override}: must have the form section.key=value, e.g. schedule.steps=100.")
     *sections, last = key.split(".")
     target = body
     for section in sections:
@@ -154,14 +160,14 @@ def _override(body: dict[str, Any], override: str) -> None:
     try:
         target[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {value!r} is not a YAML value.") from None
+        raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value.") from None
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """A sentence a key. A key that may be one of several types fails once for each: their reasons are joined."""
+    """One sentence per invalid key. A key of a union type fails once per member type; the reasons are joined."""
     reasons: dict[str, list[str]] = {}
     for detail in error.errors():
-        # The branch of a union follows its key ("micro_batch_size", "constrained-int"): pydantic's word, not ours.
+        # For a union, pydantic appends the member type to the key ("micro_batch_size", "constrained-int"); drop it.
         loc = [part for part in detail["loc"] if part != "constrained-int" and not str(part).startswith("literal[")]
         key = ".".join(map(str, loc))
         if detail["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The sections of a recipe: every key, its default and its check."""
+"""The sections of a recipe: every key, its default and its validation."""
 
 import math
 from pathlib import Path
@@ -12,28 +12,37 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused, and nothing changes later."""
+    """Base class of recipe sections: rejects unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
-    """GPT-2's shape. The defaults are GPT-2 small's.
+    """Shape of the GPT-2 model. The defaults are those of GPT-2 small.
 
-    dropout is 0 by default: in one pass over the data there is little to regularise, and nothing random is left
-    in a step.
+    Attributes:
+        vocab_size: number of token ids; must equal the tokenizer's vocabulary size.
+        seq_len: sequence length (tokens).
+        n_layer: number of transformer blocks.
+        n_head: attention heads per block; must divide `n_embd`.
+        n_embd: hidden size.
+        dropout: of residuals, embeddings and attention. 0 by default: a single pass over the data needs little
+            regularisation, and without dropout a step has no randomness.
+        scale_attn_by_inverse_layer_idx: divide the attention scores of layer i (from 0) by i + 1.
+        activation_checkpointing: what is recomputed in the backward pass. none: nothing. full: every block, of which
+            only the input is kept. selective: every second block.
+        init_from: Hugging Face GPT-2 directory of the same shape whose weights to start from; null for random weights.
     """
 
     vocab_size: Positive
-    seq_len: Positive = 1024  # tokens
+    seq_len: Positive = 1024
     n_layer: Positive = 12
     n_head: Positive = 12
     n_embd: Positive = 768
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     scale_attn_by_inverse_layer_idx: bool = True
-    # none; full: only the input of each block is kept; selective: every second block in full.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    init_from: Path | None = None  # a Hugging Face GPT-2 directory of this shape, to start from its weights
+    init_from: Path | None = None
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Model":
@@ -43,19 +52,21 @@ class Model(Section):
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, tied ones once: embeddings, and a block's 12 n_embd² weights and 13 n_embd others."""
+        """Number of parameters, tied ones counted once: embeddings, and 12 n_embd² + 13 n_embd per block."""
         width = self.n_embd
         return (self.vocab_size + self.seq_len) * width + self.n_layer * (12 * width**2 + 13 * width) + 2 * width
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward for a token, recomputation not counted: 6 for each parameter that multiplies,
-        and attention. Source: PaLM (Chowdhery et al., 2022), appendix B."""
-        positions = self.seq_len * self.n_embd  # are looked up, and multiply nothing; the token embedding is the head
+        """FLOPs per token of forward and backward, without recomputation.
+
+        6 per parameter in a matrix multiplication, plus attention. Source: PaLM (Chowdhery et al., 2022), appendix B.
+        """
+        positions = self.seq_len * self.n_embd  # only looked up; the token embedding is also the output head
         return 6.0 * (self.parameters - positions) + 12.0 * self.n_layer * self.n_embd * self.seq_len
 
     def hugging_face_config(self, eos_id: int) -> dict[str, Any]:
-        """Arguments of `transformers.GPT2Config`, the same for training and for the converted model."""
+        """Arguments of `transformers.GPT2Config`, shared by training and the converted model."""
         return {
             "vocab_size": self.vocab_size,
             "n_positions": self.seq_len,
@@ -72,7 +83,11 @@ class Model(Section):
 
 
 class Data(Section):
-    """Where the tokens come from: a shard directory, or several with their weights, `{DIRECTORY: 0.7, OTHER: 0.3}`."""
+    """Training and validation data.
+
+    Attributes:
+        shards: a shard directory, or several directories with their weights: `{DIRECTORY: 0.7, OTHER: 0.3}`.
+    """
 
     shards: Path | dict[Path, Annotated[float, Field(gt=0)]]
 
@@ -85,14 +100,16 @@ class Data(Section):
     @classmethod
     def _some(cls, shards: Path | dict[Path, float]) -> Path | dict[Path, float]:
         if not shards:
-            raise ValueError("names no directory")
+            raise ValueError("must name at least one directory")
         return shards
 
 
 class Batch(Section):
-    """Sequences per optimizer step and per forward; accumulation follows from them and the world size.
+    """Batch sizes (sequences). Gradient accumulation steps follow from them and the world size.
 
-    `micro_batch_size: auto` takes a rank's whole share of the global batch in one forward.
+    Attributes:
+        global_batch_size: sequences per optimizer step, over all ranks.
+        micro_batch_size: sequences per rank and forward pass; auto: a rank's whole share of the global batch.
     """
 
     global_batch_size: Positive
@@ -102,22 +119,30 @@ class Batch(Section):
         """(micro_batch_size, gradient_accumulation_steps) on `world_size` ranks. Raises ConfigError."""
         if self.global_batch_size % world_size:
             raise ConfigError(
-                f"batch.global_batch_size: {self.global_batch_size} sequences cannot be dealt evenly to {world_size} "
-                f"ranks. Use a multiple of {world_size}, or another number of ranks."
+                f"batch.global_batch_size: {self.global_batch_size} sequences cannot be divided evenly among "
+                f"{world_size} ranks. Use a multiple of {world_size}, or another number of ranks."
             )
         share = self.global_batch_size // world_size
         micro = share if self.micro_batch_size == "auto" else self.micro_batch_size
         if share % micro:
             raise ConfigError(
-                f"batch.micro_batch_size: a rank's share of {share} sequences (global batch "
-                f"{self.global_batch_size} / {world_size} ranks) is not a multiple of {micro}. "
-                f"Use a divisor of {share}."
+                f"batch.micro_batch_size: {share} sequences per rank (global batch {self.global_batch_size} / "
+                f"{world_size} ranks) is not a multiple of {micro}. Use a divisor of {share}."
             )
         return micro, share // micro
 
 
 class Optimizer(Section):
-    """AdamW; weight decay reaches matrices and embeddings only."""
+    """AdamW.
+
+    Attributes:
+        name: the optimizer; only adamw.
+        learning_rate: peak learning rate, scaled by the schedule.
+        betas: decay rates of the first and second moment.
+        eps: added to the denominator of the update.
+        weight_decay: applied to matrices and embeddings only.
+        gradient_clipping: maximum global gradient norm.
+    """
 
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(gt=0)
@@ -128,10 +153,17 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """Learning rate over optimizer steps: linear warm-up, then by `name` down to `min_ratio` of the peak.
+    """Learning rate schedule: linear warm-up to the peak, then decay to `min_ratio` of the peak as `name` selects.
 
-    cosine: half a cosine. linear: a line. constant: stays at the peak. wsd (warm-up, stable, decay): at the peak,
-    then a line over the last `decay_steps`. Each length may be given in tokens instead; steps are rounded up.
+    Each length is given either in optimizer steps or in tokens; tokens are converted to steps, rounded up.
+
+    Attributes:
+        name: cosine: half a cosine period. linear: linear decay. constant: no decay. wsd (warm-up, stable, decay):
+            constant at the peak, then linear decay over the last `decay_steps`.
+        steps, tokens: length of the run.
+        warmup_steps, warmup_tokens: length of the warm-up; 0 by default.
+        decay_steps, decay_tokens: length of the decay; required for wsd, not allowed otherwise.
+        min_ratio: learning rate at the end of the decay, as a fraction of the peak.
     """
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -147,18 +179,18 @@ class Schedule(Section):
     def _each_length_once(self) -> "Schedule":
         for name in ("steps", "warmup_steps", "decay_steps"):
             if getattr(self, name) is not None and getattr(self, name.replace("steps", "tokens")) is not None:
-                raise ValueError(f"give {name} or {name.replace('steps', 'tokens')}, not both")
+                raise ValueError(f"set {name} or {name.replace('steps', 'tokens')}, not both")
         if self.steps is None and self.tokens is None:
-            raise ValueError("give steps, or tokens")
+            raise ValueError("set steps or tokens")
         decay = self.decay_steps is not None or self.decay_tokens is not None
         if decay != (self.name == "wsd"):
-            raise ValueError("decay_steps (or decay_tokens) belongs to name: wsd, and only there")
+            raise ValueError("decay_steps (or decay_tokens) is required with name: wsd, and not allowed otherwise")
         if self.tokens is None and self.warmup_tokens is None and self.decay_tokens is None:
             self._check_lengths()
         return self
 
     def in_steps(self, tokens_per_step: int) -> "Schedule":
-        """This schedule with every length in steps. Raises ValueError when they do not fit into one another."""
+        """This schedule with every length in steps. Raises ValueError when warm-up and decay exceed the run."""
 
         def steps(name: str, default: int | None) -> int | None:
             tokens = getattr(self, name.replace("steps", "tokens"))
@@ -188,7 +220,7 @@ class Schedule(Section):
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps of the run. For a schedule in steps, as every loaded recipe's is."""
+        """Optimizer steps of the run. Requires a schedule in steps, which every loaded recipe has."""
         assert self.steps is not None
         return self.steps
 
@@ -198,7 +230,7 @@ class Schedule(Section):
         return self.warmup_steps or 0
 
     def ratio(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0, as a share of the peak."""
+        """Learning rate at optimizer step `step` (from 0), as a fraction of the peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.name == "constant":
@@ -210,12 +242,14 @@ class Schedule(Section):
 
 
 class Engine(Section):
-    """How it runs: a DeepSpeed JSON, and the precision of forward and backward.
+    """Execution engine.
 
     Attributes:
-        nvme: a directory on a fast local disk of every host, for a DeepSpeed JSON that offloads to NVMe.
-        loss_chunk_tokens: logits are made for so many tokens at a time, never for all.
-        compile: torch.compile for the model's blocks.
+        deepspeed: path of the DeepSpeed JSON.
+        precision: of forward and backward.
+        nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
+        loss_chunk_tokens: compute the logits and the loss for this many tokens at a time, to limit memory.
+        compile: apply torch.compile to the model's blocks.
     """
 
     deepspeed: Path
@@ -226,11 +260,13 @@ class Engine(Section):
 
 
 class Evaluation(Section):
-    """Validation loss over the same fixed sequences, every so many steps, at the start and at the end.
+    """Validation loss over a fixed set of sequences, at the start, every `every_steps` steps, and at the end.
 
     Attributes:
-        samples: texts that the model writes for the log at each evaluation, at temperature 0; 0 for none.
-        sample_tokens: length of each.
+        every_steps: optimizer steps between evaluations.
+        sequences: number of validation sequences; the same ones at every evaluation.
+        samples: number of texts to generate for the log at each evaluation, at temperature 0; 0 for none.
+        sample_tokens: length of each generated text (tokens).
     """
 
     every_steps: Positive = 1000
@@ -240,16 +276,17 @@ class Evaluation(Section):
 
 
 class Checkpoints(Section):
-    """How often to save, and what to keep.
+    """When to save checkpoints, and which to keep.
 
     Attributes:
-        every_steps: between checkpoints.
-        every_minutes: save as well when the last checkpoint is so old; null for never.
-        keep_last: of the newest.
-        keep_every_steps: those of a multiple of so many steps are kept for good; null for none.
-        background: copy what is to be saved to host memory and write it while training goes on. Without room for the
-            copy, and with the optimizer on NVMe, training waits for the disk.
-        shared_disk: all hosts see one run directory. If false, each host keeps what its ranks write on its own disk.
+        every_steps: optimizer steps between checkpoints.
+        every_minutes: also save when the last checkpoint is this many minutes old; null to disable.
+        keep_last: number of newest checkpoints to keep.
+        keep_every_steps: keep checkpoints at multiples of this many steps permanently; null for none.
+        background: copy the state to host memory and write it while training continues. Training waits for the disk if
+            host memory has no room for the copy, or if the optimizer state is on NVMe.
+        shared_disk: true if all hosts share the run directory; false if each host keeps its ranks' files on its own
+            disk.
     """
 
     every_steps: Positive = 1000
@@ -261,15 +298,16 @@ class Checkpoints(Section):
 
 
 class Export(Section):
-    """Converting checkpoints while training goes on.
+    """Conversion of checkpoints to Hugging Face format during training.
 
     Attributes:
-        every_steps: checkpoints of a multiple of so many steps are exported; null for none.
-        dtype: of the weights.
-        sequences: validation sequences that an export is proved on, on one core of rank 0's host.
-        keep_last: of the exported directories.
-        hub: OWNER/NAME of a repository to push each to, on a branch named after the run; null for none.
-        private: whether it is for its owner alone, if it is made by the run.
+        every_steps: export checkpoints at multiples of this many steps; null for none.
+        dtype: of the exported weights.
+        sequences: validation sequences to verify each export on, using one core of rank 0's host; null for the
+            default of `codeparrot-ds convert`.
+        keep_last: number of newest exports to keep.
+        hub: OWNER/NAME of a Hub repository to push each export to, on a branch named after the run; null for none.
+        private: visibility of the repository if the run creates it.
     """
 
     every_steps: Positive | None = None
@@ -281,16 +319,18 @@ class Export(Section):
 
 
 class Guards(Section):
-    """What happens when a run goes wrong.
+    """Detection of hangs, loss spikes and diverging replicas.
 
     Attributes:
-        hang_seconds: a step (or a save, or an evaluation) that takes longer ends the job, with every rank's stack in
-            its log; null for never. The first of a process may take three times as long: it compiles and allocates.
-        max_skipped_steps: in a row, for gradients that are not finite; one more stops the run.
-        spike: what to do about a loss spike. warn: name the step's samples. stop: that, and stop without saving.
-            go_back: to the newest checkpoint from before it, and leave out the samples of its steps.
-        spike_threshold: a spike is a loss so much (nats) above the median of the last 64.
-        replica_check_steps: between comparisons of what must be equal on all ranks (weights below ZeRO-3).
+        hang_seconds: terminate the job if a step takes longer, and write every rank's stacks to its log; null for
+            never. Start-up (which compiles and allocates), saves and evaluations may take three times as long.
+        max_skipped_steps: number of consecutive steps that may be skipped for non-finite gradients; one more stops the
+            run.
+        spike: action on a loss spike. ignore: none. warn: log the samples of the step. stop: warn, and stop without
+            saving. go_back: resume from the newest checkpoint before the spike, and skip the samples of its steps.
+        spike_threshold: a spike is a loss this far (nats) above the median of the last 64 losses.
+        replica_check_steps: steps between comparisons of state that must be equal on all ranks (weights below ZeRO-3);
+            null for never.
     """
 
     hang_seconds: float | None = Field(1800.0, gt=0)
@@ -301,10 +341,14 @@ class Guards(Section):
 
 
 class Logging(Section):
-    """Steps between lines of the log, and where metrics go beside metrics.jsonl.
+    """Logging. Metrics are always written to metrics.jsonl.
 
     Attributes:
-        peak_tflops: of one device at the recipe's precision, for MFU; known for common GPUs.
+        every_steps: optimizer steps between log lines.
+        tensorboard: also write TensorBoard event files.
+        wandb: also log to Weights & Biases.
+        peak_tflops: peak TFLOP/s of one device at the recipe's precision, for MFU; null to use the known value of
+            common GPUs.
     """
 
     every_steps: Positive = 10

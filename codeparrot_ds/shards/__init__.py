@@ -1,1 +1,1 @@
-"""Token ids on disk: Megatron-LM's indexed datasets with a manifest, and the order in which they are read."""
+"""Token ids on disk: Megatron-LM indexed datasets with a manifest, and the order in which training reads them."""

@@ -1,6 +1,6 @@
-"""Train on token files that other software made: Megatron-LM's indexed datasets and nanoGPT's `.bin`, where they lie.
+"""Train in place on token files of other software: Megatron-LM indexed datasets and nanoGPT `.bin` files.
 
-Nothing is copied or changed; a manifest and the tokenizer are written beside them.
+Nothing is copied or modified; a manifest and the tokenizer are written next to the files.
 """
 
 from dataclasses import dataclass
@@ -32,32 +32,34 @@ def adopt(
     """Write the manifest of an existing dataset into its directory, so that it can be trained on, and return it.
 
     Args:
-        prefix: `PREFIX.bin` with `PREFIX.idx` is a Megatron-LM dataset, alone one of nanoGPT (uint16).
-        tokenizer: directory of the tokenizer that made the ids.
-        valid_prefix: another dataset in the same directory that is to be the validation split.
-        valid_fraction: without `valid_prefix`, the last documents with about this share of the tokens. They may be
-            copies of others: the split is not by content.
+        prefix: `PREFIX.bin` with `PREFIX.idx` is a Megatron-LM dataset; without, a nanoGPT dataset (uint16).
+        tokenizer: directory of the tokenizer that produced the ids.
+        valid_prefix: another dataset in the same directory to use as the validation split.
+        valid_fraction: without `valid_prefix`, the last documents with about this fraction of the tokens become the
+            validation split. It may contain copies of training documents, because the split is not by content.
 
     Raises:
-        ConfigError: the directory already has a manifest, or an option is wrong.
-        DataError: files are missing or damaged, or their ids are not of this tokenizer.
+        ConfigError: the directory already has a manifest, or an option is invalid.
+        DataError: files are missing or damaged, or their ids are not from this tokenizer.
     """
     prefix = _strip(prefix)
     directory = prefix.parent
     if (directory / MANIFEST).exists():
-        raise ConfigError(f"{directory / MANIFEST}: is there already. Remove it to adopt the dataset anew.")
+        raise ConfigError(f"{directory / MANIFEST}: already exists. Remove it to adopt the dataset again.")
     if valid_prefix is not None and _strip(valid_prefix).parent.resolve() != directory.resolve():
-        raise ConfigError(f"{valid_prefix}: must lie in {directory}, beside {prefix.name}.")
+        raise ConfigError(f"{valid_prefix}: must be in {directory}, next to {prefix.name}.")
     if valid_prefix is not None and _strip(valid_prefix).name == prefix.name:
-        raise ConfigError(f"{valid_prefix}: is the training data itself. Name other data, or leave it out.")
+        raise ConfigError(f"{valid_prefix}: is the training data itself. Name other data, or omit --valid-prefix.")
     if not 0.0 < valid_fraction < 1.0:
-        raise ConfigError(f"valid fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.005.")
+        raise ConfigError(f"valid fraction {valid_fraction}: must be between 0 and 1, e.g. 0.005.")
     encoder = Encoder(tokenizer)
     train = _open(prefix, encoder)
     if valid_prefix is not None:
         valid = _open(_strip(valid_prefix), encoder)
         if valid.dtype != train.dtype:
-            raise DataError(f"{valid_prefix}: ids of type {valid.dtype}, {prefix} has {train.dtype}.")
+            raise DataError(
+                f"{valid_prefix}: ids of type {valid.dtype}, but {prefix} has {train.dtype}. Both must be the same."
+            )
         shards = (_part(train, "train", 0, len(train.lengths)), _part(valid, "valid", 0, len(valid.lengths)))
     else:
         cut = _cut(train, valid_fraction)
@@ -80,7 +82,7 @@ def adopt(
     require_free_space(directory, 10_000_000, "the manifest and the tokenizer")
     for name, data in tokenizer_files(tokenizer).items():
         if store.exists(f"tokenizer/{name}") and store.read(f"tokenizer/{name}") != data:
-            raise ConfigError(f"{directory / 'tokenizer' / name}: another tokenizer is there already. Move it away.")
+            raise ConfigError(f"{directory / 'tokenizer' / name}: another tokenizer is already here. Move it away.")
     for name, data in tokenizer_files(tokenizer).items():
         store.write(f"tokenizer/{name}", data)
     manifest.write()
@@ -88,28 +90,28 @@ def adopt(
 
 
 def _strip(prefix: Path) -> Path:
-    """`prefix` without the suffix that a shell's completion adds."""
+    """`prefix` without the suffix that shell completion adds."""
     return prefix.with_suffix("") if prefix.suffix in (".bin", ".idx") else prefix
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
+def _with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
 def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
-    """Read a dataset whole: digests, the ids' range, the lengths of its documents."""
-    data, index = _beside(prefix, ".bin"), _beside(prefix, ".idx")
+    """Read a whole dataset to compute digests, check the range of the ids, and find the document lengths."""
+    data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
     if not data.is_file():
-        raise DataError(f"{data}: no such file. PREFIX.bin and, of Megatron-LM, PREFIX.idx are looked for.")
+        raise DataError(f"{data}: no such file. Expected PREFIX.bin and, for Megatron-LM, PREFIX.idx.")
     has_index = index.is_file()
     layout = read_index(index) if has_index else None
     dtype = layout.dtype if layout is not None else dtype_for(0)
     size = data.stat().st_size
     expected = int(layout.lengths.sum(dtype=np.int64)) * dtype.itemsize if layout is not None else size
     if size != expected or size % dtype.itemsize or size == 0:
-        raise DataError(f"{data}: {size:,} bytes, its index asks for {expected:,} of {dtype}. Copy both again.")
+        raise DataError(f"{data}: {size:,} bytes; expected {expected:,} of {dtype} by its index. Copy both again.")
     if layout is not None and not layout.is_contiguous():
-        raise DataError(f"{index}: its documents do not follow one another in the .bin file; such a file is not read.")
+        raise DataError(f"{index}: its documents are not contiguous in the .bin file, which is not supported.")
     ids = np.memmap(data, dtype, "r")
     digest = xxhash.xxh3_128()
     ends = []
@@ -119,8 +121,8 @@ def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
         wrong = int(block.min()) if int(block.min()) < 0 else int(block.max())
         if not 0 <= wrong < encoder.vocab_size:
             raise DataError(
-                f"{data}: holds id {wrong:,}, and the tokenizer ends at {encoder.vocab_size:,}. It was made "
-                "with another tokenizer: name that one with --tokenizer."
+                f"{data}: contains id {wrong:,}, but the tokenizer has only {encoder.vocab_size:,} ids. The file was "
+                "built with another tokenizer: name that one with --tokenizer."
             )
         if layout is None:
             ends.append(np.flatnonzero(block == encoder.eos_id) + start + 1)
@@ -131,8 +133,8 @@ def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
     bounds = np.concatenate(ends) if ends else np.empty(0, np.int64)
     if len(bounds) == 0:
         raise DataError(
-            f"{data}: holds no end token (id {encoder.eos_id}), so its documents cannot be told apart. It was "
-            "made with another tokenizer, or without end tokens."
+            f"{data}: contains no end token (id {encoder.eos_id}), so its documents cannot be separated. It was "
+            "built with another tokenizer, or without end tokens."
         )
     if bounds[-1] < len(ids):
         bounds = np.append(bounds, len(ids))
@@ -140,12 +142,15 @@ def _open(prefix: Path, encoder: Encoder) -> _TokenFile:
 
 
 def _cut(tokens: _TokenFile, valid_fraction: float) -> int:
-    """Number of the first document of the validation split."""
+    """Index of the first document of the validation split."""
     ends = np.cumsum(tokens.lengths, dtype=np.int64)
     cut = int(np.searchsorted(ends, ends[-1] * (1 - valid_fraction), side="right"))
     cut = min(max(cut, 1), len(ends) - 1)
     if len(ends) < 2:
-        raise DataError(f"{tokens.prefix}.bin: holds one document, which cannot be split. Name --valid-prefix.")
+        raise DataError(
+            f"{tokens.prefix}.bin: contains a single document, which cannot be split. Name a validation set with "
+            "--valid-prefix."
+        )
     return cut
 
 

@@ -1,8 +1,8 @@
-"""Documents to shards: encode, split by content, write, and publish the manifest last.
+"""Build shards from documents: encode, split by content, write, and publish the manifest last.
 
-Tasks are planned from the list of input files alone, one shard a split and task, and each leaves a receipt beside its
-shards. So any number of processes, hosts or array jobs can share the work, and any of them may be killed: a second
-call keeps what has a receipt and makes the rest. When all receipts are there, the manifest is written.
+Tasks are planned from the list of input files only, with one shard per split and task, and each task writes a receipt
+next to its shards. Any number of processes, hosts or array jobs can therefore share the work, and any of them may be
+killed: a second call keeps tasks with a receipt and runs the others. The manifest is written when all receipts exist.
 """
 
 import dataclasses
@@ -33,20 +33,20 @@ from codeparrot_ds.tokenizer.proof import record_proof
 
 QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
-_STALE_SECONDS = 3600.0  # scratch files that nobody has touched for an hour are of a process that was killed
-_BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the caches
+_STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
+_BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the CPU caches
 BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
-_TASKS = 64  # wanted where the shards' size is left to us
+_TASKS = 64  # target number of tasks when the shard size is not given
 _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
 _DIGEST_SPACE = 1 << 32
-_REFEREE_EVERY = 1000  # documents, about: encoded again by the referee
-_REFEREE_CHARACTERS = 1 << 16  # at most: it takes 150 bytes of memory and half a microsecond for each
+_REFEREE_EVERY = 1000  # about one in 1000 documents is also encoded by the reference encoder
+_REFEREE_CHARACTERS = 1 << 16  # largest document it checks: each character takes 150 bytes and half a microsecond
 _LISTED_SOURCES = 10_000
 _PRELOAD = "codeparrot_ds.shards.preload"
 
 
 class _Job(msgspec.Struct, frozen=True):
-    """What all tasks of a build have in common."""
+    """Settings shared by all tasks of a build."""
 
     output: Directory
     tokenizer: Path
@@ -64,20 +64,20 @@ class _Task(msgspec.Struct, frozen=True):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides the bytes, and of the input files' modification times."""
+        """Digest of everything that determines the output bytes, and of the input files' modification times."""
         pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
         job = self.job
         return digest_json([pieces, job.tokenizer_digest, job.text_field, job.valid_fraction, job.skip_bad])
 
     @property
     def receipt(self) -> str:
-        """Name of the file that says what the task made; gone once the manifest says so."""
+        """Name of the file that records the task's output; removed once the manifest is written."""
         return f".task-{self.number:05d}.json"
 
 
 class _Receipt(msgspec.Struct):
     fingerprint: str
-    encoder: str  # label, with the version
+    encoder: str  # label, including the version
     shards: list[ShardInfo]
     read: int
     empty: int
@@ -96,9 +96,9 @@ def build(
         options: None for the defaults.
 
     Raises:
-        ConfigError: bad option, no permission, disk too small.
-        DataError: damaged input, or `output` holds other shards.
-        ClusterError: workers were lost for good.
+        ConfigError: invalid option, no permission, or disk too small.
+        DataError: damaged input, or `output` contains other shards.
+        ClusterError: workers were lost permanently.
     """
     options = options or BuildOptions()
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
@@ -122,15 +122,16 @@ def build(
             "on_bad_document": options.on_bad_document,
         },
     )
-    target = open_directory(output if is_remote(output) else Path(output).resolve())  # workers may start elsewhere
+    # An absolute path, because workers may run in another directory.
+    target = open_directory(output if is_remote(output) else Path(output).resolve())
     if finished := _finished(target, manifest):
-        _clean(target)  # of a process that was killed between its manifest and this
+        _clean(target)  # a process may have been killed after writing the manifest
         return finished
     target.make()
     if isinstance(target, LocalDirectory):
-        there = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
+        existing_bytes = sum(target.size(name) or 0 for name in target.names() if _SHARD_FILE.fullmatch(name))
         ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
-        require_free_space(target.path, int(ids_bytes) - there, "the shards")
+        require_free_space(target.path, int(ids_bytes) - existing_bytes, "the shards")
     with _lock(target, options.part):
         if finished := _finished(target, manifest):  # by the process that held the lock
             return finished
@@ -160,12 +161,12 @@ def build(
 
 
 def _shard_tokens(text: float) -> int:
-    """Few enough shards to open at once, enough of them to share out."""
+    """Default shard size (tokens): few enough shards to open all of them, enough to distribute the work."""
     return int(min(max(text / BYTES_PER_TOKEN / _TASKS, _MIN_SHARD_TOKENS), _MAX_SHARD_TOKENS))
 
 
 def _sources(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """The input files for the manifest; of very many, as of a folder of source files, their number and digest."""
+    """The input files for the manifest; for very many (a folder of source files) only their number and digest."""
     sources = [
         {"name": p.name, "bytes": p.size, **({"xxh3_128": p.digest} if p.digest else {})}
         for p in pieces
@@ -178,22 +179,22 @@ def _sources(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 
 def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
-    """The manifest in `target`, if there is one. Raises DataError when it is of other shards than `wanted`."""
+    """The manifest in `target`, or None. Raises DataError when its shards were built with other options or inputs."""
     if not target.exists(MANIFEST):
         return None
-    there = Manifest.read(wanted.directory)
+    found = Manifest.read(wanted.directory)
     keys = ("tokenizer_digest", "options", "sources")
-    differing = [key for key in keys if getattr(there, key) != getattr(wanted, key)]
+    differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
     if differing:
         raise DataError(
-            f"{target}: holds finished shards that were built with different options (other {', '.join(differing)}). "
-            "Name another output directory, or remove this one."
+            f"{target}: contains finished shards that were built with different options (differing: "
+            f"{', '.join(differing)}). Name another output directory, or remove this one."
         )
-    return there
+    return found
 
 
 def _lock(target: Directory, part: Slice | None) -> Any:
-    """Keeps a second process from the same work. An object store has no locks; two writers write the same there."""
+    """Keep a second process from the same work. Object stores have no locks, but all writers write the same bytes."""
     if not isinstance(target, LocalDirectory):
         return nullcontext()
     name = ".lock" if part is None else f".lock-{part.index}-of-{part.count}"
@@ -202,7 +203,7 @@ def _lock(target: Directory, part: Slice | None) -> Any:
 
 
 def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
-    """The task's receipt, unless it is missing, or of other inputs, or of an encoder that is not trusted."""
+    """The task's receipt; None if it is missing, for other inputs, or from an untrusted encoder."""
     output = task.job.output
     if not output.exists(task.receipt):
         return None
@@ -214,10 +215,10 @@ def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
 
 
 def _build_one(task: _Task) -> int:
-    """Make a task's shards and then its receipt, and return its number."""
+    """Build a task's shards, then write its receipt. Returns the task's number."""
     job = task.job
     referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder)
-    job.output.remove(task.receipt)  # of other inputs: it must not outlive the shards that it speaks of
+    job.output.remove(task.receipt)  # a stale receipt must not outlive the shards that it describes
     receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
     dtype = dtype_for(referee.vocab_size)
     with job.output.scratch() as scratch, ExitStack() as stack:
@@ -242,27 +243,27 @@ def _build_one(task: _Task) -> int:
         receipt.shards += [info for writer in writers.values() if (info := writer.finish())]
         try:
             job.output.publish({name: path for writer in writers.values() for name, path in writer.files.items()})
-        except FileNotFoundError:  # another copy of this task was quicker, and the build is finished and tidied
+        except FileNotFoundError:  # another copy of this task was faster, and the build is finished and cleaned up
             if not job.output.exists(MANIFEST):
                 raise
             return task.number
-    # Its loss would cost the task's time and nothing else, so it need not wait for the disk.
+    # Losing the receipt only costs rerunning the task, so do not wait for the disk.
     job.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
     return task.number
 
 
 def split_of(document: Document, valid_fraction: float) -> str:
-    """ "valid" or "train" by a digest of the content alone, so that copies never straddle the split."""
+    """ "valid" or "train", from a digest of the content only, so that copies are always in the same split."""
     return _split_of(int(document.digest(), 16), valid_fraction)
 
 
 def _split_of(digest: int, valid_fraction: float) -> str:
-    """The digest's last 32 bits decide: a corpus may have been sampled by the first."""
+    """Uses the digest's last 32 bits, because a corpus may have been sampled by the first."""
     return "valid" if digest % _DIGEST_SPACE < valid_fraction * _DIGEST_SPACE else "train"
 
 
 class _Split:
-    """Encodes the documents of one split in batches, and has the referee look at some of them."""
+    """Encodes the documents of one split in batches, and verifies some of them with the reference encoder."""
 
     def __init__(self, encoder: Encoder | FastEncoder, referee: Encoder, writer: ShardWriter) -> None:
         self.writer = writer
@@ -270,11 +271,11 @@ class _Split:
         self._dtype = dtype_for(referee.vocab_size)
         self._documents: list[Document] = []
         self._characters = 0
-        self._checked: list[int] = []  # which of the batch
+        self._checked: list[int] = []  # indices in the batch of the documents to verify
 
     def append(self, document: Document, digest: int) -> None:
-        """Add a document; `digest` is that of its content."""
-        # Bits that neither the split nor a sampled corpus looks at.
+        """Add a document; `digest` is the digest of its content."""
+        # Bits that neither the split nor corpus sampling uses.
         if (digest >> 48) % _REFEREE_EVERY == 0 and len(document.text) <= _REFEREE_CHARACTERS:
             self._checked.append(len(self._documents))
         self._documents.append(document)
@@ -283,7 +284,7 @@ class _Split:
             self.flush()
 
     def flush(self) -> None:
-        """Encode and write what is held."""
+        """Encode and write the pending documents."""
         if not self._documents:
             return
         documents = self._documents
@@ -306,26 +307,26 @@ class _Split:
         difference = f"{self._encoder.label} differs from {self._referee.label} on the document {where}"
         record_proof(self._referee, difference, {})
         raise DataError(
-            f"{difference} (content xxh3-128 {document.digest()}). Nothing that it encoded is trusted now: run the "
-            f"same command again, which takes {self._referee.label.split()[0]} instead. Please report the document."
+            f"{difference} (content xxh3-128 {document.digest()}). Its output is no longer trusted: run the same "
+            f"command again, which uses {self._referee.label.split()[0]} instead, and report the document."
         )
 
 
 def _finish(
     tasks: Sequence[_Task], labels: set[str], target: Directory, manifest: Manifest, tokenizer: Path, *, alone: bool
 ) -> Manifest | None:
-    """Write the manifest if every task has its receipt. Several slices may do so at once, and write the same."""
+    """Write the manifest if every task has a receipt. Several slices may do so concurrently with the same result."""
     receipts = [_read_receipt(task, labels) for task in tasks]
-    if target.exists(MANIFEST):  # another slice was quicker, and has removed receipts
+    if target.exists(MANIFEST):  # another slice was faster, and has removed receipts
         return Manifest.read(manifest.directory)
     missing = sum(receipt is None for receipt in receipts)
     if missing and alone:
         raise ClusterError(
-            f"{target}: {missing:,} of {len(tasks):,} tasks ran, but what they made is not there. Is it a disk "
-            f"that all workers share, and do they have the same {' and '.join(sorted(labels))}?"
+            f"{target}: {missing:,} of {len(tasks):,} tasks ran, but their output is missing. Use a disk that all "
+            f"workers share, and install the same {' and '.join(sorted(labels))} on all of them."
         )
     if missing:
-        say(f"{target}: {missing:,} of {len(tasks):,} tasks are left to other slices; the last finishes it.")
+        say(f"{target}: {missing:,} of {len(tasks):,} tasks remain for other slices; the last one finishes the build.")
         return None
     kept = [receipt for receipt in receipts if receipt is not None]
     shards = [shard for split in SPLITS for receipt in kept for shard in receipt.shards if shard.split == split]
@@ -341,12 +342,12 @@ def _finish(
     for split in SPLITS:
         if not manifest.split(split):
             raise DataError(
-                f"{', '.join(manifest.inputs)}: no document fell to the {split} split at a valid fraction of "
+                f"{', '.join(manifest.inputs)}: the {split} split is empty at a valid fraction of "
                 f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
             )
     try:
         _publish(target, manifest, quarantined, tokenizer)
-    except FileNotFoundError:  # another slice has finished meanwhile, and cleaned our scratch files away
+    except FileNotFoundError:  # another slice has finished meanwhile and removed our scratch files
         if not target.exists(MANIFEST):
             raise
     _clean(target)
@@ -354,22 +355,22 @@ def _finish(
 
 
 def _publish(target: Directory, manifest: Manifest, quarantined: Sequence[BadDocument], tokenizer: Path) -> None:
-    """Write what stands beside the shards, the manifest last."""
+    """Write the files that accompany the shards, the manifest last."""
     if quarantined:
         target.write(QUARANTINE, b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined))
     else:
-        target.remove(QUARANTINE)  # of a run that was killed before its manifest, over an input since mended
+        target.remove(QUARANTINE)  # from a killed run on an input that was fixed since
     for name, data in tokenizer_files(tokenizer).items():
         target.write(f"tokenizer/{name}", data)
     listed = {f"{shard.name}{suffix}" for shard in manifest.shards for suffix in shard.files}
-    for name in target.names():  # of an unfinished build that was dealt otherwise: readers of *.bin would take them too
+    for name in target.names():  # left by an unfinished build with other tasks; readers of *.bin would read them too
         if _SHARD_FILE.fullmatch(name) and name not in listed:
             target.remove(name)
     manifest.write()
 
 
 def _clean(target: Directory) -> None:
-    """Remove what only an unfinished build needs."""
+    """Remove files that only an unfinished build needs."""
     for name in target.names():
         if name.startswith((".task-", ".lock")):
             target.remove(name)

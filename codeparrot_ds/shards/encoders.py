@@ -1,4 +1,4 @@
-"""The encoder of a build, and the referee that it is checked by: chosen once, loaded once in a process."""
+"""The encoder of a build and the reference encoder (referee) that checks it: chosen once, loaded once per process."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,14 @@ from codeparrot_ds.system.jobs import run_apart
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome
 
-_SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # of real documents in the proof, a file each
+_SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # number of sampled input files in the proof; characters per file
 
 
 def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
-    """As `proof.choose_encoder`, with a sample of the documents at hand. The proof, if needed, is made in a process
-    of its own: it takes a few hundred megabytes for some seconds."""
+    """Like `proof.choose_encoder`, with a sample of the input documents.
+
+    The proof, if needed, runs in a separate process, because it takes a few hundred megabytes for some seconds.
+    """
     if known_outcome(referee) is not None or wanted == "tokenizers":
         return choose_encoder(tokenizer, referee, wanted, [])
     files = [piece for piece in pieces if piece.kind != "hub"]
@@ -29,12 +31,12 @@ def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: S
 
 def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
     tokenizer, wanted, pieces, text_field = task
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # alone in its process: the referee may use all cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # a process of its own: the reference encoder may use all cores
     return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, text_field))
 
 
 def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
-    """Documents from the start of some files; what cannot be read is for the build to report."""
+    """Documents from the start of some files. Unreadable ones are skipped here; the build reports them."""
     for piece in pieces[:_SAMPLE_FILES]:
         characters = 0
         with suppress(UserError, OSError):
@@ -47,7 +49,7 @@ def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
 
 
 def trusted_labels(chosen: str, referee: Encoder) -> set[str]:
-    """Encoders whose finished shards may be kept: the referee's always, fastokens' while it has not been refuted."""
+    """Encoder labels whose finished shards may be kept: the reference encoder's, and fastokens' unless ruled out."""
     if chosen == "tokenizers":
         return {referee.label}
     return {referee.label, fast_label()}
@@ -55,11 +57,11 @@ def trusted_labels(chosen: str, referee: Encoder) -> set[str]:
 
 @lru_cache(maxsize=1)
 def load_referee(tokenizer: Path, digest: str) -> Encoder:
-    """The exact encoder, loaded once a process. Raises DataError for another tokenizer."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallel by processes
+    """The reference encoder, loaded once per process. Raises DataError for another tokenizer."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallelism comes from processes
     referee = Encoder(tokenizer)
     if referee.digest != digest:
-        raise DataError(f"{tokenizer}: the tokenizer is another one on this host, or has changed. Copy it again.")
+        raise DataError(f"{tokenizer}: the tokenizer differs on this host, or has changed. Copy it again.")
     return referee
 
 
@@ -69,5 +71,5 @@ def _encoder(tokenizer: Path, digest: str, name: str) -> Encoder | FastEncoder:
 
 
 def load_encoders(tokenizer: Path, digest: str, name: str) -> tuple[Encoder, Encoder | FastEncoder]:
-    """The referee and the encoder of this name, loaded once a process. Raises DataError for another tokenizer."""
+    """The reference encoder and the encoder `name`, loaded once per process. Raises DataError for another tokenizer."""
     return load_referee(tokenizer, digest), _encoder(tokenizer, digest, name)

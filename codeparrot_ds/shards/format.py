@@ -1,15 +1,15 @@
-"""The bytes of a shard, and the only module that knows them.
+"""The on-disk format of a shard. No other module depends on its details.
 
-A shard is Megatron-LM's indexed dataset, byte for byte, and a table of provenance:
+A shard is a byte-compatible Megatron-LM indexed dataset plus a provenance table:
 
-    train-00000.bin             token ids of all documents, end to end, uint16 or int32, little endian
-    train-00000.idx             "MMIDIDX" header, then per document its length and its byte offset
+    train-00000.bin             token ids of all documents, concatenated, uint16 or int32, little endian
+    train-00000.idx             "MMIDIDX" header, then length and byte offset of each document
     train-00000.docs.parquet    repository, path, licence and source of each document, in the same order
 
 Source of the `.idx` layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py:
     9 s magic, u64 version 1, u8 dtype code, u64 sequences, u64 documents + 1,
     int32 length [sequences] (tokens), int64 offset [sequences] (bytes), int64 first sequence [documents + 1].
-We store one sequence a document.
+We store one sequence per document.
 """
 
 import struct
@@ -38,24 +38,23 @@ from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, Scr
 SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's numbers
-_UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's own bound for 16-bit ids, below 65,536
+_DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's codes
+_UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's limit for 16-bit ids, below 65,536
 _PROVENANCE = ("repository", "path", "licence", "source")
 _WRITE_BACK_BYTES = 1 << 20
-_ROW_GROUP, _ROW_GROUP_CHARACTERS = 4096, 1 << 24  # documents whose provenance is held in memory, at most
+_ROW_GROUP, _ROW_GROUP_CHARACTERS = 4096, 1 << 24  # maximum documents and characters of provenance held in memory
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The id type of a vocabulary: uint16 while it fits, else int32."""
+    """The id type for a vocabulary size: uint16 if it fits, else int32."""
     return np.dtype("<u2") if vocab_size < _UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard's entry in the manifest: its counts, and size and digest of each of its files.
+    """One shard's entry in the manifest: its counts, and the size and digest of each of its files.
 
-    An adopted dataset may hold both splits in the same files; `first_document` and `first_token` say where a split
-    starts in them.
+    An adopted dataset may have both splits in the same files; `first_document` and `first_token` are the split's start.
     """
 
     name: str
@@ -68,10 +67,10 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Writes one shard into scratch files; ids are hashed on their way.
+    """Writes one shard into scratch files and hashes the ids as they are written.
 
     Attributes:
-        files: once it is finished, the scratch file of each name, for `Directory.publish`.
+        files: after `finish`, final name -> scratch file, for `Directory.publish`.
     """
 
     def __init__(self, scratch: Scratch, name: str, split: str, dtype: np.dtype) -> None:
@@ -79,14 +78,20 @@ class ShardWriter:
         self._bin: BinaryIO = open(scratch.path(f"{name}.bin"), "wb")  # noqa: SIM115 (closed in close)
         self._digest = xxhash.xxh3_128()
         self._lengths = array("i")
-        self._held: list[tuple[str, ...]] = []  # provenance of documents, not their texts
+        self._held: list[tuple[str, ...]] = []  # pending provenance rows, without texts
         self._held_characters = 0
         self._provenance: Any = None
         self._unflushed = 0  # bytes
         self.files: dict[str, Path] = {}
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, documents: Sequence[Document]) -> None:
-        """Add documents: `ids` [tokens] in the shard's type, all end to end; `lengths` [documents] int32, tokens."""
+        """Add documents.
+
+        Args:
+            ids: concatenated ids, [tokens], of the shard's dtype.
+            lengths: tokens of each document, [documents] int32.
+            documents: their provenance.
+        """
         assert ids.dtype == self._dtype and int(lengths.sum()) == len(ids)
         data = ids.view(np.uint8).data
         self._bin.write(data)
@@ -104,13 +109,13 @@ class ShardWriter:
                 self._write_provenance()
 
     def close(self) -> None:
-        """Close the files, finished or not."""
+        """Close the files, whether or not the shard is finished."""
         self._bin.close()
         if self._provenance is not None:
             self._provenance.close()
 
     def finish(self) -> ShardInfo | None:
-        """Index the shard. None, and no files, when no document was added."""
+        """Write the index and return the manifest entry. None, with no files, if no document was added."""
         if not self._lengths:
             self.close()
             return None
@@ -137,7 +142,7 @@ class ShardWriter:
         return header + lengths.tobytes() + offsets.tobytes() + first_sequence.tobytes()
 
     def _write_provenance(self) -> None:
-        """Write the held provenance as a row group."""
+        """Write the pending provenance as a row group."""
         if not self._held:
             return
         import pyarrow as pa
@@ -153,7 +158,7 @@ class ShardWriter:
 
 
 def _string_array(values: Sequence[str]) -> Any:
-    """A pyarrow string array. pa.array imports pandas: 0.2 s and 50 MB for every worker."""
+    """Build a pyarrow string array without pa.array, which imports pandas: 0.2 s and 50 MB per worker."""
     import pyarrow as pa
 
     data = [value.encode() for value in values]
@@ -163,49 +168,60 @@ def _string_array(values: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a `.idx` file says. lengths: [documents] int32, tokens. offsets: [documents] int64, bytes."""
+    """Content of a `.idx` file.
+
+    Attributes:
+        dtype: of the ids.
+        lengths: tokens of each document, [documents] int32.
+        offsets: byte offset of each document, [documents] int64.
+    """
 
     dtype: np.dtype
     lengths: np.ndarray
     offsets: np.ndarray
 
     def is_contiguous(self) -> bool:
-        """Whether each document starts where the one before ends, the first at 0."""
+        """Whether each document starts where the previous one ends, and the first at 0."""
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
         return bool(len(ends) == 0 or (self.offsets[0] == 0 and np.array_equal(self.offsets[1:], ends[:-1])))
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Parse one `.idx` file. Raises DataError when it is not one, or is cut short."""
+    """Parse a `.idx` file. Raises DataError when it is not one, or is truncated."""
     return parse_index(path.read_bytes(), str(path))
 
 
 def parse_index(data: bytes, path: str) -> ShardIndex:
-    """Parse the bytes of the `.idx` file called `path`. Raises DataError when they are none, or cut short."""
+    """Parse `data`, the content of the `.idx` file `path`. Raises DataError when it is not one, or is truncated."""
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise DataError(f"{path}: not a Megatron-LM index (it does not start with {_MAGIC!r}).")
     _, version, code, sequences, documents = _HEADER.unpack_from(data)
     names = {number: name for name, number in _DTYPE_CODES.items()}
     if version != 1 or code not in names:
-        raise DataError(f"{path}: index version {version}, dtype code {code}; version 1 with uint16 or int32 is read.")
+        raise DataError(
+            f"{path}: index version {version} with dtype code {code} is not supported; must be version 1 with uint16 "
+            "or int32."
+        )
     expected = _HEADER.size + sequences * (4 + 8) + documents * 8
     if len(data) != expected:
-        raise DataError(f"{path}: {len(data):,} bytes, its header asks for {expected:,}. Copy it again.")
+        raise DataError(f"{path}: {len(data):,} bytes; its header requires {expected:,}. Copy it again.")
     lengths = np.frombuffer(data, "<i4", sequences, _HEADER.size)
     offsets = np.frombuffer(data, "<i8", sequences, _HEADER.size + 4 * sequences)
     return ShardIndex(np.dtype(names[code]).newbyteorder("<"), lengths, offsets)
 
 
 def read_provenance(data: bytes, path: str) -> list[Document]:
-    """Provenance of a shard's documents in order, from the bytes of its `.docs.parquet`; the texts are empty.
+    """Provenance of a shard's documents in order, with empty texts. Raises DataError when the file is damaged.
 
-    Raises DataError when it is damaged.
+    Args:
+        data: content of the shard's `.docs.parquet`.
+        path: name of that file, for error messages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # On this thread alone: a thread of pyarrow's that still holds something of Python's as the interpreter ends
+        # Use this thread only: a pyarrow thread that still references Python objects when the interpreter shuts down
         # aborts the process.
         table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         columns = table.read(list(_PROVENANCE), use_threads=False).to_pydict()
@@ -219,14 +235,14 @@ class Manifest:
     """`manifest.json` of a finished shard directory.
 
     Attributes:
-        directory: path or URL that it was read from.
+        directory: path or URL of the shard directory.
         vocab_size, eos_id, tokenizer_digest: of the tokenizer.
-        dtype: of an id, "uint16" or "int32".
-        inputs: as they were named to `shards build`, or the adopted prefix.
+        dtype: of the ids, "uint16" or "int32".
+        shards: manifest entries of the shards, in order.
+        inputs: as given to `shards build`, or the adopted prefix.
         sources: the input files, `{"name", "bytes"}` each.
-        options: of the build that decide the bytes.
-        documents: counts: "read" = "written" + "quarantined" + "empty".
-        shards: in order.
+        options: the build options that determine the output bytes.
+        documents: counts; "read" = "written" + "quarantined" + "empty".
     """
 
     directory: Address
@@ -250,20 +266,20 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Digest of the digests of all ids, and of nothing else: equal for equal tokens in equal shards."""
+        """Digest of all ids (from the shards' digests) and nothing else: equal for equal tokens in equal shards."""
         return digest_json([(s.split, s.files[".bin"]["xxh3_128"], s.first_token, s.tokens) for s in self.shards])
 
     @property
     def id_type(self) -> np.dtype:
-        """The type of an id in `.bin` files."""
+        """The dtype of ids in `.bin` files."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def path(self, shard: ShardInfo, suffix: str) -> Path:
-        """A local shard's file."""
+        """Path of one file of a local shard."""
         return Path(self.directory) / f"{shard.name}{suffix}"
 
     def write(self) -> None:
-        """Publish: written last, so that its presence says the directory is finished."""
+        """Write the manifest. Call this last: its presence marks the directory as finished."""
         body = {
             "format_version": FORMAT_VERSION,
             "kind": "shards",
@@ -287,7 +303,7 @@ class Manifest:
         path = f"{store}/{MANIFEST}"
         if not store.exists(MANIFEST):
             raise DataError(
-                f"{path}: no such file, so there is no shards manifest here. Make it: codeparrot-ds shards build."
+                f"{path}: no such file, so there is no shards manifest here. Run `codeparrot-ds shards build` first."
             )
         body = parse_manifest(store.read(MANIFEST), path, "shards")
         try:

@@ -1,4 +1,4 @@
-"""Show what training saw: the text of any sequence, and which repository, path and licence each document came from."""
+"""Show what training saw: the text of any sequence, and the repository, path and licence of each document in it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from codeparrot_ds.tokenizer.encode import Encoder
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A document's part of a sequence.
+    """The part of a document that is in a sequence.
 
     Attributes:
-        shard: name of the shard that holds it.
-        document: its number in that shard.
-        provenance: with an empty text; None in an adopted dataset, which has none.
-        start, stop: tokens of the document, the end token included, that the sequence holds.
-        tokens: in the whole document, the end token included.
-        text: decoded; characters cut at either end show as U+FFFD.
+        shard: name of the shard that contains the document.
+        document: index of the document in that shard.
+        provenance: a document with empty text; None for an adopted dataset, which has no provenance.
+        start, stop: token range of the document, including its end token, that is in the sequence.
+        tokens: length of the whole document, including its end token.
+        text: decoded; characters cut at either end become U+FFFD.
     """
 
     shard: str
@@ -38,7 +38,7 @@ class Excerpt:
     text: str
 
     def describe(self) -> str:
-        """One line that says what this is and where it comes from."""
+        """One line with the provenance and the token range."""
         part = f"tokens {self.start:,} to {self.stop:,} of {self.tokens:,}"
         where = f"{self.shard} document {self.document:,}, {part}"
         if self.provenance is None:
@@ -48,28 +48,30 @@ class Excerpt:
 
 
 def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: int) -> list[int]:
-    """Numbers of the training sequences that optimizer step `step` (from 0) reads, on one rank or on all.
+    """Indices of the training sequences that optimizer step `step` (from 0) reads, on one rank or on all.
 
-    Raises ConfigError when the global batch cannot be shared by `world_size` ranks, or there is no such rank.
+    Raises ConfigError when `world_size` does not divide the global batch, or there is no such rank.
     """
     if rank is not None and rank >= world_size:
-        raise ConfigError(f"rank {rank} of {world_size}: name one from 0 to {world_size - 1}, or --world-size.")
+        raise ConfigError(
+            f"rank {rank} of {world_size}: must be between 0 and {world_size - 1}. Change --rank or --world-size."
+        )
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     share = micro * accumulation
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    skipped_ranges = RunDirectory(recipe.run_directory).skipped_ranges()  # after loss spikes
+    skipped_ranges = RunDirectory(recipe.run_directory).skipped_ranges()  # skipped after loss spikes
     numbers = data.order(recipe.seed).at(places_of_step(step, recipe.batch.global_batch_size, skipped_ranges))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
 
 
 def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, number: int) -> list[Excerpt]:
-    """What sequence `number` of a split holds, document by document: its inputs and, last, one target more.
+    """The content of sequence `number` of a split, per document: the inputs plus one final target.
 
     Args:
-        sources: shard directories, numbered through as in a recipe that names several.
+        sources: shard directories and weights, as in a recipe; sequences are numbered across all of them.
         split: "train" or "valid".
-        seq_len: tokens.
-        number: from 0.
+        seq_len: sequence length (tokens).
+        number: index of the sequence, from 0.
 
     Raises:
         ConfigError: there is no such split or sequence.
@@ -82,7 +84,7 @@ def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, nu
     if not 0 <= number < len(sequences):
         raise ConfigError(
             f"{', '.join(map(str, sources))}: sequence {number:,} of {len(sequences):,} in the {split} split at "
-            f"{seq_len:,} tokens each. Name one from 0 to {len(sequences) - 1:,}."
+            f"{seq_len:,} tokens each. Choose one from 0 to {len(sequences) - 1:,}."
         )
     which = 0
     while number >= len(sequences.parts[which]):
@@ -95,9 +97,9 @@ def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, nu
 
 
 def describe_sequences(data: Dataset, numbers: Iterable[int]) -> dict[int, list[list[str]]]:
-    """Where training sequences come from: number -> [repository, path] of each of its documents.
+    """Provenance of training sequences: index -> [repository, path] of each of its documents.
 
-    Of an adopted dataset, which knows neither, [shard, number of the document].
+    For an adopted dataset, which has no provenance, [shard, index of the document].
     """
     described = {}
     memo: _Memo = {}
@@ -115,7 +117,7 @@ def describe_sequences(data: Dataset, numbers: Iterable[int]) -> dict[int, list[
     return described
 
 
-# Ids, [tokens]; where documents end, [documents] int64; their provenance. Of the shard that was read last.
+# Of the shard read last: ids, [tokens]; end of each document, [documents] int64; provenance of each document.
 _Contents = tuple[np.ndarray, np.ndarray, list[Document] | None]
 _Memo = dict[tuple[str, str], _Contents]
 
@@ -123,7 +125,7 @@ _Memo = dict[tuple[str, str], _Contents]
 def _excerpts(
     manifest: Manifest, split: str, first: int, stop: int, encoder: Encoder | None, memo: _Memo
 ) -> Iterator[Excerpt]:
-    """The documents that hold tokens `first` .. `stop` of a split."""
+    """The documents that contain tokens `first` .. `stop` of a split."""
     start_of_shard = 0
     for shard in manifest.split(split):
         inside = range(max(first - start_of_shard, 0), min(stop - start_of_shard, shard.tokens))
@@ -167,7 +169,7 @@ def _contents(manifest: Manifest, shard: ShardInfo) -> _Contents:
 
 
 def _lengths(manifest: Manifest, shard: ShardInfo, ids: np.ndarray) -> np.ndarray:
-    """Tokens of each document: from the index, or where there is none, from the end tokens."""
+    """Tokens of each document: from the index, or if there is none, from the end tokens."""
     if ".idx" in shard.files:
         lengths = read_index(manifest.path(shard, ".idx")).lengths
         return lengths[shard.first_document : shard.first_document + shard.documents]

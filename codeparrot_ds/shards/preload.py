@@ -1,7 +1,7 @@
-"""What the local workers of `shards build` share: imported once by the process that they are forked from.
+"""State shared by the local workers of `shards build`: imported once by the process that they are forked from.
 
-Its children inherit the libraries as memory that is shared until written, and start in milliseconds. Nothing depends
-on it: a worker imports what it does not find.
+Its children inherit the libraries as copy-on-write memory and start in milliseconds. This is optional: a worker imports
+whatever is missing.
 """
 
 import pyarrow.parquet

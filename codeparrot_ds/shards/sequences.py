@@ -1,4 +1,4 @@
-"""A split as packed sequences of equal length, read from memory-mapped shards."""
+"""Packed sequences of equal length, read from memory-mapped shards."""
 
 import ctypes
 import resource
@@ -19,15 +19,15 @@ from codeparrot_ds.system.storage import Address
 
 
 class PackedSequences:
-    """The shards of one split, end to end, cut into sequences.
+    """The concatenated shards of one split, cut into sequences.
 
-    Sequence i is tokens i * seq_len .. (i + 1) * seq_len, both included: seq_len inputs and, one further, seq_len
-    targets. Neighbours share one token, so every token but the split's first is a target exactly once, and only
-    a last stretch shorter than a sequence is left over, whatever the number of shards.
+    Sequence i is tokens i * seq_len .. (i + 1) * seq_len inclusive: seq_len inputs, and the same shifted by one as
+    targets. Adjacent sequences share one token, so every token except the first of the split is a target exactly once.
+    Only a tail shorter than one sequence is unused, regardless of the number of shards.
     """
 
     def __init__(self, manifest: Manifest, split: str, seq_len: int) -> None:
-        """Map the shards of `split`. Raises DataError when they hold less than one sequence."""
+        """Memory-map the shards of `split`. Raises DataError when they contain less than one sequence."""
         shards = manifest.split(split)
         self.seq_len = seq_len
         _allow_open_files(len(shards))
@@ -41,7 +41,7 @@ class PackedSequences:
         self._count = max(0, (int(self._starts[-1]) - 1) // seq_len)
         if self._count == 0:
             raise DataError(
-                f"{manifest.directory}: the {split} split holds {int(self._starts[-1]):,} tokens, fewer than one "
+                f"{manifest.directory}: the {split} split has {int(self._starts[-1]):,} tokens, fewer than one "
                 f"sequence of {seq_len:,} + 1. Build shards from more documents"
                 + (", or raise --valid-fraction." if split == "valid" else ".")
             )
@@ -56,12 +56,12 @@ class PackedSequences:
         return self._count
 
     def __reduce__(self) -> Any:
-        raise TypeError("memory maps do not travel: open the shards again in the other process")
+        raise TypeError("memory maps cannot be pickled: open the shards again in the other process")
 
     def read(self, i: int) -> np.ndarray:
-        """Sequence i, [seq_len + 1] ids, a view into the memory map unless it spans two shards.
+        """Sequence i, [seq_len + 1] ids; a view into the memory map unless it spans two shards.
 
-        Raises IndexError past the last whole sequence.
+        Raises IndexError past the last complete sequence.
         """
         if not 0 <= i < self._count:
             raise IndexError(f"sequence {i} of {self._count}")
@@ -76,7 +76,7 @@ class PackedSequences:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def batch(self, numbers: np.ndarray) -> np.ndarray:
-        """Sequences `numbers`, [n], as [n, seq_len + 1] int64. Raises IndexError past the last whole sequence."""
+        """Sequences `numbers`, [n], as [n, seq_len + 1] int64. Raises IndexError past the last complete sequence."""
         numbers = np.asarray(numbers, np.int64)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= self._count):
             raise IndexError(f"sequences {numbers.min()} to {numbers.max()} of {self._count}")
@@ -95,7 +95,7 @@ class PackedSequences:
 
 
 class ConcatenatedSequences:
-    """The packed sequences of one or several shard directories, numbered through, one directory after the other."""
+    """The packed sequences of one or more shard directories, numbered consecutively across directories."""
 
     def __init__(self, parts: Sequence[PackedSequences]) -> None:
         self.parts = list(parts)
@@ -122,12 +122,12 @@ class ConcatenatedSequences:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run reads: the shards of one directory, or of several by weight.
+    """The data of a run: the shards of one directory, or of several with weights.
 
     Attributes:
-        manifests: of the directories.
-        weights: of the directories in training, any positive numbers.
-        train, valid: their sequences; validation takes all directories alike.
+        manifests: manifest of each directory.
+        weights: training weight of each directory; any positive numbers.
+        train, valid: sequences of all directories; validation ignores the weights.
     """
 
     manifests: list[Manifest]
@@ -137,16 +137,16 @@ class Dataset:
 
     @classmethod
     def open(cls, sources: Mapping[Path, float], seq_len: int) -> "Dataset":
-        """Open shard directories, with their weights, after checking the sizes of all files.
+        """Open shard directories (path -> weight) after checking the sizes of all files.
 
-        Raises DataError when one is damaged, too small, or of another tokenizer than the first.
+        Raises DataError when one is damaged, too small, or built with a different tokenizer than the first.
         """
         manifests = [verify(directory) for directory in sources]
         for manifest in manifests:
             if manifest.tokenizer_digest != manifests[0].tokenizer_digest:
                 raise DataError(
-                    f"{manifest.directory}: made with another tokenizer than {manifests[0].directory}. "
-                    "Build both with the same."
+                    f"{manifest.directory}: built with a different tokenizer than {manifests[0].directory}. "
+                    "Build both with the same one."
                 )
         train, valid = (
             ConcatenatedSequences([PackedSequences(m, split, seq_len) for m in manifests]) for split in SPLITS
@@ -155,7 +155,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """Of all ids, and of the weights where there are several directories."""
+        """Digest of all ids, and of the weights if there are several directories."""
         if len(self.manifests) == 1:
             return self.manifests[0].digest
         return digest_json([[m.digest, str(w)] for m, w in zip(self.manifests, self.weights, strict=True)])
@@ -168,7 +168,7 @@ class Dataset:
 
 
 def _allow_open_files(more: int) -> None:
-    """Raise this process's limit of open files where `more` would meet it: each memory map holds one."""
+    """Raise this process's open-file limit if `more` files would exceed it: each memory map keeps one open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = more + 512 + soft // 2
     if soft != resource.RLIM_INFINITY and wanted > soft:
@@ -177,11 +177,11 @@ def _allow_open_files(more: int) -> None:
 
 
 def _windows_over(arrays: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """One array over all memory maps, and where each map is in it, so that a batch is a single gather.
+    """One strided array over all memory maps, and the offset of each map in it, so that a batch is a single gather.
 
-    Row i of the first result, [?, width], is `width` ids from id i on, counted from the lowest address of any map.
-    Between the maps lies memory that is not ours: only rows that lie within a map may be read. The second result,
-    [arrays] int64, is to be added to an id's global number to get its row.
+    Row i of the first result, [?, width], is the `width` ids starting at id i, counted from the lowest address of any
+    map. The memory between the maps is not ours: only rows inside a map may be read. Add the second result, [arrays]
+    int64, to an id's global index to get its row.
     """
     itemsize = arrays[0].itemsize
     addresses = np.array([array.ctypes.data for array in arrays], np.int64)
@@ -196,9 +196,9 @@ def _windows_over(arrays: list[np.ndarray], width: int) -> tuple[np.ndarray, np.
 
 
 def batch_digest(ids: np.ndarray) -> int:
-    """64-bit digest of the ids that were really fed, [sequences, seq_len + 1]: the sum of each sequence's digest.
+    """64-bit digest of the ids actually fed, [sequences, seq_len + 1]: the sum of each sequence's digest.
 
-    A sum modulo 2^64 does not depend on how the sequences were dealt to ranks and micro-batches, so the digests of
+    A sum modulo 2^64 does not depend on how sequences are distributed over ranks and micro-batches, so the digests of
     two runs can be compared at any world size.
     """
     rows = np.ascontiguousarray(ids, dtype="<i8")

@@ -1,4 +1,4 @@
-"""The fixed validation set, and what a loss on it is worth: shared by training, evaluation and conversion."""
+"""The fixed validation set and its baseline losses, shared by training, evaluation and conversion."""
 
 import math
 
@@ -6,16 +6,19 @@ import numpy as np
 
 
 def validation_sequences(available: int, wanted: int) -> np.ndarray:
-    """`wanted` of `available` sequence numbers (or all of them), evenly spread, [n] int64. Always the same."""
+    """Up to `wanted` evenly spaced sequence numbers out of `available`, [n] int64. Deterministic."""
     count = min(available, wanted)
     return np.arange(count, dtype=np.int64) * available // max(count, 1)
 
 
 def unigram_loss(targets: np.ndarray, vocab_size: int) -> float:
-    """Mean loss (nats per token) of the best model that ignores context: the entropy of the targets' own counts.
+    """Mean loss (nats per token) of the best model that ignores context: the entropy of the targets' frequencies.
 
-    targets: integers of any shape below vocab_size. Fitted to the very tokens it is scored on, so a model must
-    use context to come below it.
+    The frequencies are fitted to the same tokens, so a model must use context to get a lower loss.
+
+    Args:
+        targets: integers below `vocab_size`, of any shape.
+        vocab_size: number of token ids.
     """
     counts = np.bincount(targets.ravel(), minlength=vocab_size)
     shares = counts[counts > 0] / counts.sum()
@@ -23,7 +26,7 @@ def unigram_loss(targets: np.ndarray, vocab_size: int) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), with inf where that overflows a double."""
+    """exp(loss), or inf if that overflows a double."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Hold a shard directory against its manifest: sizes in a moment, all bytes at disk speed, ids against the input."""
+"""Verify a shard directory against its manifest: file sizes, optionally all bytes, and ids against the input."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,18 +20,18 @@ from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 _READ_BYTES = 1 << 22
 _COMPARED_TASKS = 32
-_COMPARED_DOCUMENTS = 64  # of each of those tasks, from its start
+_COMPARED_DOCUMENTS = 64  # per task, from its start
 
 
 def verify(directory: Address, *, deep: bool = False) -> Manifest:
     """Check every shard of `directory` and return the manifest.
 
     Args:
-        directory: a finished shard directory, local or a URL.
-        deep: also read all bytes of the shards: digests, index consistency, ids within the vocabulary.
+        directory: finished shard directory, a local path or a URL.
+        deep: also read all bytes of the shards to verify digests, index consistency and ids within the vocabulary.
 
     Raises:
-        DataError: names every file that is missing, cut short or altered.
+        DataError: lists every file that is missing, truncated or altered.
     """
     manifest = Manifest.read(directory)
     store = open_directory(directory)
@@ -40,12 +40,12 @@ def verify(directory: Address, *, deep: bool = False) -> Manifest:
     if not store.exists(tokenizer):
         problems.append(f"{tokenizer} is missing")
     elif digest_bytes(store.read(tokenizer)) != manifest.tokenizer_digest:
-        problems.append(f"{tokenizer}: not the tokenizer that made these shards")
+        problems.append(f"{tokenizer}: not the tokenizer that these shards were built with")
     if deep and not problems:
         problems = [problem for shard in manifest.shards for problem in _check_bytes(store, manifest, shard)]
     if problems:
-        mend = "Copy these files again, or run `codeparrot-ds shards build` into a new directory."
-        raise DataError(list_problems(str(directory), list(dict.fromkeys(problems)), mend))
+        fix = "Copy these files again, or run `codeparrot-ds shards build` into a new directory."
+        raise DataError(list_problems(str(directory), list(dict.fromkeys(problems)), fix))
     return manifest
 
 
@@ -70,37 +70,38 @@ def _check_bytes(store: Directory, manifest: Manifest, shard: ShardInfo) -> list
                 if suffix == ".bin":
                     largest = max(largest, int(np.frombuffer(block, manifest.id_type).max()))
         if digest.hexdigest() != expected["xxh3_128"]:
-            return [f"{shard.name}{suffix}: its bytes are not those that were written (digests differ)"]
+            return [f"{shard.name}{suffix}: content differs from what was written (digest mismatch)"]
         if largest >= manifest.vocab_size:
-            return [f"{shard.name}{suffix}: holds id {largest:,}, the vocabulary ends at {manifest.vocab_size:,}"]
+            return [f"{shard.name}{suffix}: contains id {largest:,}, the vocabulary ends at {manifest.vocab_size:,}"]
     if ".idx" not in shard.files:
         return []
     index = parse_index(store.read(f"{shard.name}.idx"), f"{shard.name}.idx")
     part = slice(shard.first_document, shard.first_document + shard.documents)
     if len(index.lengths[part]) != shard.documents or int(index.lengths[part].sum()) != shard.tokens:
-        return [f"{shard.name}.idx: its counts are not the manifest's"]
+        return [f"{shard.name}.idx: its counts differ from the manifest's"]
     if not index.is_contiguous():
-        return [f"{shard.name}.idx: its documents do not follow one another in the .bin file"]
+        return [f"{shard.name}.idx: its documents are not contiguous in the .bin file"]
     return []
 
 
 def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int:
-    """Encode a sample of the input's documents again with `tokenizers` and compare ids and provenance.
+    """Re-encode a sample of the input documents with `tokenizers` and compare ids and provenance.
 
-    Up to 32 tasks, spread over the input, are begun again; the first 64 documents of each are compared.
+    Compares the first 64 documents of up to 32 tasks spread over the input.
 
     Args:
-        manifest: of local shards that `shards build` made.
-        inputs: where the input lies now; by default where it was.
+        manifest: of local shards built by `shards build`.
+        inputs: current location of the input; by default the original one.
 
     Returns:
-        How many documents were compared.
+        Number of documents compared.
 
     Raises:
-        DataError: the input is gone or another one, or a document differs.
+        ConfigError: the shards are not local.
+        DataError: the input is missing or has changed, or a document differs.
     """
     if is_remote(manifest.directory):
-        raise ConfigError(f"{manifest.directory}: only local shards are compared with their input. Copy them here.")
+        raise ConfigError(f"{manifest.directory}: only local shards can be compared with their input. Copy them here.")
     options = manifest.options
     if "shard_tokens" not in options:
         raise DataError(f"{manifest.directory}: was adopted, not built, so there is no input to compare it with.")
@@ -116,8 +117,9 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
             stored = next(readers[split], None)
             if stored is None or not _same(stored, document, encoder):
                 raise DataError(
-                    f"{manifest.directory}/{split}-{number:05d}: does not hold {document.repository} {document.path} "
-                    "of the input where it should. The input has changed since, or the shards have: build them again."
+                    f"{manifest.directory}/{split}-{number:05d}: does not contain {document.repository} "
+                    f"{document.path} of the input at the expected position. The input or the shards have changed: "
+                    "build them again."
                 )
             compared += 1
     return compared
@@ -131,7 +133,7 @@ def _readable(pieces: Sequence[Piece], text_field: str) -> Iterator[Document]:
 
 
 def _documents_of(manifest: Manifest, shard: ShardInfo | None) -> Iterator[tuple[np.ndarray, Document]]:
-    """Ids (with the end token) and provenance of a shard's documents in order."""
+    """Yield ids (including the end token) and provenance of a shard's documents in order."""
     if shard is None:
         return
     ids = np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r")

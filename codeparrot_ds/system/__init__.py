@@ -1,1 +1,1 @@
-"""This machine: files, object stores, tasks on processes, memory."""
+"""Operating-system services: files, object stores, process pools, memory."""

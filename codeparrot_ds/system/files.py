@@ -1,4 +1,4 @@
-"""Files that are whole or absent, digests, locks and the manifests that every finished directory ends with."""
+"""Atomic file writes, digests, locks, and the manifest that marks every finished directory as complete."""
 
 import ctypes
 import errno
@@ -27,7 +27,7 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync one file or directory; a rename is durable only once its directory is flushed."""
+    """fsync one file or directory; a rename is durable only after its directory is flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,9 +36,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 def start_write_back(file: BinaryIO) -> None:
-    """Have the kernel begin to write what is in its cache of `file`, so that a later fsync has less to wait for.
+    """Ask the kernel to start writing back the dirty pages of `file`, so that a later fsync waits for less.
 
-    Linux only; elsewhere nothing. Usually returns at once, and promises nothing.
+    Linux only; a no-op elsewhere. Usually returns immediately and gives no durability guarantee.
     """
     if sys.platform == "linux":
         file.flush()
@@ -47,8 +47,10 @@ def start_write_back(file: BinaryIO) -> None:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Have the kernel forget what it has cached of a file that will not be read again soon, so that it need not drop
-    what others need, and has clean memory at hand."""
+    """Drop the cached pages of a file that will not be read again soon.
+
+    This keeps the kernel from evicting pages that others need and frees clean memory.
+    """
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -60,68 +62,68 @@ def _libc() -> ctypes.CDLL:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: after a crash at any moment it holds the old bytes or the new, never a mix."""
+    """Atomically replace `path` with `content`: after a crash it holds either the old or the new bytes, never a mix."""
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f"{path.name}.tmp")
-    with open(beside, "wb") as out:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     flush_to_disk(path.parent)
 
 
 def dump_json(value: Any) -> bytes:
-    """`value` as readable JSON in UTF-8."""
+    """Serialize `value` as indented UTF-8 JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, whole or absent."""
+    """Atomically write `value` as indented JSON."""
     write_atomically(path, dump_json(value))
 
 
 @contextmanager
 def publish_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and goes otherwise.
+    """Yield an empty directory next to `path`; rename it to `path` on success, delete it on failure.
 
-    Raises ConfigError when `path` already holds something, so that nothing of the user's is replaced, or another
-    process is making it.
+    Raises ConfigError when `path` is not empty, so that no user data is overwritten, or when another process is
+    creating it.
     """
-    path = path.resolve()  # "." has no name to put another beside
+    path = path.resolve()  # "." has no name from which to derive a sibling
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
-    beside = path.with_name(f".{path.name}.tmp")
-    make_directory(beside)
-    busy = f"{path}: another process is making it now. Wait for it, or name another directory."
-    descriptor = os.open(beside, os.O_RDONLY)
+    temporary = path.with_name(f".{path.name}.tmp")
+    make_directory(temporary)
+    busy = f"{path}: another process is creating it now. Wait for it, or name another directory."
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        _hold(descriptor, beside, busy)
-        if not beside.exists() or not os.path.samestat(os.fstat(descriptor), beside.stat()):
-            raise ConfigError(busy)  # it was finished, or given up, in this moment
-        for leftover in beside.iterdir():  # of a process that was killed
+        _hold(descriptor, temporary, busy)
+        if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), temporary.stat()):
+            raise ConfigError(busy)  # the other process finished, or gave up, in the meantime
+        for leftover in temporary.iterdir():  # from a process that was killed
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         try:
-            yield beside
-            for file in sorted(beside.rglob("*")):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
                 flush_to_disk(file)
-            flush_to_disk(beside)
-            beside.replace(path)  # onto an empty directory at most
+            flush_to_disk(temporary)
+            temporary.replace(path)  # `path` is absent or an empty directory
             flush_to_disk(path.parent)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
     finally:
         os.close(descriptor)
 
 
 def digest_bytes(data: bytes | memoryview) -> str:
-    """xxh3-128 of `data`, 32 hex digits. Finds accidents; it is not a defence against forgery."""
+    """xxh3-128 of `data`, 32 hex digits. Detects accidental corruption; not a defence against tampering."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def digest_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, read in 1 MiB pieces."""
+    """xxh3-128 of a file's bytes, read in 1 MiB blocks."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(_READ_SIZE):
@@ -130,12 +132,12 @@ def digest_file(path: Path) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """xxh3-128 of the canonical JSON of `value`: the same for equal values whatever the order of keys."""
+    """xxh3-128 of the canonical JSON of `value`; independent of key order."""
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Parse one JSON file; `what` names it in the message, e.g. "shard manifest". Raises DataError."""
+    """Parse a JSON file; error messages call it `what`, e.g. "shard manifest". Raises DataError."""
     try:
         return parse_json(path.read_bytes(), str(path), what)
     except FileNotFoundError:
@@ -145,74 +147,74 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def parse_json(data: bytes, path: str, what: str) -> Any:
-    """Parse the content of the file called `path`; `what` names it in the message. Raises DataError."""
+    """Parse `data`, the content of the JSON file `path`; error messages call it `what`. Raises DataError."""
     try:
         return json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: this {what} is not valid JSON ({error}). Make it again.") from None
+        raise DataError(f"{path}: this {what} is not valid JSON ({error}). Recreate it.") from None
 
 
 def read_manifest(directory: Path, kind: str, maker: str = "") -> dict[str, Any]:
-    """The manifest of a finished `directory` of this `kind` ("corpus", "shards", …), made by the command `maker`.
+    """Read the manifest of a finished `directory` of this `kind` ("corpus", "shards", …), created by command `maker`.
 
-    Raises DataError when there is none, or when it is of another kind or a later format.
+    Raises DataError when there is none, or when it has another kind or format version.
     """
     path = directory / MANIFEST
-    body = read_json(path, f"{kind} manifest" + (f" (it is made by `{maker}`)" if maker else ""))
+    body = read_json(path, f"{kind} manifest" + (f" (`{maker}` creates it)" if maker else ""))
     return check_manifest(body, str(path), kind)
 
 
 def parse_manifest(data: bytes, path: str, kind: str) -> dict[str, Any]:
-    """The manifest of this `kind` in the content of the file called `path`. Raises DataError."""
+    """Parse `data`, the content of the manifest file `path`, as a manifest of this `kind`. Raises DataError."""
     return check_manifest(parse_json(data, path, f"{kind} manifest"), path, kind)
 
 
 def check_manifest(body: Any, path: str, kind: str) -> dict[str, Any]:
-    """`body` if it is a manifest of this `kind` in our format. Raises DataError."""
+    """Return `body` if it is a manifest of this `kind` in the current format. Raises DataError otherwise."""
     if not isinstance(body, dict) or body.get("kind") != kind or body.get("format_version") != FORMAT_VERSION:
         found = body.get("kind") if isinstance(body, dict) else type(body).__name__
-        raise DataError(f"{path}: a manifest of {found!r}, not of {kind!r} in format version {FORMAT_VERSION}.")
+        raise DataError(f"{path}: a manifest of {found!r}; expected {kind!r} in format version {FORMAT_VERSION}.")
     return body
 
 
 def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished `directory`, or None when there is nothing finished there yet.
+    """The manifest of `directory` if it is finished, else None.
 
     Args:
-        directory: what an earlier call may have made.
-        kind: of the manifest, e.g. "corpus".
-        expected: keys that must be equal in the manifest, so that a second call never passes off another
-            result as its own.
+        directory: output directory that an earlier call may have finished.
+        kind: manifest kind, e.g. "corpus".
+        expected: keys and values that the manifest must contain, so that a second call never returns the result
+            of different options.
 
     Raises:
-        DataError: it is finished, but was built with different options.
+        DataError: the directory is finished but was built with different options.
     """
     if not (directory / MANIFEST).exists():
         return None
     manifest = read_manifest(directory, kind)
     differing = [key for key, value in expected.items() if manifest.get(key) != value]
     if differing:
-        shown = ", ".join(f"{key} = {manifest.get(key)!r}, asked for {expected[key]!r}" for key in differing)
+        shown = ", ".join(f"{key} = {manifest.get(key)!r}, requested {expected[key]!r}" for key in differing)
         raise DataError(
-            f"{directory}: holds a finished {kind} that was built with different options ({shown}). "
+            f"{directory}: contains a finished {kind} that was built with different options ({shown}). "
             "Name another output directory, or remove this one."
         )
     return manifest
 
 
 def make_directory(path: Path) -> Path:
-    """Create `path` and its parents and see that files can be made in it. Raises ConfigError."""
+    """Create `path` and its parents, and check that it is writable. Raises ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-probe-{secrets.token_hex(8)}.tmp"  # several hosts may try at once
+        probe = path / f".write-probe-{secrets.token_hex(8)}.tmp"  # unique: several hosts may do this at the same time
         probe.touch()
         probe.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"{path}: is a file, but a directory is needed. Name another place.") from None
+        raise ConfigError(f"{path}: is a file, but must be a directory. Name another path.") from None
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot write here ({os.strerror(error.errno or 0)}). Choose a directory that you may "
-            "write to, or mend its permissions."
+            f"{path}: cannot write here ({os.strerror(error.errno or 0)}). Choose a writable directory, or fix its "
+            "permissions."
         ) from None
     return path
 
@@ -222,13 +224,13 @@ def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < needed_bytes:
         raise ConfigError(
-            f"{directory}: {purpose} needs about {needed_bytes / 1e6:,.0f} MB and {free_bytes / 1e6:,.0f} MB are "
-            "free. Free some space, or name a directory on a larger disk."
+            f"{directory}: {purpose} needs about {needed_bytes / 1e6:,.0f} MB, but only {free_bytes / 1e6:,.0f} MB "
+            "are free. Free some space, or name a directory on a larger disk."
         )
 
 
 def _lock(descriptor: int) -> None:
-    """Take a lock. Who only looks whether it is held, as `codeparrot-ds status` does, holds it for a moment."""
+    """Take a lock, with retries: a process that only tests it (`codeparrot-ds status`) holds it for a moment."""
     for _ in range(_LOCK_TRIES):
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,7 +241,7 @@ def _lock(descriptor: int) -> None:
 
 @contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
-    """Hold an advisory lock on `path`; the kernel drops it with the process. Raises ConfigError(`busy`)."""
+    """Hold an advisory lock on `path`; the kernel releases it when the process exits. Raises ConfigError(`busy`)."""
     with open(path, "w") as file:
         _hold(file.fileno(), path, busy)
         yield
@@ -251,10 +253,13 @@ def _hold(descriptor: int, path: Path, busy: str) -> None:
     except BlockingIOError:
         raise ConfigError(busy) from None
     except OSError as error:
-        # EBADF: NFS locks only what is open for writing, which no directory can be.
+        # EBADF: NFS only locks files that are open for writing, which a directory never is.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF):
             raise
-        print(f"note: {path}: this file system has no locks; see that nobody else works here.", file=sys.stderr)
+        print(
+            f"note: {path}: this file system has no locks; make sure that no other process writes here.",
+            file=sys.stderr,
+        )
 
 
 def as_user_error(error: Exception) -> UserError | None:
@@ -265,10 +270,10 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def explain_os_error(error: OSError) -> UserError | None:
-    """The user's side of an operating-system error (full disk, no permission), or None if it is ours."""
+    """The user error behind an operating-system error (full disk, no permission), or None if there is none."""
     where = error.filename or "the output"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ConfigError(f"{where}: the disk is full. Free some space and run the same command again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"{where}: permission denied. Choose another place, or mend its permissions.")
+        return ConfigError(f"{where}: permission denied. Choose another path, or fix its permissions.")
     return None

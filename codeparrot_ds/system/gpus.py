@@ -1,10 +1,10 @@
-"""GPUs of this machine, and how fast those with a known name are."""
+"""Local GPUs and the data-sheet speed of known models."""
 
 import os
 import subprocess
 from functools import cache
 
-# Dense TFLOP/s in bf16 and TB/s of memory by the makers' data sheets, for the first name that the device's holds.
+# Dense bf16 TFLOP/s and memory bandwidth in TB/s from vendor data sheets; the first key found in the name applies.
 _DATA_SHEETS = {
     "B200": (2250.0, 8.0),
     "H200": (989.0, 4.8),
@@ -22,35 +22,35 @@ _DATA_SHEETS = {
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Peak FLOP/s in half precision of the GPU with this name, as its driver tells it; None where it is not known."""
+    """Peak half-precision FLOP/s of the GPU with this driver-reported name; None if unknown."""
     return next((tflops * 1e12 for part, (tflops, _) in _DATA_SHEETS.items() if part in name), None)
 
 
 def memory_bandwidth_of(name: str) -> float | None:
-    """Bytes/s that the memory of the GPU with this name gives and takes; None where it is not known."""
+    """Memory bandwidth (bytes/s) of the GPU with this driver-reported name; None if unknown."""
     return next((terabytes * 1e12 for part, (_, terabytes) in _DATA_SHEETS.items() if part in name), None)
 
 
 @cache
 def local_gpus() -> list[tuple[str, int]]:
-    """(name, bytes) of each GPU of this machine that may be used, as nvidia-smi tells; none without it."""
+    """(name, memory in bytes) of each visible local GPU as reported by nvidia-smi; empty without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [line.rsplit(",", 1) for line in found.splitlines() if "," in line]
-    # Where memory is shared with the host it has no number.
+    # nvidia-smi reports no number where memory is shared with the host.
     gpus = [(name.strip(), int(mebibytes) << 20) for name, mebibytes in rows if mebibytes.strip().isdigit()]
     visible = visible_gpus()
     if visible is None:
         return gpus
-    if not all(each.isdigit() for each in visible):  # named by their UUIDs
+    if not all(each.isdigit() for each in visible):  # given as UUIDs
         return gpus[: len(visible)]
     return [gpus[int(each)] for each in visible if int(each) < len(gpus)]
 
 
 def visible_gpus() -> list[str] | None:
-    """Those that CUDA_VISIBLE_DEVICES names; None where it says nothing."""
+    """The entries of CUDA_VISIBLE_DEVICES; None if it is not set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     return None if names is None else [each.strip() for each in names.split(",") if each.strip()]

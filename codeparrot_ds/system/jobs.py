@@ -1,8 +1,7 @@
-"""Run lists of independent tasks: in local processes, on a Ray cluster, or a slice of them in an array job.
+"""Run lists of independent tasks: in local processes, on a Ray cluster, or one slice of them per array job.
 
-A task's result is a function of the task alone, and what it writes is whole or absent, so a task may be lost and run
-again anywhere, even while its first run is still alive. How a list is resumed is the caller's affair: it leaves out
-the tasks that are done.
+Tasks are deterministic and their writes atomic, so a lost task can be rerun anywhere, even while its first run is
+still alive. Resuming is up to the caller, which omits the finished tasks.
 """
 
 import contextlib
@@ -34,24 +33,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ENGINES = ("local", "ray")
-_LOG_SECONDS = 10.0  # one plain line every ten seconds where there is no terminal
+_LOG_SECONDS = 10.0  # interval between progress lines without a terminal
 _RETRIES = 5  # of a Ray task whose worker or node was lost
 _CONNECT_SECONDS = 10.0
-_forked_from: int | None = None  # inherited by workers that are forked from this process
+_forked_from: int | None = None  # inherited by workers forked from this process
 
 
 def say(message: str) -> None:
-    """One plain line for the user, on standard error: standard output is for results."""
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is closed, a pipe that nobody reads
+    """Print one line for the user on stderr; stdout is reserved for results."""
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal or a pipe without a reader
         print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str = "file", done: int = 0) -> Iterator[Item]:
-    """Pass `items` on, with a bar on a terminal and a plain line now and then in a log; `done` came before them."""
+    """Yield `items` with a progress bar on a terminal, or periodic lines in a log; `done` items precede them."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # its thread would stand in the way of forks
+        tqdm.monitor_interval = 0  # its monitor thread would prevent forking
         yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, initial=done)
         return
     last = time.monotonic()
@@ -71,20 +70,20 @@ def run_tasks(
     preload: str | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> Iterator[Result]:
-    """Yield `function(task)` of every task as they finish.
+    """Yield `function(task)` for every task, in order of completion.
 
     Args:
-        function: importable by name, for it runs in other processes.
+        function: must be importable by name, because it runs in other processes.
         tasks: picklable.
-        workers: local processes; one runs the tasks in this process. Ray takes what CPUs its cluster has.
+        workers: number of local processes; 1 runs the tasks in this process. Ray uses all CPUs of its cluster.
         engine: "local" or "ray".
-        preload: a module that local workers share instead of importing each its own.
-        prepare: called in this process when workers are forked from it, so that they share what it loads. Where they
-            are not, each has to load that for itself.
+        preload: a module that is imported once and shared by the local workers.
+        prepare: called in this process before workers are forked from it, so that they share what it loads. Workers
+            that start from a fork server load that themselves.
 
     Raises:
-        ClusterError: a worker was killed, or Ray gave a task up.
-        Exception: the first that a task raised; the tasks not begun are dropped.
+        ClusterError: a worker was killed, or Ray gave up on a task.
+        Exception: the first exception raised by a task; tasks that have not started are dropped.
     """
     if engine == "ray":
         yield from _run_on_ray(function, tasks)
@@ -95,7 +94,7 @@ def run_tasks(
 
 
 def run_apart(function: Callable[[Item], Result], task: Item) -> Result:
-    """`function(task)` in a process of its own, whose memory goes back to the system afterwards."""
+    """Run `function(task)` in a separate process, so that its memory is returned to the system afterwards."""
     return next(_run_locally(function, [task], 1))
 
 
@@ -112,9 +111,9 @@ def _run_locally(
     try:
         while True:
             for task in remaining:
-                with _interrupts_held():  # a worker starts here, and must not die of Ctrl-C with a traceback
+                with _interrupts_held():  # a worker starting here must not die of Ctrl-C with a traceback
                     waiting.add(pool.submit(function, task))
-                if len(waiting) > workers:  # one task more than workers, so that none waits for work
+                if len(waiting) > workers:  # one task more than workers, so that no worker is idle
                     break
             if not waiting:
                 return
@@ -123,23 +122,23 @@ def _run_locally(
                 yield future.result()
     except BrokenProcessPool:
         raise ClusterError(
-            "a worker process was killed from outside, most likely for lack of memory. What is finished is kept: "
-            "run the same command again, with fewer --workers if memory is short."
+            "a worker process was killed, most likely because memory ran out. Finished work is kept: run the same "
+            "command again, with fewer --workers if memory is short."
         ) from None
     finally:
-        # Workers are idle now, or their tasks may be lost. They are not asked to end: one that was killed while it
-        # waited for work has left the queue's lock held, and Python would wait for the others for ever.
+        # Workers are idle now, or their tasks may be discarded. Kill them rather than shut them down: a worker that was
+        # killed while waiting for work leaves the queue's lock held, and Python would wait for the others forever.
         for worker in list((pool._processes or {}).values()):
             worker.kill()
         pool.shutdown(cancel_futures=True)
 
 
 def _context(preload: str | None, prepare: Callable[[], object] | None) -> BaseContext:
-    """How workers start: they share what `preload` imports, and where they fork from here what `prepare` loads.
+    """Choose how workers start so that they share what `preload` imports and, if forked from here, what `prepare` loads.
 
-    A fork inherits locks that other threads hold at that moment. With this thread alone there are none, and workers
-    fork from this process (what `preload` imports may start threads of its own, and has to know forks, as with the
-    server); otherwise from a fork server, a clean process that costs as much as a start of Python.
+    A fork inherits locks held by other threads. If this process has a single thread there are none, and workers are
+    forked from it (modules imported by `preload` may start threads but must be fork-safe, as with the fork server).
+    Otherwise workers are forked from a fork server, a clean process that costs one Python start-up.
     """
     global _forked_from
     if len(threads()) == 1:
@@ -156,14 +155,14 @@ def _context(preload: str | None, prepare: Callable[[], object] | None) -> BaseC
 
 
 def threads() -> set[int]:
-    """Ids of this process's threads, those of libraries included; empty where the system does not say."""
+    """Ids of all threads of this process, including library threads; empty on systems without /proc."""
     tasks = Path("/proc/self/task")
     return {int(entry.name) for entry in tasks.iterdir()} if tasks.is_dir() else set()
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back; processes that start meanwhile inherit that until they ignore it themselves."""
+    """Block SIGINT; processes started meanwhile inherit the mask until they ignore the signal themselves."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -173,15 +172,16 @@ def _interrupts_held() -> Iterator[None]:
 
 def _start_worker() -> None:
     die_with_parent()
-    gc.freeze()  # what was imported stays: the collector need not look at it again and again
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for Ctrl-C
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel by processes
+    gc.freeze()  # imported objects are permanent, so exclude them from garbage collection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism comes from processes
 
 
 def die_with_parent() -> None:
-    """End this worker when the process that it works for ends, however that ends.
+    """Terminate this worker when the process that it works for exits for any reason.
 
-    The kernel sees to a forked worker; one of a fork server, whose parent is another process, watches as well.
+    The kernel handles forked workers. A worker of a fork server has a different parent, so a thread also watches the
+    process that it works for.
     """
     kill_with_parent(_forked_from)
     parent = multiprocessing.parent_process()
@@ -195,7 +195,7 @@ def _exit_after(parent: BaseProcess) -> None:
 
 
 def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> Iterator[Result]:
-    """Spread the tasks over the cluster that RAY_ADDRESS names or that this machine belongs to."""
+    """Run the tasks on the cluster at RAY_ADDRESS, or on the one that this machine belongs to."""
     try:
         import ray
     except ImportError:
@@ -208,8 +208,8 @@ def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> It
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ClusterError(
-                f"no Ray cluster was found at RAY_ADDRESS={address} ({reason}). Start one with `ray start --head`, or "
-                "name one: RAY_ADDRESS=HOST:6379"
+                f"no Ray cluster found at RAY_ADDRESS={address} ({reason}). Start one with `ray start --head`, or "
+                "set RAY_ADDRESS=HOST:6379."
             ) from None
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(function)
     remaining = iter(tasks)
@@ -225,18 +225,18 @@ def _run_on_ray(function: Callable[[Item], Result], tasks: Sequence[Item]) -> It
             try:
                 yield ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                # No ray.cancel for the others: Ray 2.60 aborts this process when one of them ends at that moment. They
-                # end with this process's connection to the cluster.
+                # Do not ray.cancel the others: Ray 2.60 aborts this process when one of them finishes at that moment.
+                # They stop when this process disconnects from the cluster.
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise ClusterError(
-                    f"Ray gave a task up after {_RETRIES} retries ({str(error).splitlines()[0]}). What is finished is "
-                    "kept: see to the cluster and run the same command again."
+                    f"Ray gave up on a task after {_RETRIES} retries ({str(error).splitlines()[0]}). Finished work is "
+                    "kept: check the cluster and run the same command again."
                 ) from None
 
 
 def _require_listener(address: str) -> None:
-    """Raise OSError or ValueError unless something listens at a Ray address: Ray itself tries for minutes."""
+    """Raise OSError or ValueError unless a server listens at a Ray address; Ray itself would retry for minutes."""
     if address in ("auto", "local"):
         return
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]]+)\]?:(\d+)", address)
@@ -247,21 +247,21 @@ def _require_listener(address: str) -> None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Part `index` (from 0) of `count` equal parts of a task list, by every count-th task."""
+    """Part `index` (from 0) of `count` equal parts of a task list: every count-th task."""
 
     index: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> "Slice":
-        """From "3/16": the fourth of sixteen. Raises ConfigError."""
+        """Parse "I/N", e.g. "3/16" for the fourth of sixteen. Raises ConfigError."""
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         if match is None or int(match[1]) >= int(match[2]):
             raise ConfigError(f"slice {text!r}: write I/N with I from 0 to N - 1, e.g. 0/16 for the first of sixteen.")
         return cls(int(match[1]), int(match[2]))
 
     def of(self, items: Sequence[Item]) -> list[Item]:
-        """This slice of `items`."""
+        """The items of this slice."""
         return list(items[self.index :: self.count])
 
     def __str__(self) -> str:
@@ -269,12 +269,12 @@ class Slice:
 
 
 def slice_from_environment(environment: Mapping[str, str]) -> Slice | None:
-    """The slice that a scheduler has given this process, or None outside of one.
+    """The slice that a scheduler assigned to this process, or None without a scheduler.
 
-    Read are Slurm's array and step variables, torchrun's, Open MPI's and PMI's (MPICH, Intel MPI). In a Slurm array
-    whose jobs start several steps, each step of each job has a slice.
+    Reads the array and step variables of Slurm and the variables of torchrun, Open MPI and PMI (MPICH, Intel MPI). In
+    a Slurm array whose jobs start several tasks, each task of each job gets its own slice.
 
-    Raises ConfigError when an array's numbers have gaps, so that its parts cannot be counted.
+    Raises ConfigError when the array's task ids have gaps, so that the parts cannot be numbered.
     """
     array, task = _array_slice(environment), task_of_launcher(environment)
     if task is None:
@@ -291,7 +291,7 @@ def _array_slice(environment: Mapping[str, str]) -> Slice | None:
     stride = max(1, (high - low) // max(1, count - 1))
     if low + stride * (count - 1) != high or (number - low) % stride:
         raise ConfigError(
-            f"SLURM_ARRAY_TASK_ID {number} of an array of {count} between {low} and {high}: its numbers have gaps. "
-            "Say which part this is: --slice I/N."
+            f"SLURM_ARRAY_TASK_ID {number} of an array of {count} tasks between {low} and {high}: the task ids have "
+            "gaps. Select this job's part with --slice I/N."
         )
     return Slice((number - low) // stride, count)

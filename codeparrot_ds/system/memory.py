@@ -1,4 +1,4 @@
-"""This process's memory: what it takes, and what glibc does with what is freed."""
+"""Memory of this process: usage, limits, and how glibc handles freed memory."""
 
 import ctypes
 import resource
@@ -11,17 +11,17 @@ _LARGE_BYTES = 1 << 20
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now."""
+    """Current resident set size of this process (bytes)."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process has ever held in memory."""
+    """Peak resident set size of this process (bytes)."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_bytes() -> int:
-    """Bytes that this process may still take: of the machine, and of the container or job that it runs in."""
+    """Bytes that this process can still allocate, limited by the machine and by its container or job (cgroup v2)."""
     free = [int(psutil.virtual_memory().available)]
     try:
         group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
@@ -31,19 +31,19 @@ def available_bytes() -> int:
             if limit != "max":
                 free.append(int(limit) - int((directory / "memory.current").read_text()))
     except (OSError, ValueError, IndexError):
-        pass  # no such groups here, or older ones
+        pass  # no cgroups, or cgroup v1
     return max(0, min(free))
 
 
 def manage_freed_memory(scarce: bool) -> None:
-    """Tell glibc what to do with the memory of tensors that are freed, for processes that compute on CPU cores.
+    """Set how glibc handles the memory of freed tensors, for processes that compute on CPU cores.
 
-    Left alone, it gives those above 32 MB back to the kernel and keeps the others for what is next. The first costs
-    a third of a training step in page faults when tensors come and go; the second holds twice the weights of a model
-    that was built and partitioned, matrix by matrix.
+    By default, glibc returns allocations above 32 MB to the kernel and keeps smaller ones for reuse. The former costs
+    a third of a training step in page faults when tensors are repeatedly allocated and freed; the latter retains twice
+    the weights of a model that was built and partitioned matrix by matrix.
 
     Args:
-        scarce: give all of it back, for a model that barely fits; otherwise keep all.
+        scarce: return freed memory to the kernel, for a model that barely fits; otherwise keep it for reuse.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

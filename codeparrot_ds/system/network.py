@@ -1,10 +1,10 @@
-"""Addresses of this machine."""
+"""Network addresses of this machine."""
 
 import socket
 
 
 def free_port() -> str:
-    """On the loopback address, for ranks of this machine."""
+    """A free port on the loopback address, for ranks on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

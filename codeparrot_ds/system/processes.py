@@ -1,4 +1,4 @@
-"""Processes that end with the one they work for."""
+"""Process lifetime and available CPU cores."""
 
 import ctypes
 import os
@@ -11,10 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def kill_with_parent(parent: int | None = None) -> None:
-    """Have the kernel SIGKILL this process when its parent ends, however that ends. Does nothing outside Linux.
+    """Have the kernel SIGKILL this process when its parent exits for any reason. No-op outside Linux.
 
     Args:
-        parent: its process id, where that is known: it may have ended before this call.
+        parent: process id of the parent, if known, to detect a parent that exited before this call.
     """
     if sys.platform != "linux":
         return
@@ -24,9 +24,9 @@ def kill_with_parent(parent: int | None = None) -> None:
 
 
 def available_cores() -> int:
-    """CPUs that this process may use, by affinity and by the quota of its control group, as in containers."""
+    """Number of CPUs that this process may use, limited by its affinity and its cgroup's quota (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max", no quota
+        cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max" means no quota
     return cores

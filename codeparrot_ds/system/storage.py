@@ -1,6 +1,6 @@
-"""Where results go: a directory on a disk, or one in an object store that fsspec knows (s3://, hf://, gs://, …).
+"""Output directories: on a local disk, or in an object store supported by fsspec (s3://, hf://, gs://, …).
 
-Both offer the same few calls, and in both a file is whole or absent under its name.
+Both have the same interface, and both publish files atomically: a file under its final name is complete.
 """
 
 import io
@@ -26,7 +26,7 @@ def is_remote(address: Address) -> bool:
 
 
 def filesystem(address: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. Raises ConfigError when its package is missing."""
+    """The fsspec file system of a URL and the path in it. Raises ConfigError when its package is not installed."""
     import fsspec
 
     protocol = address.partition("://")[0]
@@ -34,11 +34,11 @@ def filesystem(address: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(address)
     except ImportError as error:
         raise ConfigError(
-            f"{address}: {protocol}:// needs a package that is not installed ({error}). "
+            f"{address}: {protocol}:// requires a package that is not installed ({error}). "
             f"Install it, e.g. `pip install {_PACKAGES.get(protocol, 'fsspec[' + protocol + ']')}`."
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{address}: no file system of this name ({error}).") from None
+        raise ConfigError(f"{address}: unknown file system ({error}).") from None
     return fs, path
 
 
@@ -47,7 +47,7 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs":
 
 @contextmanager
 def explain_store_errors(address: str, error_class: type[UserError]) -> Iterator[None]:
-    """Turn whatever a store raises, for each has errors of its own, into an `error_class` that says what to look at."""
+    """Convert any store-specific exception into an `error_class` that says what to check."""
     try:
         yield
     except UserError:
@@ -55,14 +55,14 @@ def explain_store_errors(address: str, error_class: type[UserError]) -> Iterator
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise error_class(
-            f"{address}: cannot be read or written ({type(error).__name__}: {reason}). Check "
-            "the address, the network and the credentials in the environment, and run the same command again."
+            f"{address}: cannot be read or written ({type(error).__name__}: {reason}). Check the address, the network "
+            "and the credentials in the environment, and run the same command again."
         ) from error
 
 
 @contextmanager
 def open_binary(address: str) -> Iterator[IO[bytes]]:
-    """The bytes of a local or remote file as they lie there."""
+    """Open a local or remote file for unbuffered binary reading, without decompression."""
     if is_remote(address):
         with _RemoteFile(address) as remote:
             yield cast(IO[bytes], remote)
@@ -72,8 +72,10 @@ def open_binary(address: str) -> Iterator[IO[bytes]]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of an object store. Whatever goes wrong between here and there is a DataError that says so: it must not
-    pass for damage of the file, which may be skipped."""
+    """A file in an object store.
+
+    Transport errors become a DataError, so that they are not mistaken for a damaged file, which may be skipped.
+    """
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -86,42 +88,42 @@ class _RemoteFile(io.RawIOBase):
         return explain_store_errors(self._address, DataError)
 
     def readable(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """As of any file."""
+        """See `io.RawIOBase`."""
         with self._explained():
             return bytes(self._file.read(size))
 
     def readinto(self, buffer: Any) -> int:
-        """As of any file."""
+        """See `io.RawIOBase`."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """As of any file."""
+        """See `io.RawIOBase`."""
         with self._explained():
             return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
-        """As of any file."""
+        """See `io.RawIOBase`."""
         return int(self._file.tell())
 
     def close(self) -> None:
-        """As of any file."""
+        """See `io.RawIOBase`."""
         if not self.closed and hasattr(self, "_file"):
             self._file.close()
         super().close()
 
 
 class LocalDirectory:
-    """A directory on a disk of this machine, or on one that it shares with others."""
+    """A directory on a local or shared file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,7 +132,7 @@ class LocalDirectory:
         return str(self.path)
 
     def make(self) -> None:
-        """Create it and see that files can be made in it. Raises ConfigError."""
+        """Create the directory and check that it is writable. Raises ConfigError."""
         make_directory(self.path)
 
     def exists(self, name: str) -> bool:
@@ -153,7 +155,7 @@ class LocalDirectory:
         try:
             return open(self.path / name, "rb")
         except FileNotFoundError:
-            raise DataError(f"{self.path / name}: no such file. Copy it again, or make it again.") from None
+            raise DataError(f"{self.path / name}: no such file. Copy it again, or recreate it.") from None
 
     def read(self, name: str) -> bytes:
         """The whole content of a file. Raises DataError when it is missing."""
@@ -162,7 +164,7 @@ class LocalDirectory:
 
     @contextmanager
     def scratch(self) -> Iterator["Scratch"]:
-        """A place for files that are not whole yet. What is not published goes when the block ends."""
+        """Scratch space for unfinished files. Files that were not published are removed when the block ends."""
         self.path.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(self.path, f".{secrets.token_hex(8)}")
         try:
@@ -171,10 +173,10 @@ class LocalDirectory:
             scratch.clear()
 
     def publish(self, files: dict[str, Path]) -> None:
-        """Give finished local files their names. They are durable when this returns."""
+        """Rename finished local files to their final names. They are durable when this returns."""
         if not files:
             return
-        with ThreadPoolExecutor(len(files)) as threads:  # side by side they wait for the disk once, not once a file
+        with ThreadPoolExecutor(len(files)) as threads:  # concurrent fsyncs wait for the disk once, not once per file
             list(threads.map(flush_to_disk, files.values()))
         for name, path in files.items():
             path.replace(self.path / name)
@@ -182,25 +184,25 @@ class LocalDirectory:
             flush_to_disk(directory)
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
-        """Write a small file, whole or absent; several processes may do so at once.
+        """Atomically write a small file; safe to call from several processes at the same time.
 
-        Unless it is to be `durable`, a power failure may leave it empty, cut short or not there.
+        Without `durable`, a power failure may leave the file empty, truncated or missing.
         """
         (self.path / name).parent.mkdir(exist_ok=True)
         with self.scratch() as scratch:
-            beside = scratch.path("write")
-            beside.write_bytes(data)
+            temporary = scratch.path("write")
+            temporary.write_bytes(data)
             if durable:
-                self.publish({name: beside})
+                self.publish({name: temporary})
             else:
-                beside.replace(self.path / name)
+                temporary.replace(self.path / name)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
 
     def remove_leftovers(self, older_than_seconds: float = 0.0) -> None:
-        """Remove the scratch files of processes that were killed, or all that have not been touched for so long."""
+        """Remove scratch files that have not been modified for `older_than_seconds` (left by killed processes)."""
         for path in self.path.glob(f".*{_SCRATCH_SUFFIX}"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime >= older_than_seconds:
@@ -221,12 +223,11 @@ class RemoteDirectory:
         return filesystem(self.address)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address}  # connections stay in the process that made them
+        return {"address": self.address}  # connections are not shared between processes
 
     @contextmanager
     def _at(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The file system and a file's path in it. What goes wrong there becomes a ConfigError; FileNotFoundError
-        stays."""
+        """The file system and a file's path in it. Errors become ConfigErrors, except FileNotFoundError."""
         missing = None
         with explain_store_errors(self.address, ConfigError):
             fs, root = self._fs_and_root
@@ -238,7 +239,7 @@ class RemoteDirectory:
             raise missing
 
     def make(self) -> None:
-        """See that files can be made in it. Raises ConfigError."""
+        """Check that files can be created in it. Raises ConfigError."""
         probe = f".write-probe-{secrets.token_hex(8)}.tmp"
         try:
             with self._at(probe) as (fs, path):
@@ -248,7 +249,7 @@ class RemoteDirectory:
             self.remove(probe)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{self.address}: there is no such bucket ({error}). Make it first, or correct its name."
+                f"{self.address}: no such bucket ({error}). Create it first, or correct its name."
             ) from None
 
     def exists(self, name: str) -> bool:
@@ -279,7 +280,7 @@ class RemoteDirectory:
             with self._at(name) as (fs, path):
                 return fs.open(path, "rb")
         except FileNotFoundError:
-            raise DataError(f"{self.address}/{name}: no such file. Copy it again, or make it again.") from None
+            raise DataError(f"{self.address}/{name}: no such file. Copy it again, or recreate it.") from None
 
     def read(self, name: str) -> bytes:
         """The whole content of a file. Raises DataError when it is missing."""
@@ -288,18 +289,18 @@ class RemoteDirectory:
 
     @contextmanager
     def scratch(self) -> Iterator["Scratch"]:
-        """A local place for files that are not whole yet."""
+        """Local scratch space for unfinished files."""
         with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as directory:
             yield Scratch(Path(directory), "")
 
     def publish(self, files: dict[str, Path]) -> None:
-        """Upload finished local files under their names."""
+        """Upload finished local files under their final names."""
         for name, path in files.items():
             with self._at(name) as (fs, target):
                 fs.put_file(str(path), target)
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
-        """Write a small file, whole or absent; here it is always durable."""
+        """Atomically write a small file; always durable in an object store."""
         with self._at(name) as (fs, path):
             fs.pipe_file(path, data)
 
@@ -310,27 +311,28 @@ class RemoteDirectory:
                 fs.rm_file(path)
 
     def remove_leftovers(self, older_than_seconds: float = 0.0) -> None:
-        """Nothing: unfinished uploads do not appear."""
+        """No-op: unfinished uploads are not visible."""
 
 
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hf"}  # made by hand, not by a typing error
+# Buckets are never created implicitly, so that a typo does not make a new one.
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hf"}
 Directory = LocalDirectory | RemoteDirectory
 _SCRATCH_SUFFIX = ".tmp"
 
 
 class Scratch:
-    """Local files on their way into a `Directory`. Their names are unique: a task may run twice at once."""
+    """Local files to be published to a `Directory`. Names are unique, because two copies of a task may run."""
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self._directory, self._prefix = directory, prefix
         self._paths: dict[str, Path] = {}
 
     def path(self, name: str) -> Path:
-        """Where to write the file that will be called `name`."""
+        """Where to write the file that will be published as `name`."""
         return self._paths.setdefault(name, self._directory / f"{self._prefix}-{name}{_SCRATCH_SUFFIX}")
 
     def clear(self) -> None:
-        """Remove what was not published."""
+        """Remove files that were not published."""
         for path in self._paths.values():
             path.unlink(missing_ok=True)
 

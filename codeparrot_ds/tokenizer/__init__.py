@@ -1,1 +1,1 @@
-"""Byte-level BPE: training, and exact encoding."""
+"""Byte-level BPE: training and exact encoding."""

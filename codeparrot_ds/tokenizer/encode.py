@@ -1,4 +1,4 @@
-"""Exact encoding of documents into token ids: `tokenizers`, the referee, and `fastokens`, many times as fast."""
+"""Exact encoding of documents into token ids: `tokenizers` as the reference, and the much faster `fastokens`."""
 
 import importlib.metadata
 import os
@@ -15,17 +15,17 @@ from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
 
 
 class Encoder:
-    """A tokenizer directory, ready to encode. `tokenizers` is the referee of what is exact.
+    """Reference encoder: the `tokenizers` library defines the exact ids.
 
     Attributes:
         label: library and version, e.g. "tokenizers 0.23.3".
-        vocab_size: the largest id and one, added tokens included.
-        eos_id: id that ends a document.
+        vocab_size: largest id + 1, including added tokens.
+        eos_id: id of the end token of a document.
         digest: xxh3-128 of `tokenizer.json`.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged, or has no end token."""
+        """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged or has no end token."""
         from tokenizers import Tokenizer
 
         self.digest = tokenizer_digest(directory)
@@ -34,22 +34,22 @@ class Encoder:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception on a bad file
             raise DataError(f"{path}: not a tokenizer ({error}).") from None
-        # A literal "<|endoftext|>" inside a document is text: split it, never read it as the end.
+        # A literal "<|endoftext|>" inside a document is text: encode it as such, never as the end token.
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # a tokenizer.json may ask for both, and either would alter documents
+        self._tokenizer.no_truncation()  # a tokenizer.json may enable truncation or padding, which alter documents
         self._tokenizer.no_padding()
         eos_id = self._tokenizer.token_to_id(EOS_TOKEN)
         if eos_id is None:
-            raise DataError(f"{path}: has no {EOS_TOKEN} token, so documents could not be told apart.")
+            raise DataError(f"{path}: has no {EOS_TOKEN} token, which must separate documents. Use another tokenizer.")
         self.label = f"tokenizers {importlib.metadata.version('tokenizers')}"
         self.eos_id: int = eos_id
-        # Not the number of tokens: ids of added tokens may leave gaps.
+        # Not the number of tokens: ids of added tokens may have gaps.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of all texts end to end, [tokens] uint32, and where each text's end, [len(texts)] int64.
+        """Concatenated token ids of all texts, [tokens] uint32, and each text's end offset, [len(texts)] int64.
 
-        No end token is added.
+        Adds no end tokens.
         """
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
@@ -61,22 +61,22 @@ class Encoder:
         return self.encode_flat([text])[0]
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of `ids`, [tokens] of any integer type; bytes cut in mid-character show as U+FFFD."""
+        """The text of `ids`, [tokens] of any integer type; incomplete UTF-8 characters become U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def tokens(self) -> list[str]:
-        """The text of every token of the vocabulary, by id."""
+        """The text of every token in the vocabulary, indexed by id."""
         return self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
 
 
 class FastEncoder:
-    """`fastokens` on the same tokenizer. To be trusted with a tokenizer only after `tokenizer.proof`.
+    """Encoder based on `fastokens`. Use it for a tokenizer only after `tokenizer.proof` has verified it.
 
-    Its thread pool has one thread: parallel work is a matter of processes, which share nothing and scale better.
+    Its thread pool has one thread: parallelism comes from processes, which share nothing and scale better.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Load `directory`/tokenizer.json. Raises ImportError or ValueError where fastokens cannot be used for it."""
+        """Load `directory`/tokenizer.json. Raises ImportError or ValueError if fastokens does not support it."""
         import fastokens
 
         self.label = fast_label()
@@ -86,22 +86,22 @@ class FastEncoder:
         self._started = False
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Encoder.encode_flat`."""
+        """See `Encoder.encode_flat`."""
         if not self._started:
             self._start_pool()
         ids, offsets = self._tokenizer.encode_batch_flat(texts, False, True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """As `Encoder.encode`."""
+        """See `Encoder.encode`."""
         return self.encode_flat([text])[0]
 
     def _start_pool(self) -> None:
-        """Start the library's thread pool while this thread may use one CPU only, then lift that limit again.
+        """Start the library's thread pool while this thread is restricted to one CPU, then restore the affinity.
 
-        Not before the first use, for a pool does not survive a fork. It takes a thread for each CPU that it sees when
-        it starts, and no setting of its own holds. Measured on two cores: 560 MB in a CPU-second with one thread, 330
-        to 480 MB with two.
+        Called on first use, because a pool does not survive a fork. The pool starts one thread per visible CPU, and the
+        library has no effective setting for it. Measured on two cores: 560 MB per CPU-second with one thread, 330 to
+        480 MB with two.
         """
         self._started = True
         if not hasattr(os, "sched_setaffinity"):
@@ -119,7 +119,7 @@ class FastEncoder:
 
 
 def fast_label() -> str:
-    """Name and version of the fast encoder, "fastokens none" where it is not installed."""
+    """Name and version of the fast encoder; "fastokens none" if it is not installed."""
     try:
         return f"fastokens {importlib.metadata.version('fastokens')}"
     except importlib.metadata.PackageNotFoundError:
@@ -130,14 +130,14 @@ def tokenizer_digest(directory: Path) -> str:
     """xxh3-128 of `directory`/tokenizer.json. Raises DataError when it is missing."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with `codeparrot-ds tokenizer train`.")
+        raise DataError(f"{path}: no such file. Create it with `codeparrot-ds tokenizer train`.")
     return digest_file(path)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's Hugging Face files into `target`; other files of its directory stay where they are.
+    """Copy a tokenizer's Hugging Face files into `target`, and no other files of `source`.
 
-    Raises DataError when `source` holds no tokenizer.
+    Raises DataError when `source` contains no tokenizer.
     """
     target.mkdir(exist_ok=True)
     for name, data in tokenizer_files(source).items():
@@ -145,7 +145,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The Hugging Face files of a tokenizer directory by name. Raises DataError when there is no tokenizer."""
+    """The Hugging Face files of a tokenizer directory: name -> content. Raises DataError when there is no tokenizer."""
     if not (directory / TOKENIZER_FILE).is_file():
         raise DataError(f"{directory / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
     names = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
@@ -153,7 +153,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 
 def cpu_digest() -> str:
-    """Digest of what this CPU can do: a library may take another path, and have another defect, on another CPU."""
+    """Digest of this CPU's feature flags: a library may take a different code path, with other bugs, on another CPU."""
     try:
         with open("/proc/cpuinfo", "rb") as file:
             flags = [line for line in file if line.startswith((b"flags", b"Features"))][:1]

@@ -1,10 +1,10 @@
-"""Prove that the fast encoder gives the ids of `tokenizers` for the tokenizer at hand, before it is used.
+"""Verify, before the fast encoder is used, that it produces the same ids as `tokenizers` for the given tokenizer.
 
-What a fast encoder gets wrong is rare in ordinary text: Unicode classes of a newer or older standard, white space
-other than a blank, contractions behind letters of other scripts, very long words, buffers that end in mid-character.
-So the proof asks for just that: every code point where its class decides the result, all short combinations of
-kinds of character, every token of the vocabulary, runs of many lengths, and real documents. It is done once for a
-tokenizer, both libraries' versions and a kind of CPU, and its outcome is kept in the user's cache directory.
+Fast encoders fail on inputs that are rare in ordinary text: Unicode classes of a newer or older standard, white space
+other than a blank, contractions after letters of other scripts, very long words, buffers that end inside a character.
+The proof covers exactly these: every code point where its class affects the result, all short combinations of character
+kinds, every token of the vocabulary, runs of many lengths, and real documents. It runs once per tokenizer, library
+versions and CPU type, and its outcome is stored in the user's cache directory.
 """
 
 import itertools
@@ -25,28 +25,28 @@ from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, cpu_digest, fast_label
 from codeparrot_ds.tokenizer.train import EOS_TOKEN
 
-PROOF_VERSION = 1  # raise it when the proof asks for more: kept outcomes are then void
-_CHUNK_CHARACTERS = 1 << 15  # encoded at a time, so that memory stays small
+PROOF_VERSION = 1  # increment when the proof covers more, to invalidate stored outcomes
+_CHUNK_CHARACTERS = 1 << 15  # encoded at a time, to limit memory
 _CODE_POINTS_A_TEXT = 64
-# One of each kind of character that a pre-tokenizer may tell from the others.
+# One character of each kind that a pre-tokenizer may distinguish.
 _KINDS = ["a", "Z", "7", " ", "\n", "\t", "'", "s", ".", "_", "é", "中", "٣", "\u00a0", "\u0301", "🦜", "\r"]
 
 
 class InexactError(Exception):
-    """The fast encoder's ids differ from the referee's."""
+    """The fast encoder's ids differ from the reference encoder's."""
 
 
 def choose_encoder(directory: Path, referee: Encoder, wanted: str, sample: Iterable[str]) -> str:
-    """The encoder to use, "fastokens" or "tokenizers"; says on standard error when the slow one has to do.
+    """Choose the encoder, "fastokens" or "tokenizers"; prints a note on stderr if "auto" selects the slow one.
 
     Args:
-        directory: of the tokenizer.
-        referee: of the same tokenizer.
-        wanted: "auto", or one of the two by name.
-        sample: real documents for the proof, not looked at when its outcome is known.
+        directory: tokenizer directory.
+        referee: reference encoder of the same tokenizer.
+        wanted: "auto", "fastokens" or "tokenizers".
+        sample: real documents for the proof; not read if its outcome is already known.
 
     Raises:
-        ConfigError: an unknown name, or "fastokens" was asked for and may not be used.
+        ConfigError: unknown name, or "fastokens" was requested but cannot be used.
     """
     if wanted not in ("auto", "fastokens", "tokenizers"):
         raise ConfigError(f"encoder {wanted!r}: must be auto, fastokens or tokenizers.")
@@ -58,23 +58,23 @@ def choose_encoder(directory: Path, referee: Encoder, wanted: str, sample: Itera
     if wanted == "fastokens":
         raise ConfigError(f"{directory}: fastokens cannot be used for this tokenizer: {reason}. Use --encoder auto.")
     say(
-        f"note: encoding with tokenizers, which makes the whole build take some 25 times the CPU time "
-        f"(docs/benchmarks.md), for {reason}."
+        f"note: encoding with tokenizers, because {reason}. The whole build takes about 25 times the CPU time "
+        "(docs/benchmarks.md)."
     )
     return "tokenizers"
 
 
 def _why_not_fast(directory: Path, referee: Encoder, sample: Iterable[str]) -> str | None:
-    """Why fastokens may not be used for this tokenizer, or None. Proves it where that is not known yet."""
+    """Why fastokens cannot be used for this tokenizer, or None. Runs the proof if its outcome is not known yet."""
     try:
-        import fastokens  # noqa: F401 (a proof may be another host's, on a home that they share)
+        import fastokens  # noqa: F401 (the stored proof may come from another host with the same home directory)
 
         if (known := known_outcome(referee)) is not None:  # this version has loaded this tokenizer before
             return known["difference"]
         fast = FastEncoder(directory)
     except ImportError:
         return "fastokens is not installed (pip install fastokens)"
-    except Exception as error:  # the library's words for a tokenizer that it does not know
+    except Exception as error:  # the library raises various exceptions for an unsupported tokenizer
         return f"fastokens cannot load it ({error})"
     start = time.monotonic()
     checked, difference = {}, None
@@ -82,54 +82,64 @@ def _why_not_fast(directory: Path, referee: Encoder, sample: Iterable[str]) -> s
         checked = prove(fast, referee, sample)
     except InexactError as found:
         difference = str(found)
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
             raise
-        difference = f"fastokens failed in the proof ({type(error).__name__}: {error})"
+        difference = f"fastokens failed during the proof ({type(error).__name__}: {error})"
     record_proof(referee, difference, checked)
     say(
-        f"proved fastokens against tokenizers on this tokenizer in {time.monotonic() - start:.1f} s: "
+        f"verified fastokens against tokenizers on this tokenizer in {time.monotonic() - start:.1f} s: "
         + ("equal" if difference is None else difference)
     )
     return difference
 
 
 def known_outcome(referee: Encoder) -> dict[str, Any] | None:
-    """The outcome of an earlier proof, {"difference": None or how the ids differ}; None when there is none."""
+    """The stored outcome of an earlier proof, {"difference": None or how the ids differ}; None if there is none."""
     path = proof_file(referee)
     try:
         outcome = read_json(path, "proof") if path.exists() else None
     except DataError:
-        return None  # torn: prove again
+        return None  # damaged file: run the proof again
     if isinstance(outcome, dict) and isinstance(outcome.get("difference", 0), str | None):
         return outcome
     return None
 
 
 def proof_file(referee: Encoder) -> Path:
-    """Where the outcome for this tokenizer, these versions and this kind of CPU is kept."""
+    """Path of the stored outcome for this tokenizer, these library versions and this CPU type."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in containers
+    except RuntimeError:  # no home directory, as in some containers
         cache = Path(tempfile.gettempdir())
     versions = f"{fast_label()} {referee.label}".replace(" ", "-")
     return cache / "codeparrot-ds" / "proofs" / f"{PROOF_VERSION}-{referee.digest}-{versions}-{cpu_digest()}.json"
 
 
 def record_proof(referee: Encoder, difference: str | None, checked: dict[str, Any]) -> None:
-    """Keep an outcome: `difference` says how the ids differ, None that they do not."""
+    """Store a proof's outcome.
+
+    Args:
+        referee: reference encoder of the tokenizer.
+        difference: how the ids differ; None if they are equal.
+        checked: number of characters compared, per category.
+    """
     path = proof_file(referee)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         LocalDirectory(path.parent).write(path.name, dump_json({"difference": difference, "checked": checked}))
     except OSError as error:
-        say(f"note: {path} cannot be written ({error.strerror}): the proof will be made again next time.")
+        say(f"note: {path} cannot be written ({error.strerror}): the proof will run again next time.")
 
 
 def prove(fast: FastEncoder, referee: Encoder, sample: Iterable[str]) -> dict[str, int]:
-    """Compare the encoders on all code points, the hard cases and `sample`; return how many characters of each.
+    """Compare the encoders on all code points, the hard cases and `sample`.
 
-    Raises InexactError, naming the text that they disagree on.
+    Returns:
+        Number of characters compared, per category.
+
+    Raises:
+        InexactError: the encoders differ; the message quotes the text.
     """
     checked: dict[str, int] = {}
     for what, texts in (("code points", code_points()), ("hard cases", hard_cases(referee)), ("documents", sample)):
@@ -141,7 +151,7 @@ def prove(fast: FastEncoder, referee: Encoder, sample: Iterable[str]) -> dict[st
 
 
 def compare(fast: FastEncoder, referee: Encoder, texts: Sequence[str], what: str) -> None:
-    """Raise InexactError, with the text, unless both encoders give the same ids for all `texts`."""
+    """Raise InexactError, quoting the text, unless both encoders produce the same ids for all `texts`."""
     ids, ends = fast.encode_flat(texts)
     expected, expected_ends = referee.encode_flat(texts)
     if np.array_equal(ids, expected) and np.array_equal(ends, expected_ends):
@@ -156,7 +166,7 @@ def compare(fast: FastEncoder, referee: Encoder, texts: Sequence[str], what: str
                 f"fastokens differs from tokenizers ({what}) at token {at} of a text of {len(text):,} characters, "
                 f"near {ascii(context)[:120]}"
             )
-    raise InexactError(f"fastokens differs from tokenizers on a batch of texts ({what}), but on none of them alone")
+    raise InexactError(f"fastokens differs from tokenizers on a batch of texts ({what}), but not on any single text")
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -173,11 +183,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def code_points() -> Iterator[str]:
-    """Every code point but the surrogates where its class shows in the ids.
+    """Every code point except surrogates, in contexts where its class affects the ids.
 
-    Two blanks before it tell white space from the rest; "'s" behind it tells letters and digits, and before it
-    stands the apostrophe that a contraction or a run of punctuation would take along. The 145,000 that Unicode has
-    assigned also stand beside letters, digits and line ends.
+    Two preceding blanks distinguish white space; a following "'s" distinguishes letters and digits; a preceding
+    apostrophe would be merged into a contraction or a run of punctuation. The 145,000 assigned code points also
+    appear next to letters, digits and line ends.
     """
     yield from _grouped(range(0x110000), "  {0}'s'{0}")
     assigned = [c for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
@@ -191,12 +201,12 @@ def _grouped(code_points: Iterable[int], pattern: str) -> Iterator[str]:
 
 
 def hard_cases(referee: Encoder) -> Iterator[str]:
-    """Texts on which encoders have been found to differ, crash or hang, and the neighbours of such texts."""
+    """Texts on which encoders were found to differ, crash or hang, and similar texts."""
     for literal in (EOS_TOKEN, "<|endoftext|", "|endoftext|>", EOS_TOKEN.upper(), EOS_TOKEN * 3):
         yield from (literal, f" {literal} ", f"x = '{literal}'\n", f"a{literal}b", f"\n{literal}\n")
     for unit in (" ", "\n", "\t", "a", "A", "0", "'", "=", "_", "é", "中", "🦜", "\r\n", " \n", "ab", "'s"):
         yield unit * 10_000
-        yield from (f"x{unit * n}y" for n in range(1, 140))  # beyond the widest vector register, 64 bytes, twice
+        yield from (f"x{unit * n}y" for n in range(1, 140))  # more than twice the widest vector register (64 bytes)
     yield " " * 250_000
     yield from ("".join(kinds) for kinds in itertools.product(_KINDS, repeat=3))
     for a in map(chr, range(128)):
@@ -209,7 +219,7 @@ def hard_cases(referee: Encoder) -> Iterator[str]:
     yield from ("e\u0301\u0327", "👩\u200d👩\u200d👧\u200d👦", "\u202eabc\u202c", "각", "각", "\ufeff", "\x00\x01", "ﷺ")
     tokens = referee.tokens()
     yield from ("".join(tokens[i : i + 64]) for i in range(0, len(tokens), 64))
-    random = np.random.default_rng(0)  # tokens in any order: merges that ordinary text never calls for
+    random = np.random.default_rng(0)  # random token sequences exercise merges that ordinary text never needs
     for row in random.integers(0, len(tokens), (256, 256)):
         yield "".join(tokens[i] for i in row)
     encoded = " ".join(_KINDS * 64)

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a corpus, as GPT-2's is, and store it as a Hugging Face directory."""
+"""Train a GPT-2-style byte-level BPE tokenizer on a corpus and save it as a Hugging Face directory."""
 
 import sys
 from pathlib import Path
@@ -24,19 +24,19 @@ TOKENIZER_FILE = "tokenizer.json"
 def train(corpus_directory: Path, output: Path, vocab_size: int, max_seq_len: int = 1024) -> dict[str, Any]:
     """Train a tokenizer on every document of a corpus and return its manifest.
 
-    The 256 bytes are the initial alphabet, so any text can be encoded; `<|endoftext|>` is id 0.
+    The initial alphabet is the 256 bytes, so any text can be encoded; `<|endoftext|>` has id 0.
 
     Args:
-        corpus_directory: a finished corpus.
-        output: made if missing; a finished tokenizer of the same corpus and size is kept as it is.
-        vocab_size: tokens, the bytes and `<|endoftext|>` included.
+        corpus_directory: finished corpus.
+        output: created if missing; a finished tokenizer of the same corpus and size is kept unchanged.
+        vocab_size: number of tokens, including the bytes and `<|endoftext|>`.
         max_seq_len: recorded as `model_max_length` (tokens).
 
     Raises:
-        DataError: the corpus is unfinished, or too small to give `vocab_size` tokens.
+        DataError: the corpus is unfinished, or too small for `vocab_size` tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"vocab size {vocab_size}: a byte-level vocabulary has at least {MIN_VOCAB_SIZE} tokens.")
+        raise DataError(f"vocab size {vocab_size}: a byte-level vocabulary needs at least {MIN_VOCAB_SIZE} tokens.")
     corpus = Corpus.open(corpus_directory)
     inputs = {"corpus_digest": corpus.digest, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
     if finished := finished_manifest(output, "tokenizer", inputs):
@@ -57,8 +57,8 @@ def train(corpus_directory: Path, output: Path, vocab_size: int, max_seq_len: in
     tokenizer.train_from_iterator((document.text for document in corpus), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
-            f"{corpus_directory}: too small for {vocab_size:,} tokens, it gives {tokenizer.get_vocab_size():,}. "
-            "Collect more source code, or ask for a smaller vocabulary."
+            f"{corpus_directory}: too small for {vocab_size:,} tokens; it yields {tokenizer.get_vocab_size():,}. "
+            "Collect more source code, or choose a smaller vocabulary."
         )
     with publish_directory(output) as unfinished:
         tokenizer.save(str(unfinished / TOKENIZER_FILE))
@@ -76,7 +76,7 @@ def train(corpus_directory: Path, output: Path, vocab_size: int, max_seq_len: in
 
 
 def _hugging_face_config(max_seq_len: int) -> dict[str, Any]:
-    """`tokenizer_config.json`: what AutoTokenizer needs, with no clean-up of spaces, which would alter code."""
+    """Content of `tokenizer_config.json` for AutoTokenizer. Clean-up of spaces is off because it would alter code."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,

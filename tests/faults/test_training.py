@@ -244,7 +244,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
     for step in (1, 2):
         (checkpoints / name_of(step) / MANIFEST).write_text("{")
     expected = {
-        6: f"{of_rank_1}: its bytes are not those that were written",
+        6: f"{of_rank_1}: content differs from what was written",
         5: f"{of_rank_1} is missing",
         4: "mp_rank_00_model_states.pt: 1,000 bytes, the manifest says",
         3: "no readable manifest",

@@ -177,7 +177,7 @@ def test_slices_share_a_store(store: Store, corpus: Corpus, whole: dict[str, byt
     for index, left in ((1, 5), (0, 2)):
         done = store.shards(*corpus.command("s3://bucket/shards", "--slice", f"{index}/3"))
         assert done.returncode == 0, done.stderr
-        assert f"{left} of 8 tasks are left to other slices" in done.stderr
+        assert f"{left} of 8 tasks remain for other slices" in done.stderr
         assert MANIFEST not in store.files("bucket", "shards")
     done = store.shards(*corpus.command("s3://bucket/shards", "--slice", "2/3"))
     assert done.returncode == 0, done.stderr

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: T
     again = train_tiny("damaged")
     assert again.losses() == trained.losses()
     log = (again.run.logs / "rank_00000.log").read_text()
-    assert f"step-00000006: {file.name}: its bytes are not those that were written" in log
+    assert f"step-00000006: {file.name}: content differs from what was written" in log
     assert re.search("resuming from .*step-00000003", log)
 
 

@@ -120,7 +120,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     # Conversion looks for what is elsewhere only when it is told where.
     refused = call(real_hosts, tmp_path, "convert", run.path, tmp_path / "hf")
     assert refused.returncode == EXIT_USER_ERROR
-    assert f"is missing: {real_hosts.hosts[1]} wrote it" in refused.output and "--hostfile" in refused.output
+    assert f"is missing (written by {real_hosts.hosts[1]})" in refused.output and "--hostfile" in refused.output
     converted = call(real_hosts, tmp_path, "convert", run.path, tmp_path / "hf", "--hostfile", hostfile)
     assert converted.returncode == 0, converted.output
     ours = read_certificate(tmp_path / "hf")

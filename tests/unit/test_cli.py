@@ -57,10 +57,10 @@ def test_usage_errors_exit_with_2() -> None:
         (["compare", "{tmp}", "{tmp}", "--steps", "9"], "write them like 100:200"),
         (["status", "{stdlib}/__init__.py"], "this run status cannot be read (Not a directory)"),
         (["shards", "verify", "{stdlib}/__init__.py"], "no shards manifest here"),
-        (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards', not of 'corpus'"),
+        (["tokenizer", "train", "{data}/shards", "-o", "{tmp}/t"], "a manifest of 'shards'; expected 'corpus'"),
         (
             ["shards", "build", "{data}/tokenizer", "--tokenizer", "{data}/tokenizer", "-o", "{tmp}/s"],
-            "not of 'corpus'",
+            "expected 'corpus'",
         ),
         (["tokenizer", "train", "{data}/corpus", "--vocab-size", "300", "-o", "{stdlib}/__init__.py/t"], "__init__.py"),
     ],

@@ -42,7 +42,7 @@ def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
         return process
 
     first = start()
-    with pytest.raises(ConfigError, match="another process is making it now"), files.publish_directory(target):
+    with pytest.raises(ConfigError, match="another process is creating it now"), files.publish_directory(target):
         pass
     first.communicate()  # it ends
     assert [path.name for path in target.iterdir()] == ["its"]
@@ -84,7 +84,7 @@ def test_a_disk_too_small_is_refused_with_figures(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file, but a directory is needed"):
+    with pytest.raises(ConfigError, match="is a file, but must be a directory"):
         files.make_directory(tmp_path / "file")
     with pytest.raises(ConfigError, match="cannot write here"):
         files.make_directory(Path("/proc/codeparrot"))  # not even root may
@@ -101,5 +101,5 @@ def test_a_manifest_made_otherwise_is_told_from_none(tmp_path: Path) -> None:
     body = {"format_version": files.FORMAT_VERSION, "kind": "corpus", "a": 1, "b": 2}
     files.write_json(tmp_path / files.MANIFEST, body)
     assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) == body
-    with pytest.raises(DataError, match=r"a = 1, asked for 3"):
+    with pytest.raises(DataError, match=r"a = 1, requested 3"):
         files.finished_manifest(tmp_path, "corpus", {"a": 3})

@@ -57,7 +57,7 @@ def place(hosts: Path, host: str, path: Path, content: bytes) -> None:
 def test_what_is_missing_is_fetched_from_the_host_that_has_it(hosts: Path, tmp_path: Path) -> None:
     files = {"one.pt": b"first", "offloaded_tensors/rank01/two.swp": b"second" * 1_000_000}
     checkpoint = make_checkpoint(tmp_path / "step-00000003", files)
-    with pytest.raises(CheckpointError, match=r"one.pt is missing: b wrote it(?s:.)*--hostfile"):
+    with pytest.raises(CheckpointError, match=r"one.pt is missing \(written by b\)(?s:.)*--hostfile"):
         checkpoint.verify()
     for name, content in files.items():
         place(hosts, "c", checkpoint.path / name, content)
@@ -79,5 +79,5 @@ def test_what_no_host_has_as_it_was_written_is_named_and_nothing_is_left(hosts: 
 @pytest.mark.parametrize("name", ["../../etc/one.pt", "/etc/one.pt"])
 def test_a_manifest_cannot_have_files_written_elsewhere(name: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "step-00000003", {name: b""}).path
-    with pytest.raises(CheckpointError, match="is no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a valid checkpoint file name"):
         Checkpoint.read(path)

@@ -494,7 +494,7 @@ def test_a_foreign_manifest_in_a_data_directory_is_no_data(data: Path, tmp_path:
 
 
 def test_shards_are_not_taken_for_a_corpus(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a manifest of 'shards', not of 'corpus'"):
+    with pytest.raises(DataError, match="a manifest of 'shards'; expected 'corpus'"):
         make(data, data / "shards", tmp_path / "shards")
 
 
@@ -512,11 +512,11 @@ def test_a_corpus_manifest_without_its_files_is_refused_by_name(data: Path, tmp_
         ("absent", None, r"absent: no such file or directory"),
         ("dangling.jsonl", None, r"dangling\.jsonl: no such file or directory"),
         ("a.txt/b.jsonl", None, r"a\.txt/b\.jsonl: "),
-        ("a.txt", None, r"a\.txt: of no kind that can be read \(\.jsonl, .*--suffix"),
-        ("empty", None, r"empty: holds no data files \(\.jsonl, "),
-        ("sources", None, r"sources: holds no data files .*--suffix \.py"),
-        ("sources", ".rs", r"sources: holds no files ending in \.rs"),
-        ("*.jsonl.bz2", None, r"\*\.jsonl\.bz2: holds no data files"),
+        ("a.txt", None, r"a\.txt: not a supported file type \(\.jsonl, .*--suffix"),
+        ("empty", None, r"empty: contains no data files \(\.jsonl, "),
+        ("sources", None, r"sources: contains no data files .*--suffix \.py"),
+        ("sources", ".rs", r"sources: contains no files ending in \.rs"),
+        ("*.jsonl.bz2", None, r"\*\.jsonl\.bz2: contains no data files"),
     ],
 )
 def test_input_that_leads_to_nothing_is_named_in_one_message(
@@ -779,8 +779,8 @@ BAD: dict[str, Bad] = {
         "a.jsonl", _second(b'{"text": "x", "n": 1}'), ":2", "no field 'content'.*'text'.*--text-field", 2
     ),
     "no fields": Bad("a.jsonl", _second(b"{}"), ":2", "no field 'content'.*--text-field", 2),
-    "wrong type": Bad("a.jsonl", _second(b'{"content": ["x"]}'), ":2", "field 'content' is of type list, not text", 2),
-    "null": Bad("a.jsonl", _second(b'{"content": null}'), ":2", "field 'content' is of type NoneType, not text", 2),
+    "wrong type": Bad("a.jsonl", _second(b'{"content": ["x"]}'), ":2", "field 'content' has type list, not text", 2),
+    "null": Bad("a.jsonl", _second(b'{"content": null}'), ":2", "field 'content' has type NoneType, not text", 2),
     "lone surrogate": Bad("a.jsonl", _second(LONE), ":2", "a lone surrogate", 2),
     "lone surrogate in bytes": Bad(
         "a.jsonl", _second(b'{"content": "\xed\xa0\x80"}'), ":2", "surrogate|not valid JSON", 2
@@ -845,7 +845,7 @@ BAD: dict[str, Bad] = {
     ),
     "no zstandard at all": Bad("a.jsonl.zst", lines(), "", "damaged zstandard data after line 0", 0),
     "null in parquet": Bad(
-        "a.parquet", parquet({"content": ["x", None, "z"]}), " row 2", "of type NoneType, not text", 2
+        "a.parquet", parquet({"content": ["x", None, "z"]}), " row 2", "has type NoneType, not text", 2
     ),
     "bad UTF-8 in parquet": Bad("a.parquet", _parquet_with_bad_utf8, " row 2", "not UTF-8", 2),
     "a source file in Latin-1": Bad("p/a.py", b"# caf\xe9\n", "", r"not UTF-8 \(byte 5", 0, ".py"),
@@ -866,10 +866,10 @@ BAD_PARQUET: dict[str, Bad] = {
         "a.parquet",
         parquet({"text": many()}),
         "",
-        r"no column 'content' \(its columns: 'text'; name one with --text-field",
+        r"no column 'content' \(its columns: 'text'; select one with --text-field",
         0,
     ),
-    "a column of bytes": Bad("a.parquet", parquet({"content": [b"x"]}), " row 1", "of type bytes, not text", 0),
+    "a column of bytes": Bad("a.parquet", parquet({"content": [b"x"]}), " row 1", "has type bytes, not text", 0),
 }
 
 
@@ -944,7 +944,9 @@ def test_a_line_may_be_as_long_as_a_document_and_no_longer(
             f"{path}:4",
         ]
         reasons = [read.reason for read in reads if isinstance(read, BadDocument)]
-        assert all(reason.startswith(f"a line of {length} bytes; 100 are the most") for reason in reasons)
+        assert all(
+            reason.startswith(f"a line of {length} bytes; the limit for one document is 100") for reason in reasons
+        )
 
 
 @pytest.mark.parametrize("on_bad_document", ["fail", "skip"])
@@ -958,7 +960,8 @@ def test_too_long_a_line_is_named_by_a_build(
     path = write(tmp_path / "a.jsonl", start + long + b"\n" + row("last"))
     if on_bad_document == "fail":
         with pytest.raises(
-            DataError, match=rf"{path}:41: not a document: a line of {len(long):,} bytes; 2,000 are the most"
+            DataError,
+            match=rf"{path}:41: not a document: a line of {len(long):,} bytes; the limit for one document is 2,000",
         ):
             make(data, path, tmp_path / "shards")
         return
@@ -973,7 +976,7 @@ def test_too_large_a_source_file_is_named(data: Path, tmp_path: Path, monkeypatc
     path = write(tmp_path / "p" / "a.py", b"x" * 101)
     write(tmp_path / "p" / "b.py", b"x" * 100)
     assert read_all(tmp_path / "p", suffix=".py") == [
-        BadDocument(str(path), "101 bytes; 100 are the most for one document"),
+        BadDocument(str(path), "101 bytes; the limit for one document is 100"),
         Document("x" * 100, "p", "b.py", "", "directory"),
     ]
 
@@ -993,7 +996,7 @@ def test_a_line_of_100_megabytes_is_refused_without_being_held(tmp_path: Path, n
     assert texts_of([before, after]) == ["before", "after"]
     assert isinstance(bad, BadDocument)
     assert bad.where == f"{path}:2"
-    assert bad.reason.startswith("a line of 100,000,015 bytes; 32,000,000 are the most")
+    assert bad.reason.startswith("a line of 100,000,015 bytes; the limit for one document is 32,000,000")
     assert peak < 40_000_000  # what a document may have, and some blocks
 
 

@@ -212,7 +212,7 @@ def test_tasks_not_begun_are_dropped_after_an_error(start: str, tmp_path: Path) 
 
 
 def test_a_killed_worker_is_named_with_the_mend(start: str) -> None:
-    with pytest.raises(ClusterError, match=r"a worker process was killed from outside.*run the same command again"):
+    with pytest.raises(ClusterError, match=r"a worker process was killed.*run the same command again"):
         list(run_tasks(die_at_three, range(100), 2))
 
 

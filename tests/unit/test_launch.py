@@ -116,7 +116,7 @@ def test_other_hosts_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypat
     ids=["mpirun", "srun"],
 )
 def test_ranks_that_a_scheduler_started_know_one_another(environment: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="4 ranks were started by a scheduler"):
+    with pytest.raises(ConfigError, match="a scheduler started 4 ranks"):
         rank_of_scheduler(environment)
     where = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     found = rank_of_scheduler({**environment, **where})

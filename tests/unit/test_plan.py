@@ -197,7 +197,7 @@ def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         find_machine(recipe)
     with pytest.raises(ConfigError, match=r"logging\.peak_tflops"):
         find_machine(recipe, MachineSpec(8, gpu="Unheard Of 3000", gpu_memory_bytes=10**10))
-    with pytest.raises(ConfigError, match="cannot be dealt evenly to 7 ranks"):
+    with pytest.raises(ConfigError, match="cannot be divided evenly among 7 ranks"):
         make_plan(recipe, find_machine(recipe, MachineSpec(7, gpu_memory_bytes=10**10)))
 
 

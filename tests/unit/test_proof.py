@@ -355,7 +355,7 @@ def _no_sample() -> Iterator[str]:
 def test_a_proof_is_made_once(data: Path, referee: Encoder, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_encoder(data / "tokenizer", referee, "auto", ["abc", "de"]) == "fastokens"
     said = capsys.readouterr()
-    assert re.search(r"^proved fastokens against tokenizers on this tokenizer in [\d.]+ s: equal$", said.err, re.M)
+    assert re.search(r"^verified fastokens against tokenizers on this tokenizer in [\d.]+ s: equal$", said.err, re.M)
     assert said.out == ""
     (kept,) = (path for path in cache.rglob("*") if path.is_file())
     assert kept == proof_file(referee)
@@ -371,11 +371,11 @@ def test_a_difference_leads_to_the_referee_and_is_remembered(
 ) -> None:
     assert choose_encoder(data / "tokenizer", referee, "auto", []) == "tokenizers"
     first = capsys.readouterr().err
-    assert "proved fastokens against tokenizers" in first
+    assert "verified fastokens against tokenizers" in first
     assert "note: encoding with tokenizers" in first
     assert choose_encoder(data / "tokenizer", referee, "auto", _no_sample()) == "tokenizers"
     second = capsys.readouterr().err
-    assert "proved" not in second
+    assert "verified" not in second
     assert re.fullmatch(
         r"note: encoding with tokenizers, .* fastokens differs from tokenizers \(code points\) .*\n", second
     )
@@ -412,7 +412,7 @@ def test_a_torn_outcome_is_proved_again(
     record_proof(referee, None, {})
     proof_file(referee).write_bytes(content)
     assert choose_encoder(data / "tokenizer", referee, "auto", []) == "tokenizers"
-    assert "proved fastokens against tokenizers" in capsys.readouterr().err
+    assert "verified fastokens against tokenizers" in capsys.readouterr().err
     assert "differs" in json.loads(proof_file(referee).read_bytes())["difference"]
 
 
@@ -447,7 +447,7 @@ def test_a_cache_that_cannot_be_written_costs_a_proof_and_no_more(
     for _ in range(2):
         assert choose_encoder(data / "tokenizer", referee, "auto", []) == "fastokens"
         said = capsys.readouterr().err
-        assert "cannot be written" in said and "proved fastokens" in said
+        assert "cannot be written" in said and "verified fastokens" in said
 
 
 @pytest.mark.usefixtures("cache")
@@ -705,7 +705,7 @@ def test_verification_against_the_input_finds_ids_that_no_check_saw(
     break_encoder(monkeypatch, "n_5 = 1\n")
     manifest = make(data, inputs, tmp_path / "shards")
     verify(tmp_path / "shards", deep=True)  # whole, and yet wrong
-    with pytest.raises(DataError, match=r"does not hold o/r1 5\.py of the input"):
+    with pytest.raises(DataError, match=r"does not contain o/r1 5\.py of the input"):
         verify_against_corpus(manifest)
 
 
@@ -726,9 +726,9 @@ def test_the_first_build_proves_the_encoder_and_the_second_does_not(
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    assert "proved fastokens against tokenizers" in said_by_build(tmp_path / "first")
+    assert "verified fastokens against tokenizers" in said_by_build(tmp_path / "first")
     outcome = json.loads(proof_file(referee).read_bytes())
     assert outcome["difference"] is None
     assert outcome["checked"]["documents"] > 1_000
-    assert "proved" not in said_by_build(tmp_path / "second")
+    assert "verified" not in said_by_build(tmp_path / "second")
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")

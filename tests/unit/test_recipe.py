@@ -99,7 +99,7 @@ def test_overrides_win_and_are_checked(tiny_recipe: dict[str, Any], tmp_path: Pa
     assert load_recipe(path, ["optimizer.learning_rate=1e-4", "schedule.steps=9"]).optimizer.learning_rate == 1e-4
     with pytest.raises(ConfigError, match=r"schedule\.stepz: unknown key"):
         load_recipe(path, ["schedule.stepz=9"])
-    with pytest.raises(ConfigError, match=r"write it as section\.key=value"):
+    with pytest.raises(ConfigError, match=r"must have the form section\.key=value"):
         load_recipe(path, ["schedule.steps"])
     with pytest.raises(ConfigError, match="name is a value, not a section"):
         load_recipe(path, ["name.x=1"])
@@ -126,7 +126,11 @@ def test_a_stored_recipe_loads_as_the_same(tiny_recipe: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("- a", "is a mapping"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.system [id]", "not valid YAML")],
+    [
+        ("- a", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.system [id]", "not valid YAML"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "r.yaml").write_text(content)
@@ -166,10 +170,14 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("train_batch_size", 7, "train_batch_size: 7, but the recipe makes it 4"),
-        ("bf16.enabled", True, r"bf16\.enabled: True, but the recipe makes it False"),
+        ("train_batch_size", 7, "train_batch_size: 7, but the recipe sets 4"),
+        ("bf16.enabled", True, r"bf16\.enabled: True, but the recipe sets False"),
         ("data_types.grad_accum_dtype", "bf16", r"data_types\.grad_accum_dtype: 'bf16'"),
-        ("zero_optimization.reduce_bucket_size", "auto", r'zero_optimization\.reduce_bucket_size: "auto" is left'),
+        (
+            "zero_optimization.reduce_bucket_size",
+            "auto",
+            r'zero_optimization\.reduce_bucket_size: "auto", but the recipe has no value',
+        ),
         ("zero_optimization.stage", 4, r"zero_optimization\.stage: 4"),
         ("optimizer", {"type": "AdamW"}, "optimizer: remove it"),
         ("scheduler", {"type": "WarmupLR"}, "scheduler: remove it"),
@@ -177,7 +185,7 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("elasticity", {"enabled": True}, "elasticity: remove it"),
         ("bfloat16", {"enabled": True}, "bfloat16: remove it"),
         ("torch_autocast", {"enabled": True}, "torch_autocast: remove it"),
-        ("bf16", "auto", "bf16: 'auto'; it is a section"),
+        ("bf16", "auto", "bf16: 'auto'; must be a section"),
         ("zero_optimization", {}, r"zero_optimization\.stage: None"),
     ],
 )
@@ -250,14 +258,14 @@ def test_the_other_schedules() -> None:
     assert [wsd.ratio(step) for step in (19, 20, 59, 60, 80, 99)] == pytest.approx([1, 1, 1, 1, 0.5, 1 / 40])
     for wrong, message in (
         ({"name": "wsd"}, "decay_steps"),
-        ({"name": "cosine", "decay_steps": 5}, "belongs to name: wsd"),
+        ({"name": "cosine", "decay_steps": 5}, "is required with name: wsd"),
         ({"name": "wsd", "warmup_steps": 50, "decay_steps": 60}, "exceed steps 100"),
-        ({"tokens": 5}, "give steps or tokens, not both"),
+        ({"tokens": 5}, "set steps or tokens, not both"),
         ({"warmup_steps": 5, "warmup_tokens": 5}, "warmup_steps or warmup_tokens, not both"),
     ):
         with pytest.raises(ValueError, match=message):
             Schedule.model_validate({"steps": 100, **wrong})
-    with pytest.raises(ValueError, match="give steps, or tokens"):
+    with pytest.raises(ValueError, match="set steps or tokens"):
         Schedule.model_validate({})
 
 

@@ -213,7 +213,7 @@ def test_an_id_beyond_the_vocabulary_is_found(tmp_path: Path) -> None:
         shard = write_shard(tmp_path, f"train-{vocab_size:05d}", [ids], np.dtype("<u2"))
         manifest = Manifest(tmp_path, vocab_size, 0, "", "uint16", (shard,))
         found = _check_bytes(LocalDirectory(tmp_path), manifest, shard)
-        assert found == [] if fits else "holds id 300, the vocabulary ends at 300" in found[0]
+        assert found == [] if fits else "contains id 300, the vocabulary ends at 300" in found[0]
 
 
 def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
@@ -248,7 +248,7 @@ def test_another_tokenizer_or_none_is_found(shards: Path, data: Path) -> None:
     (shards / "tokenizer" / "tokenizer.json").write_text(
         (data / "tokenizer" / "tokenizer.json").read_text().replace('"id": 0', '"id":  0')
     )
-    with pytest.raises(DataError, match="not the tokenizer that made these shards"):
+    with pytest.raises(DataError, match="not the tokenizer that these shards were built with"):
         verify(shards)
     (shards / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
@@ -257,7 +257,7 @@ def test_another_tokenizer_or_none_is_found(shards: Path, data: Path) -> None:
 
 def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
     (shards / MANIFEST).write_text('{"kind": "corpus"}')
-    with pytest.raises(DataError, match="a manifest of 'corpus', not of 'shards'"):
+    with pytest.raises(DataError, match="a manifest of 'corpus'; expected 'shards'"):
         verify(shards)
     (shards / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
