@@ -71,7 +71,9 @@ def test_what_no_host_has_as_it_was_written_is_named_and_nothing_is_left(hosts: 
     place(hosts, "a", checkpoint.path / "two.pt", b"second")
     with pytest.raises(ClusterError) as raised:
         gather(checkpoint, ["a", "endless"])
-    assert "one.pt (endless: what it sent is not what was written; a: what it sent is not" in str(raised.value)
+    assert "one.pt (endless: its copy does not match the recorded digest; a: its copy does not match" in str(
+        raised.value
+    )
     assert "two.pt" not in str(raised.value)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == ["manifest.json", "two.pt"]
 

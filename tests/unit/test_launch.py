@@ -293,4 +293,4 @@ def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
     connection.close()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == EXIT_CRASHED
-    assert "the supervisor of this job is gone" in errors
+    assert "the supervisor of this job has died" in errors
