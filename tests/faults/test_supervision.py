@@ -112,7 +112,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
     job.wait_for("paused")
     for _ in range(2):
         job.process.send_signal(signal.SIGINT)
-        assert until(lambda: "saves a checkpoint" in job.output(), 10)
+        assert until(lambda: "saving a checkpoint" in job.output(), 10)
     done = job.end()
     assert done.returncode == 128 + signal.SIGINT, done.output
     assert run.newest() == 2

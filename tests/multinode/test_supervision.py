@@ -194,7 +194,7 @@ def test_whatever_is_lost_between_a_user_and_the_ranks_none_of_them_lives_on(
     assert len(ranks) == 2
     if victim == "terminal":
         job.supervisor().send_signal(signal.SIGHUP)
-        job.wait_to_say("SIGHUP: the job saves a checkpoint and stops")
+        job.wait_to_say("SIGHUP: saving a checkpoint and stopping")
         (job.marks / "go-4").touch()
     elif victim == "deepspeed":
         (runner,) = job.supervisor().children()
@@ -212,7 +212,7 @@ def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_host
     job = launch("told", 2, faults=["hold:0:1"])
     job.wait_for("held-1")
     job.supervisor().send_signal(signal.SIGTERM)
-    job.wait_to_say("SIGTERM: the job saves a checkpoint and stops")
+    job.wait_to_say("SIGTERM: saving a checkpoint and stopping")
     (job.marks / "go-1").touch()
     assert job.end() == 75, job.output()
     assert job.directory.newest_checkpoint().step == 2
@@ -223,7 +223,7 @@ def test_hosts_that_do_not_answer_are_named_before_anything_starts(launch: Launc
     with real_hosts.without_sshd(1):
         job = launch("silent", 2)
         assert job.end() == EXIT_USER_ERROR, job.output()
-    assert f"1 of 2 hosts can train, and 2 are needed ({real_hosts.hosts[1]}: " in job.output()
+    assert f"1 of 2 hosts can train, but 2 are needed ({real_hosts.hosts[1]}: " in job.output()
     assert "Connection refused" in job.output() and "Traceback" not in job.output()
     assert not job.directory.checkpoints.exists()
     back = ["ssh", "-F", real_hosts.ssh_config, real_hosts.hosts[1], "true"]

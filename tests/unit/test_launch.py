@@ -52,13 +52,13 @@ def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any],
 
 
 def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
-    with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
+    with pytest.raises(ClusterError, match="3 of 4 hosts can train, but 4 are needed"):
         many_hosts(["b"]).prepare(2)
     assert many_hosts(["b"], min_hosts=2).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
     assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {"a": 2, "c": 2}  # 8 cannot be dealt to six
     with pytest.raises(ClusterError, match="1 of 4"):
         many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
-    with pytest.raises(ConfigError, match="at least 9 wanted"):
+    with pytest.raises(ConfigError, match="at least 9 required"):
         many_hosts(min_hosts=9)
 
 
@@ -276,7 +276,7 @@ def test_strangers_are_not_heard() -> None:
 
 def test_a_command_that_starts_no_rank_has_failed() -> None:
     outcome, _ = attempt(lambda supervisor: None)
-    assert (outcome.state, outcome.reason) == ("failed", "deepspeed ended with 0 before any rank had started")
+    assert (outcome.state, outcome.reason) == ("failed", "deepspeed exited with code 0 before any rank had started")
 
 
 def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
