@@ -96,7 +96,7 @@ def test_what_is_wrong_with_one_host_is_named(
     problems = found[1]
     assert f"deepspeed 0.18.0, here {importlib.metadata.version('deepspeed')}" in problems["software"]
     assert "manifest.json differs from the one here" in problems["data"]
-    assert "has no address for " + real_hosts.hosts[2] in problems["name"]
+    assert "cannot resolve " + real_hosts.hosts[2] in problems["name"]
     assert "GB needed" in problems["disk"]
     assert "put `runs` on a shared disk" in problems["shared"]
     assert "in use" in problems["port"]
