@@ -100,7 +100,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(file.name)}: its bytes are not those"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(file.name)}: its digest differs"):
         check(flipped)
 
     added = copy("added")
@@ -118,7 +118,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     body = json.loads((forged / CERTIFICATE).read_text())
     body["files"][file.name] = digest_file(file)
     (forged / CERTIFICATE).write_text(json.dumps(body))
-    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)}: its values are not those that were proved"):
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)}: the digest of its values differs"):
         check(forged)
 
 
@@ -137,7 +137,9 @@ def test_a_writer_that_errs_leaves_no_directory(
         return right(tensor)
 
     monkeypatch.setattr(writing, "_bytes", wrong)
-    with pytest.raises(CheckpointError, match=r"the proof failed.*tensor transformer\.\S+: its values are not those"):
+    with pytest.raises(
+        CheckpointError, match=r"verification failed.*tensor transformer\.\S+: the digest of its values differs"
+    ):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=8 * GB)
     assert list(tmp_path.iterdir()) == []
 
@@ -215,7 +217,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(copy_baseline: Copy, tmp_path: 
 
 
 def test_a_cap_that_cannot_be_kept_is_refused_with_what_is_needed(baseline: Trained, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--memory-cap 0.05GB: this model takes \d.\d\d GB"):
+    with pytest.raises(ConfigError, match=r"--memory-cap 0.05GB: this model needs \d.\d\d GB"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=50_000_000)
 
 
@@ -258,7 +260,7 @@ def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: 
     assert TOKEN not in said
     exported = sorted(path.name for path in trained.run.exports.iterdir())
     # The first may still go on when the second is due.
-    if "not exported, for the export before it still goes on" in said:
+    if "not exported, because the previous export is still running" in said:
         assert exported == ["step-00000003"]
     else:
         assert exported == ["step-00000006"]
@@ -277,6 +279,6 @@ def test_an_export_that_fails_is_told_of_and_training_goes_on(train_tiny: Train)
         trained = train_tiny("refused", stage=1, options=options, env=environment)
     assert trained.run.read_status()["state"] == "finished"
     said = trained.run.log(0).read_text()
-    assert "step 3: not pushed. Training goes on. error: me/parrot: the Hub refuses (401)" in said
+    assert "step 3: not pushed. Training continues. error: me/parrot: the Hub denies access (401)" in said
     assert environment["HF_TOKEN"] not in said
     check(trained.run.export(3))

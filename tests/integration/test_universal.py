@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named_and_nothing_is_left(
     baseline: Trained, universal: Checkpoint, copy_baseline: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     source = source_checkpoint(baseline.run.path)
-    with pytest.raises(ConfigError, match=r"--memory-cap 0\.05GB: this checkpoint takes \d\.\d\d GB"):
+    with pytest.raises(ConfigError, match=r"--memory-cap 0\.05GB: this checkpoint needs \d\.\d\d GB"):
         to_universal(source, tmp_path / "out", 50_000_000)
     with pytest.raises(ConfigError, match="already exists"):
         to_universal(source, universal.path, 8 * GB)
