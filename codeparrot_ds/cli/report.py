@@ -25,7 +25,7 @@ def compare_command(
     run_a: Annotated[Path, typer.Argument(help="Run directory.")],
     run_b: Annotated[Path, typer.Argument(help="Run directory with the same global batch size.")],
     tolerance: Annotated[float, typer.Option(help="Relative tolerance of losses; 0 requires bit-equal losses.")] = 1e-3,
-    steps: Annotated[str, typer.Option(help="A:B: compare steps A to B, B excluded; 100: means from step 100.")] = ":",
+    steps: Annotated[str, typer.Option(help="A:B compares steps A to B, B excluded; 100: is all from 100.")] = ":",
     json_output: JsonOption = False,
 ) -> None:
     """Check that two runs saw the same data and had the same losses. Exits with 0 if they did, else with 1."""

@@ -38,13 +38,13 @@ def shards_build(
     shard_tokens: Annotated[
         int | None, typer.Option(help="Approximate tokens per shard; 1/64 of all by default, 4 to 128 million.", min=1)
     ] = None,
-    on_bad_document: Annotated[str, typer.Option(help="fail, or skip: list it in quarantine.jsonl.")] = "fail",
+    on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
     encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Worker processes; one per core by default.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     part: Annotated[
         str | None,
-        typer.Option("--slice", help="I/N: process only slice I of N, from 0; Slurm, torchrun and MPI set it."),
+        typer.Option("--slice", help="I/N: process only slice I of N, from 0; detected under Slurm, torchrun and MPI."),
     ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,

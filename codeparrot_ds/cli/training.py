@@ -18,7 +18,7 @@ def launch(
     recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine only without it.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks here, or per host with srun; one per GPU by default.", min=1)
+        int | None, typer.Option(help="Ranks on this machine, or per host with srun; one per GPU by default.", min=1)
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
     launcher: Annotated[str | None, typer.Option(help="pdsh, ssh, mpirun; srun inside a Slurm allocation.")] = None,
@@ -30,10 +30,12 @@ def launch(
     address: Annotated[str | None, typer.Option(help="Address at which the hosts reach this machine.")] = None,
     master_addr: Annotated[str | None, typer.Option(help="Address at which the others reach the first host.")] = None,
     doctor: Annotated[bool, typer.Option(help="Check all hosts first.")] = True,
-    max_restarts: Annotated[int, typer.Option(help="Consecutive restarts without a new checkpoint.", min=0)] = 3,
-    restart_delay: Annotated[float, typer.Option(help="Seconds before the second restart; doubles.", min=0)] = 5.0,
+    max_restarts: Annotated[int, typer.Option(help="Maximum restarts in a row without a new checkpoint.", min=0)] = 3,
+    restart_delay: Annotated[
+        float, typer.Option(help="Seconds before the second restart in a row; doubles each time.", min=0)
+    ] = 5.0,
 ) -> None:
-    """Train with `deepspeed`, print its command, and restart from the newest checkpoint after a crash."""
+    """Train with `deepspeed` (its command is printed), and restart from the newest checkpoint after a crash."""
     from codeparrot_ds.supervision.attempt import Restarts
     from codeparrot_ds.supervision.launch import launch as run
     from codeparrot_ds.supervision.placement import Hosts
@@ -49,7 +51,9 @@ def launch(
 
 
 def doctor_command(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe: also check its shards, disks and ops.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe whose shards, disk space and DeepSpeed ops are checked too.")
+    ] = None,
     hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
     port: Annotated[int, typer.Option(help="Rendezvous port.")] = 29500,
