@@ -180,7 +180,11 @@ def _driver(facts: Mapping[str, Any]) -> str | None:
 def _judge_slots(report: HostReport, facts: Mapping[str, Any], expected: Expected) -> None:
     slots, gpus = expected.slots[report.host], len(facts["gpus"])
     if not expected.cpu and gpus < slots:
-        report.bad("slots", f"{slots} of {gpus}", f"the hostfile gives it slots={slots}, but it has {gpus} GPUs.")
+        report.bad(
+            "slots",
+            f"{slots} of {gpus}",
+            f"the hostfile gives it slots={slots}, but it has {gpus} GPUs: lower its slots.",
+        )
     else:
         report.good("slots", str(slots) if expected.cpu else f"{slots} of {gpus}")
 

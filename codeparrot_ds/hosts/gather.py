@@ -44,7 +44,9 @@ def gather(checkpoint: Checkpoint, hosts: Sequence[str]) -> None:
         problems = list(filter(None, pool.map(fetch, missing)))
     if problems:
         fix = "List the hosts that trained the run, and check that ssh reaches them without a prompt."
-        raise ClusterError(list_problems(f"{checkpoint.path}: files missing on these hosts", problems, fix))
+        raise ClusterError(
+            list_problems(f"{checkpoint.path}: not all files could be fetched from these hosts", problems, fix)
+        )
 
 
 def _fetch_from(host: str, checkpoint: Checkpoint, name: str) -> str | None:

@@ -30,7 +30,7 @@ def launch(
     """
     loaded = load_recipe(recipe, overrides)
     if hosts is not None and hosts.hostfile is not None and ranks is not None:
-        raise ConfigError("--ranks sets the ranks on this machine; with --hostfile, its slots set them.")
+        raise ConfigError("--ranks cannot be combined with --hostfile, whose slots set the ranks per host.")
     run = RunDirectory(loaded.run_directory)
     place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
     make_directory(run.path)

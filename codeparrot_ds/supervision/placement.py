@@ -230,7 +230,7 @@ def _address_towards(addresses: Iterable[str]) -> str:
 
 
 def most_ranks(batch: Batch, gpus: int) -> int:
-    """Return the largest number of GPUs that divides the recipe's batch."""
+    """Return the largest number of ranks, up to `gpus`, that the recipe's batch divides evenly over."""
     for ranks in range(gpus, 1, -1):
         try:
             batch.micro_batch_and_accumulation(ranks)
