@@ -1,4 +1,4 @@
-"""Conversion of real checkpoints: proofs that hold, and proofs that fail for what is wrong."""
+"""Conversion of real checkpoints: verification passes for good results and fails for wrong ones."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_certificate_says_what_transformers_computes(baseline: Trained, conv
     assert certificate["engine"]["not_compared"] is None
     assert abs(forward["loss_written"] - certificate["engine"]["loss_valid"]) < 1e-4
     assert certificate["engine"]["loss_valid"] == baseline.valid_losses()[6]
-    # Streamed, layer by layer, it is the loss that the whole model has.
+    # Streamed layer by layer, the loss equals that of the whole model.
     recipe = load_recipe(baseline.run.recipe)
     whole = validation_loss(converted, recipe.data.sources, recipe.evaluation.sequences)
     assert whole.sequences == forward["sequences"]
@@ -108,7 +108,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not in the certificate"):
         check(added)
 
-    # Somebody has rewritten the certificate's digests of files, but not those of tensors.
+    # The certificate's digests of files were forged, but not those of tensors.
     forged = copy("forged")
     file = sorted(forged.glob("*.safetensors"))[0]
     tensors = load_file(file)
@@ -125,13 +125,13 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
 def test_a_writer_that_errs_leaves_no_directory(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One element of one tensor goes wrong between checkpoint and file: the proof names it."""
+    """One element of one tensor is corrupted between checkpoint and file: verification names the tensor."""
     right = writing._bytes
     calls: list[int] = []
 
     def wrong(tensor: torch.Tensor) -> memoryview:
         calls.append(1)
-        if len(calls) == 12:  # the second of each two is what is written
+        if len(calls) == 12:  # the second of each pair is written
             tensor = tensor.clone()
             tensor[0] += 1e-3
         return right(tensor)
@@ -147,7 +147,7 @@ def test_a_writer_that_errs_leaves_no_directory(
 def test_a_model_that_computes_something_else_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if transformers took the tensors for something else than the engine did."""
+    """transformers interprets the tensors differently from the engine."""
     right = converting._reader
 
     def wrong(weights: Any) -> Any:
@@ -163,7 +163,7 @@ def test_a_model_that_computes_something_else_is_refused(
 def test_a_model_that_is_not_what_the_engine_trained_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every bit of the weights is right, but its configuration has transformers compute something else."""
+    """The weights are bit-exact, but the configuration makes transformers compute something else."""
     right = Model.hugging_face_config
 
     def wrong(self: Model, eos_id: int) -> dict[str, Any]:
@@ -233,13 +233,13 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(
     begun = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - begun
-    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the cap where none is given
+    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the default cap
     whole = {file.name: file.read_bytes() for file in output.iterdir() if file.name != CERTIFICATE}
     assert whole == {file.name: file.read_bytes() for file in converted.iterdir() if file.name != CERTIFICATE}
     for number in range(kills):
         subprocess.run(["rm", "-r", output], check=True)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds * (0.55 + 0.45 * (number + 0.5) / kills))  # it imports before that
+        time.sleep(seconds * (0.55 + 0.45 * (number + 0.5) / kills))  # imports take the time before that
         process.send_signal(signal.SIGKILL)
         process.wait()
         if output.exists():
@@ -259,7 +259,7 @@ def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: 
     said = trained.run.log(0).read_text()
     assert TOKEN not in said
     exported = sorted(path.name for path in trained.run.exports.iterdir())
-    # The first may still go on when the second is due.
+    # The first may still be running when the second is due.
     if "not exported, because the previous export is still running" in said:
         assert exported == ["step-00000003"]
     else:

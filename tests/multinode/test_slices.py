@@ -24,7 +24,7 @@ def corpus(data: Path, tmp_path: Path) -> Corpus:
 
 
 def build_on(real_hosts: RealHosts, corpus: Corpus, output: Path, *options: str, hosts: int = 3) -> Launched:
-    """Shards made by the first so many hosts."""
+    """Build shards on the first hosts of the list."""
     hostfile = output.with_suffix(".hosts")
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:hosts]))
     program = Path(sys.executable).with_name("codeparrot-ds")

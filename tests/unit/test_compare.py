@@ -1,4 +1,4 @@
-"""Two runs step by step: where their data part, where their losses do, and what cannot be compared."""
+"""Step-by-step comparison of two runs: first difference of data and losses, and runs that cannot be compared."""
 
 import json
 import math
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 def train_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A row as training writes it."""
+    """Return a row as training writes it."""
     return {
         "kind": "train",
         "step": step,
@@ -37,12 +37,12 @@ def train_row(step: int, **changed: Any) -> dict[str, Any]:
 
 
 def valid_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A row as evaluation writes it."""
+    """Return a row as evaluation writes it."""
     return {"kind": "valid", "step": step, "loss_valid": 6.5 - step / 16, "perplexity_valid": 1.0, **changed}
 
 
 def rows_of(steps: int = STEPS, changed: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """A run of so many steps, evaluated at its start and its end; `changed` by training step."""
+    """Return the rows of a run of `steps` steps, evaluated at start and end; `changed` overrides rows by step."""
     train = [train_row(step, **(changed or {}).get(step, {})) for step in range(steps)]
     return [valid_row(0), *train, valid_row(steps)]
 
@@ -211,7 +211,7 @@ def test_a_run_without_status_and_engine_settings_is_compared(make: Make) -> Non
 
 
 def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
-    """The run was at step 30, went back to 20 and was killed at 25: what lies beyond is of the first life."""
+    """The run was at step 30, went back to 20 and was killed at 25: rows beyond 25 are from its first life."""
     first = [row for row in rows_of(30, {step: {"loss": 50.0} for step in range(20, 30)}) if row["kind"] == "train"]
     again = [train_row(step) for step in range(20, 25)]
     whole = make("a", [*rows_of(), valid_row(30)])
@@ -230,7 +230,7 @@ def test_the_evaluation_of_the_weights_gone_back_to_stays(make: Make) -> None:
 
 
 def test_runs_of_other_length_are_compared_where_both_have_steps(make: Make) -> None:
-    """B began from A's weights of step 30 and went further."""
+    """B started from A's weights of step 30 and trained on."""
     later = [train_row(step) for step in range(30, 50)]
     found = compare(make("a"), make("b", later))
     assert found.same

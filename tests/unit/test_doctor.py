@@ -1,4 +1,4 @@
-"""What `doctor` makes of what a host says of itself."""
+"""How `doctor` judges the facts that a host reports."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ HERE: dict[str, Any] = {
 
 
 def row(cpu: bool = False, shared_disk: bool = True, **facts: Any) -> Any:
-    """The row of a host that differs from this machine in `facts`."""
+    """Return the report of a host that differs from this machine in `facts`."""
     expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu, shared_disk)
     return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
 
@@ -99,7 +99,7 @@ def test_the_host_that_explains_most_is_to_blame() -> None:
     assert set(blame(("b", each) for each in others)) == {"b"}  # it cannot send
     assert set(blame((each, "b") for each in others)) == {"b"}  # it cannot receive
     assert set(blame([*lame, ("c", "d")])) == {"b", "c", "d"}
-    assert set(blame([("a", "c")])) == {"a", "c"}  # nobody knows which
+    assert set(blame([("a", "c")])) == {"a", "c"}  # either could be at fault
     assert blame([]) == {}
 
 
@@ -114,7 +114,7 @@ def test_rounds_hold_every_pair_once_and_a_host_once_a_round(count: int) -> None
 
 
 def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
-    """As on a host where the package was never installed."""
+    """A host where the package was never installed."""
     wanted = {"names": ["localhost"], "shards": ["/nowhere"], "ops": ["cpu_adam"], "port": 0, "runs": "/tmp/x/y"}
     said = subprocess.run(
         [sys.executable, "-I", "-S", probe.__file__],

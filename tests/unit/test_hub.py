@@ -1,4 +1,4 @@
-"""Pushing over real HTTP to a small Hub of our own, whole and with faults."""
+"""Pushes over real HTTP to a small local Hub, with and without faults."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def push(hub: Hub, *arguments: str | Path, token: str = TOKEN, **environment: st
 
 
 def model(directory: Path, value: float = 1.0, name: str = "model.safetensors") -> Path:
-    """A directory with a certificate that holds."""
+    """Create a directory with a valid certificate."""
     directory.mkdir()
     weight = torch.full((4, 2), value)
     save_file({"weight": weight}, directory / name)
@@ -110,7 +110,7 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
 def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) -> None:
-    """Every call fails twice: with an answer that says so, cut in the middle, or without any answer."""
+    """Every call fails twice: with an error status, cut off in the middle, or without a response."""
     directory = model(tmp_path / "model")
     calls = [
         ("POST", "/api/repos/create"),
