@@ -61,7 +61,7 @@ def test_three_good_hosts_are_green_within_half_a_minute(doctor: Doctor, real_ho
 def test_what_is_wrong_with_one_host_is_named(
     doctor: Doctor, real_hosts: RealHosts, data: Path, tmp_path: Path
 ) -> None:
-    """Different version, different shards, full disk, a name that resolves to loopback and a taken port, all at once."""
+    """Different version and shards, full disk, a name that resolves to loopback and a taken port, all at once."""
     information = importlib.metadata.distribution("deepspeed").locate_file("")
     metadata = next(Path(str(information)).glob("deepspeed-*.dist-info")) / "METADATA"
     other = tmp_path / "METADATA"
