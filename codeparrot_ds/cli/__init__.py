@@ -1,4 +1,4 @@
-"""The `codeparrot-ds` command. Every verb imports its stage only when it is called, so that --help is quick."""
+"""The `codeparrot-ds` command. Each verb imports its stage only when it is called, which keeps --help fast."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from codeparrot_ds.cli import corpus, evaluate, export, planning, report, shards
 from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 
-app = group("From folders of source code to a trained GPT-2 code model in Hugging Face format.")
+app = group("Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.")
 for name, noun in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
     app.add_typer(noun.app, name=name)
 app.command("plan")(planning.plan_command)
@@ -28,12 +28,12 @@ app.command("complete")(evaluate.complete_command)
 
 
 def main() -> NoReturn:
-    """Run a verb. Exit codes: 0 done, 1 something you can mend, 2 usage; a traceback is a defect of ours."""
+    """Run a verb. Exit codes: 0 success, 1 user error, 2 usage error. A traceback is a bug in this package."""
     try:
         app()
     except UserError as error:
         _fail(str(error))
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`python -m codeparrot_ds.cli`."""
+"""Entry point of `python -m codeparrot_ds.cli`."""
 
 from codeparrot_ds.cli import main
 

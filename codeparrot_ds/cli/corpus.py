@@ -1,4 +1,4 @@
-"""`codeparrot-ds corpus`."""
+"""The `codeparrot-ds corpus` verbs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,26 +8,26 @@ import typer
 from codeparrot_ds.cli.output import JsonOption, group, parse_size, print_result
 from codeparrot_ds.errors import ConfigError
 
-app = group("Documents with their provenance.")
+app = group("Collect source files into a corpus that records the origin of each document.")
 
 
 @app.command("collect")
 def corpus_collect(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Corpus directory to make.")],
-    directories: Annotated[list[Path] | None, typer.Argument(help="Searched recursively.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Corpus directory to create.")],
+    directories: Annotated[list[Path] | None, typer.Argument(help="Directories to search recursively.")] = None,
     installed_python: Annotated[
-        bool, typer.Option(help="Also take this Python's standard library and installed packages.")
+        bool, typer.Option(help="Also collect this Python's standard library and installed packages.")
     ] = False,
-    suffix: Annotated[str, typer.Option(help="Of the files to take.")] = ".py",
-    max_file_size: Annotated[str, typer.Option(help="Leave larger files out.")] = "1MB",
-    sample: Annotated[str | None, typer.Option(help="Stop at this much text: a uniform sample, e.g. 30MB.")] = None,
+    suffix: Annotated[str, typer.Option(help="Suffix of the files to collect.")] = ".py",
+    max_file_size: Annotated[str, typer.Option(help="Skip larger files.")] = "1MB",
+    sample: Annotated[str | None, typer.Option(help="Keep a uniform sample of this much text, e.g. 30MB.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Collect source files from this machine, without exact copies."""
+    """Collect source files from this machine and drop exact duplicates."""
     from codeparrot_ds.corpus.collect import collect
 
     if not directories and not installed_python:
-        raise ConfigError("nothing to collect from: name directories, or add --installed-python.")
+        raise ConfigError("nothing to collect from: give directories, or add --installed-python.")
     manifest = collect(
         output,
         directories or [],
@@ -39,6 +39,6 @@ def corpus_collect(
     rows = [
         ("documents", f"{manifest['documents']:,}"),
         ("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"),
-        *((f"left out: {reason}", f"{count:,}") for reason, count in manifest["skipped"].items()),
+        *((f"skipped: {reason}", f"{count:,}") for reason, count in manifest["skipped"].items()),
     ]
     print_result(json_output, str(output), rows, manifest)

@@ -1,4 +1,4 @@
-"""`codeparrot-ds evaluate`, `complete`."""
+"""The `codeparrot-ds evaluate` and `complete` verbs."""
 
 import json
 import sys
@@ -15,19 +15,19 @@ from codeparrot_ds.cli.output import (
     without_option,
 )
 
-app = group("What a model is worth.")
+app = group("Evaluate a converted model.")
 
 
 @app.command("loss")
 def evaluate_loss(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     shards: Annotated[Path, typer.Argument(help="Shard directory.")],
-    sequences: Annotated[int, typer.Option(help="At most so many validation sequences.", min=1)] = 512,
-    part: Annotated[str | None, typer.Option("--slice", help="I/N: this part of them only.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="A slice on each of these hosts, over ssh.")] = None,
+    sequences: Annotated[int, typer.Option(help="Maximum number of validation sequences.", min=1)] = 512,
+    part: Annotated[str | None, typer.Option("--slice", help="I/N: evaluate only slice I of N, from 0.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Validation loss and perplexity, beside those of the unigram distribution of the same tokens."""
+    """Compute validation loss and perplexity, with a unigram baseline over the same tokens."""
     from codeparrot_ds.evaluation.loss import ValidationLoss, validation_loss
     from codeparrot_ds.system.jobs import Slice
 
@@ -41,22 +41,24 @@ def evaluate_loss(
     rows = [
         ("validation loss", f"{result.loss_valid:.4f} (unigram {result.loss_unigram:.4f})"),
         ("perplexity", f"{result.perplexity_valid:,.1f} (unigram {result.perplexity_unigram:,.1f})"),
-        ("over", f"{result.tokens:,} tokens in {result.sequences:,} sequences"),
+        ("evaluated on", f"{result.tokens:,} tokens in {result.sequences:,} sequences"),
     ]
     print_result(json_output, str(model), rows, vars(result))
 
 
 def complete_command(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - reads one from standard input.")] = None,
-    num: Annotated[int, typer.Option(help="Completions of each prompt.", min=1)] = 4,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 0.4,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; - (the default) reads one from standard input.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="Completions per prompt.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.", min=0.01)] = 0.4,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold.", min=0.01, max=1.0)] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per completion.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 1,
     json_output: JsonOption = False,
 ) -> None:
-    """Complete prompts, cut where a new block starts."""
+    """Complete prompts with a converted model. Each completion is cut where a new code block starts."""
     from codeparrot_ds.evaluation.complete import Sampling, complete
 
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ["-"]]

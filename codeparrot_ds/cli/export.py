@@ -1,4 +1,4 @@
-"""`codeparrot-ds convert`, `push`."""
+"""The `codeparrot-ds convert` and `push` verbs."""
 
 import sys
 from pathlib import Path
@@ -11,33 +11,36 @@ from codeparrot_ds.errors import ConfigError
 
 
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Run directory, or one checkpoint; with --check, a converted model.")],
-    output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to make.")] = None,
+    source: Annotated[Path, typer.Argument(help="Run directory or one checkpoint; with --check, a converted model.")],
+    output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to create.")] = None,
     tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
-    average: Annotated[int, typer.Option(help="Take the mean of the weights of the last so many.", min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Size of one safetensors file.")] = "5GB",
-    memory_cap: Annotated[str, typer.Option(help="What this process may hold in memory.")] = "1.5GB",
+    average: Annotated[int, typer.Option(help="Average the weights of the last N checkpoints.", min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one safetensors file.")] = "5GB",
+    memory_cap: Annotated[str, typer.Option(help="Memory limit of this process.")] = "1.5GB",
     sequences: Annotated[
         int | None,
-        typer.Option(help="Validation sequences to prove it on; without a GPU what takes minutes, else all.", min=0),
+        typer.Option(
+            help="Validation sequences to verify the model on; all by default, fewer without a GPU (a few minutes).",
+            min=0,
+        ),
     ] = None,
     hostfile: Annotated[
-        Path | None, typer.Option(help="Hosts of a run without a shared disk: bring what they wrote here first.")
+        Path | None, typer.Option(help="Hosts of a run without a shared disk: fetch their checkpoint files first.")
     ] = None,
     universal: Annotated[
-        bool, typer.Option("--to-universal", help="Make DeepSpeed's universal checkpoint, to train on from, instead.")
+        bool, typer.Option("--to-universal", help="Write a DeepSpeed universal checkpoint to resume training from.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Hold a converted model against its certificate.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Verify a converted model against its certificate.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Convert a ZeRO checkpoint to a Hugging Face directory, and prove it."""
+    """Convert a ZeRO checkpoint to a Hugging Face directory, and verify the result."""
     from codeparrot_ds.export import certificate as certificates
 
     if check == (output is not None):
-        raise ConfigError("name a run and the directory to make, or a converted model and --check.")
+        raise ConfigError("give a run and an output directory, or a converted model and --check.")
     if hostfile is not None and check:
-        raise ConfigError("--check looks at what is here alone: leave --hostfile out.")
+        raise ConfigError("--check reads local files only: omit --hostfile.")
     if hostfile is not None:
         from codeparrot_ds.checkpoint.source import source_checkpoints
         from codeparrot_ds.hosts.gather import gather
@@ -47,7 +50,7 @@ def convert_command(
             gather(each, list(read_hostfile(hostfile)))
     if output is not None and universal:
         if (average, dtype) != (1, "float32"):
-            raise ConfigError("--to-universal keeps one checkpoint as it is: leave out --average and --dtype.")
+            raise ConfigError("--to-universal keeps one checkpoint's weights unchanged: omit --average and --dtype.")
         from codeparrot_ds.checkpoint.source import source_checkpoint
         from codeparrot_ds.export.universal import to_universal
 
@@ -75,7 +78,7 @@ def convert_command(
         )
     forward, engine = certificate["forward"], certificate["engine"]
     if engine["not_compared"] is not None:
-        print(f"note: not held against the loss measured in training: {engine['not_compared']}.", file=sys.stderr)
+        print(f"note: not compared with the loss measured in training: {engine['not_compared']}.", file=sys.stderr)
     rows = [
         ("step", ", ".join(f"{part['step']:,}" for part in certificate["source"])),
         ("parameters", f"{certificate['parameters']:,} in {certificate['dtype']}"),
@@ -87,24 +90,26 @@ def convert_command(
         rows += [
             ("validation loss of the checkpoint's weights", f"{forward['loss_master']:.6f} {over}"),
             ("validation loss of this model", f"{forward['loss_written']:.6f} {over}"),
-            ("largest difference of logits", f"{forward['largest_logit_difference']:.2g}"),
+            ("largest logit difference", f"{forward['largest_logit_difference']:.2g}"),
         ]
     if check:
-        rows.append(("every file and tensor", "as in the certificate"))
+        rows.append(("every file and tensor", "matches the certificate"))
     print_result(json_output, str(output), rows, certificate)
 
 
 def push_command(
-    directory: Annotated[Path, typer.Argument(help="A converted model, a tokenizer, shards or a corpus.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it is not there.")],
-    branch: Annotated[str | None, typer.Option(help="Branch to send to, e.g. the run's name; main by default.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Bring the branch to main too.")] = False,
-    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made here.")] = True,
-    tries: Annotated[int, typer.Option(help="When the network or the Hub fails.", min=1)] = 6,
-    timeout: Annotated[float, typer.Option(help="Seconds without a byte after which a try has failed.", min=1)] = 120,
+    directory: Annotated[Path, typer.Argument(help="Converted model, tokenizer, shards or corpus.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub; created if missing.")],
+    branch: Annotated[str | None, typer.Option(help="Branch to push to, e.g. the run's name; main by default.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Also push the files to main.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Visibility of a newly created repository.")
+    ] = True,
+    tries: Annotated[int, typer.Option(help="Attempts when the network or the Hub fails.", min=1)] = 6,
+    timeout: Annotated[float, typer.Option(help="Seconds without data after which an attempt fails.", min=1)] = 120,
     json_output: JsonOption = False,
 ) -> None:
-    """Send a finished directory to the Hugging Face Hub, in one commit."""
+    """Push a finished directory to the Hugging Face Hub in one commit."""
     from codeparrot_ds.export.hub import push
 
     pushed = push(directory, repo, branch=branch, merge=merge, private=private, tries=tries, timeout_seconds=timeout)

@@ -1,4 +1,4 @@
-"""What all verbs share: groups, results as a table or JSON, and the values of options."""
+"""Shared by all verbs: command groups, results as a table or JSON, and parsing of option values."""
 
 import json
 import re
@@ -13,7 +13,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 
 def group(help_text: str) -> typer.Typer:
-    """A command with verbs below it."""
+    """Create a command group."""
     return typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
 
 
@@ -25,7 +25,7 @@ def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result: dict[str, Any]) -> None:
-    """A result as a titled table, or as JSON."""
+    """Print a result as a titled table, or as JSON."""
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -33,12 +33,12 @@ def print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped: what a model writes must not drive the user's terminal."""
+    """Escape control characters in `text`, so that model output cannot control the user's terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "30MB", "32kB", "5GB" or "1000" (decimal units). Raises ConfigError."""
+    """Parse "30MB", "32kB", "5GB" or "1000" into bytes. Raises ConfigError."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
@@ -48,7 +48,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes per second from "200Gb" or "800Mb" (bits per second, as networks are named). Raises ConfigError."""
+    """Parse "200Gb" or "800Mb" (bits per second, as networks are rated) into bytes per second. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])(?:b|bps|b/s|bit|bit/s)", text.strip())
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"network {text!r}: write it in bits per second, like 200Gb or 800Mb.")
@@ -56,16 +56,16 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_steps(text: str) -> tuple[int, int | None]:
-    """(first, end) from "100:200", "100:", ":200" or ":"; no end is None. Raises ConfigError."""
+    """Parse "100:200", "100:", ":200" or ":" into (first, end), where an open end is None. Raises ConfigError."""
     match = re.fullmatch(r"(\d*):(\d*)", text.strip())
     first, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
     if end is not None and end <= first:
-        raise ConfigError(f"steps {text!r}: write them like 100:200, 100: or :200, the first below the second.")
+        raise ConfigError(f"steps {text!r}: write them like 100:200, 100: or :200, with the first below the second.")
     return first, end
 
 
 def without_option(arguments: list[str], name: str) -> list[str]:
-    """Command-line arguments without an option and its value."""
+    """Return command-line `arguments` without the option `name` and its value."""
     kept, words = [], iter(arguments)
     for word in words:
         if word == name:

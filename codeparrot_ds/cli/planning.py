@@ -1,4 +1,4 @@
-"""`codeparrot-ds plan`, `tune`: before a run."""
+"""The `codeparrot-ds plan` and `tune` verbs, used before a run."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from codeparrot_ds.cli.output import (
 )
 from codeparrot_ds.errors import ConfigError
 
-GpusOption = Annotated[int | None, typer.Option(help="How many; those of this machine by default.", min=1)]
-MfuOption = Annotated[float, typer.Option(help="Share of its peak that a GPU reaches while nothing is sent.")]
+GpusOption = Annotated[int | None, typer.Option(help="Number of GPUs; those of this machine by default.", min=1)]
+MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization, excluding communication.")]
 
 
 def plan_command(
@@ -24,17 +24,19 @@ def plan_command(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots, instead of --gpus.")] = None,
     gpus: GpusOption = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, e.g. 80GB.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Its name, for its speed; H100 if it is not here.")] = None,
-    gpus_per_host: Annotated[int, typer.Option(min=1)] = 8,
-    host_memory: Annotated[str | None, typer.Option(help="Of each host, e.g. 1TB.")] = None,
-    interconnect: Annotated[str, typer.Option(help="Between hosts, all network cards of one together.")] = "200Gb",
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU model, for its speed; this machine's by default, else H100.")
+    ] = None,
+    gpus_per_host: Annotated[int, typer.Option(help="GPUs per host.", min=1)] = 8,
+    host_memory: Annotated[str | None, typer.Option(help="Memory per host, e.g. 1TB.")] = None,
+    interconnect: Annotated[str, typer.Option(help="Network bandwidth per host, all NICs together.")] = "200Gb",
     mfu: MfuOption = 0.4,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.", min=0)] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Take three steps here, and compare.")] = False,
+    price: Annotated[float | None, typer.Option(help="Price per GPU-hour.", min=0)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run three steps on this machine and compare.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Memory, time, cost and disk of a run before it is started. Exits with 1 if it cannot fit."""
+    """Estimate memory, time, cost and disk of a run before it starts. Exits with 1 if it cannot fit."""
     from codeparrot_ds.hosts.hostfile import read_hostfile
     from codeparrot_ds.planning.machine import MachineSpec, find_machine
     from codeparrot_ds.planning.plan import compare_with, make_plan, require_fit
@@ -43,7 +45,8 @@ def plan_command(
 
     if hostfile is not None and (gpus is not None or measure):
         raise ConfigError(
-            "--hostfile counts the GPUs, and --measure takes steps on this machine: leave one of them out."
+            "--hostfile sets the number of GPUs, and --measure runs on this machine: omit --hostfile, or omit --gpus "
+            "and --measure."
         )
     slots = None if hostfile is None else list(read_hostfile(hostfile).values())
     loaded = load_recipe(recipe, overrides or [])
@@ -77,19 +80,23 @@ def plan_command(
         print(json.dumps(result, indent=2))
     require_fit(made)
     if measure and result["measured"] is None:
-        raise ConfigError(f"{recipe}: ran out of memory in real steps, though by the plan it fits. Leave more room.")
+        raise ConfigError(
+            f"{recipe}: out of memory in measured steps, although the plan predicts that it fits. Leave headroom."
+        )
 
 
 def tune_command(
     recipe: Annotated[Path, typer.Argument(help="Recipe.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="RECIPE-tuned.yaml by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Recipe to write; RECIPE-tuned.yaml by default.")
+    ] = None,
     gpus: GpusOption = None,
-    steps: Annotated[int, typer.Option(help="Of each trial; the first is not counted.", min=2)] = 4,
-    trials: Annotated[int, typer.Option(help="At most.", min=1)] = 12,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps per trial; the first is not timed.", min=2)] = 4,
+    trials: Annotated[int, typer.Option(help="Maximum number of trials.", min=1)] = 12,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Time the ways to run a recipe that fit this machine, and write the recipe with the fastest."""
+    """Time the configurations of a recipe that fit this machine, and write a recipe with the fastest."""
     from codeparrot_ds.planning.machine import MachineSpec, find_machine
     from codeparrot_ds.planning.plan import make_plan
     from codeparrot_ds.planning.tune import tune, winner, write_recipe
@@ -101,7 +108,7 @@ def tune_command(
     plan = make_plan(loaded, find_machine(loaded, MachineSpec(gpus, on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu")))
     done = []
     written = output or recipe.with_name(f"{recipe.stem}-tuned.yaml")
-    make_directory(written.parent)  # what cannot be written is told before the trials
+    make_directory(written.parent)  # fail before the trials if the output cannot be written
     if not json_output:
         print(trial_head(), flush=True)
     for trial in tune(plan, recipe, overrides or [], steps, trials):

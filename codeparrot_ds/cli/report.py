@@ -1,4 +1,4 @@
-"""`codeparrot-ds status`, `compare`, `report`: what became of runs."""
+"""The `codeparrot-ds status`, `compare` and `report` verbs: results of runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ def status(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     json_output: JsonOption = False,
 ) -> None:
-    """What happened to a run: its state, and how each attempt of `codeparrot-ds launch` ended."""
+    """Show the state of a run, and how each attempt of `codeparrot-ds launch` ended."""
     from codeparrot_ds.report.status import run_status
     from codeparrot_ds.run.directory import RunDirectory
 
@@ -23,14 +23,12 @@ def status(
 
 def compare_command(
     run_a: Annotated[Path, typer.Argument(help="Run directory.")],
-    run_b: Annotated[Path, typer.Argument(help="Run directory of the same global batch.")],
-    tolerance: Annotated[float, typer.Option(help="Of losses, relative; 0: equal to the bit.")] = 1e-3,
-    steps: Annotated[
-        str, typer.Option(help="A:B, from step A up to, but without, step B; 100: is all from 100.")
-    ] = ":",
+    run_b: Annotated[Path, typer.Argument(help="Run directory with the same global batch size.")],
+    tolerance: Annotated[float, typer.Option(help="Relative tolerance of losses; 0 requires bit-equal losses.")] = 1e-3,
+    steps: Annotated[str, typer.Option(help="A:B compares steps A to B, B excluded; 100: is all from 100.")] = ":",
     json_output: JsonOption = False,
 ) -> None:
-    """Did two runs see the same data and have the same losses? Exits with 0 if they did, else with 1."""
+    """Check that two runs saw the same data and had the same losses. Exits with 0 if they did, else with 1."""
     from codeparrot_ds.report.compare import compare
     from codeparrot_ds.report.compare_text import as_rows, as_table
     from codeparrot_ds.run.directory import RunDirectory
@@ -45,13 +43,15 @@ def compare_command(
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    model: Annotated[Path, typer.Option(help="Its converted model.")],
-    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer's directory.")],
-    seconds: Annotated[float | None, typer.Option(help="Wall time to report.")] = None,
-    summary_file: Annotated[Path | None, typer.Option("--summary", help="Also write the figures here.")] = None,
+    model: Annotated[Path, typer.Option(help="Converted model of the run.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory of the run.")],
+    seconds: Annotated[float | None, typer.Option(help="Wall time to report, in seconds.")] = None,
+    summary_file: Annotated[
+        Path | None, typer.Option("--summary", help="Also write the figures to this JSON file.")
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """The figures of a finished run, from source files to converted model."""
+    """Print the figures of a finished run, from source files to converted model."""
     from codeparrot_ds.evaluation.loss import validation_loss
     from codeparrot_ds.report.summary import as_rows, summarise
     from codeparrot_ds.run.directory import RunDirectory

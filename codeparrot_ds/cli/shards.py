@@ -1,4 +1,4 @@
-"""`codeparrot-ds shards`."""
+"""The `codeparrot-ds shards` verbs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from codeparrot_ds.cli.output import (
 )
 from codeparrot_ds.errors import ConfigError
 
-app = group("Token ids in memory-mapped shards.")
+app = group("Build, verify and inspect memory-mapped shards of token ids.")
 
 
 @app.command("build")
@@ -28,26 +28,28 @@ def shards_build(
             help="Corpus directories, JSON Lines or parquet files, globs, URLs (s3://, hf://), hub:DATASET."
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to make.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to create.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
-    suffix: Annotated[str | None, typer.Option(help="Take files like .py in a directory, one document each.")] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.005,
+    suffix: Annotated[
+        str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
+    ] = None,
+    valid_fraction: Annotated[float, typer.Option(help="Fraction of documents in the validation split.")] = 0.005,
     shard_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a shard, about; a 64th of all by default, 4 to 128 million.", min=1)
+        int | None, typer.Option(help="Approximate tokens per shard; 1/64 of all by default, 4 to 128 million.", min=1)
     ] = None,
     on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
     encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core by default.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     part: Annotated[
         str | None,
-        typer.Option("--slice", help="I/N: this part of the work only; Slurm, torchrun and MPI say it themselves."),
+        typer.Option("--slice", help="I/N: process only slice I of N, from 0; detected under Slurm, torchrun and MPI."),
     ] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="A slice on each of these hosts, over ssh.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Encode documents into shards. Run again, it goes on where it stopped."""
+    """Encode documents into shards. Running it again resumes where it stopped."""
     if hostfile is not None:
         from codeparrot_ds.hosts.slices import run_slices
         from codeparrot_ds.shards.format import Manifest
@@ -55,14 +57,14 @@ def shards_build(
         run_slices(hostfile, without_option(sys.argv[1:], "--hostfile"))
         _print_shards(Manifest.read(output), json_output)
         return
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # not used here; its threads would stand in the way of forks
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # unused here, and its threads interfere with fork
     from codeparrot_ds.shards.build import build
     from codeparrot_ds.shards.options import BuildOptions
     from codeparrot_ds.system.jobs import Slice, say, slice_from_environment
 
     share = Slice.parse(part) if part else None
     if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
-        say(f"slice {share} of the work, as the scheduler's environment says (all of it: --slice 0/1)")
+        say(f"slice {share} of the work, set by the scheduler's environment (for all of it: --slice 0/1)")
     manifest = build(
         inputs,
         tokenizer,
@@ -88,11 +90,15 @@ def shards_build(
 @app.command("verify")
 def shards_verify(
     shards: Annotated[str, typer.Argument(help="Shard directory or URL.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: digests, indices, ids.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte: verify digests, indices and token ids.")
+    ] = False,
     against_corpus: Annotated[
         bool, typer.Option("--against-corpus", help="Encode a sample of the input again and compare.")
     ] = False,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="Where the input lies now, if it moved.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Where the input is now, if it has moved.")
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Verify shards against their manifest."""
@@ -105,26 +111,28 @@ def shards_verify(
 
 @app.command("inspect")
 def shards_inspect(
-    source: Annotated[Path, typer.Argument(help="Shard directory, or a recipe.")],
-    sequence: Annotated[int | None, typer.Option(help="Number of a sequence.", min=0)] = None,
+    source: Annotated[Path, typer.Argument(help="Shard directory or recipe.")],
+    sequence: Annotated[int | None, typer.Option(help="Index of the sequence to show.", min=0)] = None,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
-    seq_len: Annotated[int | None, typer.Option(help="Tokens; of a recipe by default, else 1,024.", min=1)] = None,
-    step: Annotated[int | None, typer.Option(help="Of a recipe: what this optimizer step reads.", min=0)] = None,
-    rank: Annotated[int | None, typer.Option(help="Only this rank's part of the step.", min=0)] = None,
-    world_size: Annotated[int, typer.Option(help="Ranks that share the step.", min=1)] = 1,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; the recipe's by default, else 1,024.", min=1)
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="With a recipe: the optimizer step to show.", min=0)] = None,
+    rank: Annotated[int | None, typer.Option(help="Show only this rank's part of the step.", min=0)] = None,
+    world_size: Annotated[int, typer.Option(help="Number of ranks that share the step.", min=1)] = 1,
     json_output: JsonOption = False,
 ) -> None:
-    """Show the text of a sequence, or of all that a step reads, and where each document comes from."""
+    """Show the text of a sequence, or of all sequences that a step reads, and the origin of each document."""
     from codeparrot_ds.run.recipe import load_recipe
     from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
 
     if (sequence is None) == (step is None):
-        raise ConfigError("name either --sequence I, or --step K of a recipe.")
+        raise ConfigError("give either --sequence I, or a recipe and --step K.")
     if source.is_file():
         recipe = load_recipe(source)
         sources, length = recipe.data.sources, seq_len or recipe.model.seq_len
     elif step is not None:
-        raise ConfigError(f"{source}: --step needs a recipe, which says the batch, the seed and the shards.")
+        raise ConfigError(f"{source}: --step needs a recipe, which sets the batch, the seed and the shards.")
     else:
         sources, length = {source: 1.0}, seq_len or 1024
     numbers = [sequence] if sequence is not None else sequences_of_step(recipe, step or 0, rank, world_size)
@@ -143,12 +151,14 @@ def shards_inspect(
 @app.command("adopt")
 def shards_adopt(
     prefix: Annotated[Path, typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that made the ids.")],
-    valid_prefix: Annotated[Path | None, typer.Option(help="A dataset beside it that is the validation split.")] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Else: share of the tokens, at the end.")] = 0.005,
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that produced the ids.")],
+    valid_prefix: Annotated[
+        Path | None, typer.Option(help="PREFIX of the validation split, in the same directory.")
+    ] = None,
+    valid_fraction: Annotated[float, typer.Option(help="Otherwise: fraction of the tokens, from the end.")] = 0.005,
     json_output: JsonOption = False,
 ) -> None:
-    """Train on a dataset of Megatron-LM or nanoGPT where it lies: writes a manifest beside it."""
+    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it."""
     from codeparrot_ds.shards.adopt import adopt
 
     _print_shards(adopt(prefix, tokenizer, valid_prefix=valid_prefix, valid_fraction=valid_fraction), json_output)

@@ -1,4 +1,4 @@
-"""`codeparrot-ds tokenizer`."""
+"""The `codeparrot-ds tokenizer` verbs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,15 +7,15 @@ import typer
 
 from codeparrot_ds.cli.output import JsonOption, group, print_result
 
-app = group("Byte-level BPE tokenizers.")
+app = group("Train byte-level BPE tokenizers.")
 
 
 @app.command("train")
 def tokenizer_train(
     corpus: Annotated[Path, typer.Argument(help="Corpus directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Tokenizer directory to make.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and <|endoftext|> included.")] = 32_768,
-    max_seq_len: Annotated[int, typer.Option(help="Recorded as the model's longest input, tokens.")] = 1024,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Tokenizer directory to create.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, including bytes and <|endoftext|>.")] = 32_768,
+    max_seq_len: Annotated[int, typer.Option(help="Maximum input length to record, in tokens.")] = 1024,
     json_output: JsonOption = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus."""

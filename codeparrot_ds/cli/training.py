@@ -1,4 +1,4 @@
-"""`codeparrot-ds doctor`, `launch`."""
+"""The `codeparrot-ds doctor` and `launch` verbs."""
 
 import json
 import os
@@ -16,28 +16,34 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
 
 def launch(
     recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
-    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine alone without it.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; all GPUs by default.", min=1)] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
-    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; srun inside a Slurm allocation.")] = None,
-    min_hosts: Annotated[int | None, typer.Option(help="Go on with so few when hosts are lost.", min=1)] = None,
-    spare_hosts: Annotated[int, typer.Option(help="So many, the last of the file, replace others.", min=0)] = 0,
-    regrow_seconds: Annotated[float, typer.Option(help="Look so often for hosts that are back.", min=1)] = 300.0,
-    address: Annotated[str | None, typer.Option(help="Of this machine, as the hosts reach it.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Of the first host, as the others reach it.")] = None,
-    doctor: Annotated[bool, typer.Option(help="Look at all hosts first.")] = True,
-    max_restarts: Annotated[int, typer.Option(help="In a row without a new checkpoint.", min=0)] = 3,
-    restart_delay: Annotated[float, typer.Option(help="Seconds before the second in a row; it doubles.", min=0)] = 5.0,
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine only without it.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks on this machine, or per host with srun; one per GPU by default.", min=1)
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh, mpirun; srun inside a Slurm allocation.")] = None,
+    min_hosts: Annotated[
+        int | None, typer.Option(help="Fewest hosts to continue with when some are lost.", min=1)
+    ] = None,
+    spare_hosts: Annotated[int, typer.Option(help="Number of spares: the last hosts of the hostfile.", min=0)] = 0,
+    regrow_seconds: Annotated[float, typer.Option(help="Seconds between checks for recovered hosts.", min=1)] = 300.0,
+    address: Annotated[str | None, typer.Option(help="Address at which the hosts reach this machine.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Address at which the others reach the first host.")] = None,
+    doctor: Annotated[bool, typer.Option(help="Check all hosts first.")] = True,
+    max_restarts: Annotated[int, typer.Option(help="Maximum restarts in a row without a new checkpoint.", min=0)] = 3,
+    restart_delay: Annotated[
+        float, typer.Option(help="Seconds before the second restart in a row; doubles each time.", min=0)
+    ] = 5.0,
 ) -> None:
-    """Train with deepspeed, whose command is printed, and start again from the newest checkpoint after a crash."""
+    """Train with `deepspeed` (its command is printed), and restart from the newest checkpoint after a crash."""
     from codeparrot_ds.supervision.attempt import Restarts
     from codeparrot_ds.supervision.launch import launch as run
     from codeparrot_ds.supervision.placement import Hosts
 
     if launcher not in (None, "pdsh", "ssh", "mpirun", "srun"):
-        raise ConfigError(f"--launcher {launcher}: pdsh, ssh, mpirun or srun.")
+        raise ConfigError(f"--launcher {launcher}: choose pdsh, ssh, mpirun or srun.")
     if (launcher == "srun") == (hostfile is not None) and launcher is not None:
-        raise ConfigError("--launcher srun takes the hosts of its Slurm allocation; the others need a --hostfile.")
+        raise ConfigError("--launcher srun uses the hosts of its Slurm allocation; other launchers need --hostfile.")
     hosts = None
     if hostfile is not None or launcher == "srun":
         hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor, launcher, ranks)
@@ -45,13 +51,15 @@ def launch(
 
 
 def doctor_command(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe: looks for its shards, its disks, …")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe whose shards, disk space and DeepSpeed ops are checked too.")
+    ] = None,
     hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe's.")] = None,
-    port: Annotated[int, typer.Option(help="Of the rendezvous.")] = 29500,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    port: Annotated[int, typer.Option(help="Rendezvous port.")] = 29500,
     json_output: JsonOption = False,
 ) -> None:
-    """Look at all hosts at once: what is red, and how to mend it. Exits with 1 if anything is."""
+    """Check all hosts in parallel, and report each problem with its fix. Exits with 1 if there is any."""
     from codeparrot_ds.doctor.examine import examine
     from codeparrot_ds.hosts.hostfile import read_hostfile
     from codeparrot_ds.hosts.launchers import forwarded

@@ -1,1 +1,1 @@
-"""A look at every host before training."""
+"""Checks of every host before training."""

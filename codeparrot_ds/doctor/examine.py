@@ -1,4 +1,4 @@
-"""Look at every host before money is spent: one row a host, and for each red cell what is wrong and how to mend it."""
+"""Check every host before training: one table row per host, and for each failed check the problem and its fix."""
 
 import contextlib
 import inspect
@@ -28,10 +28,10 @@ from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 
 _FACTS_SECONDS = 15.0
 _MEASURE_SECONDS = 10.0
-_ALL_REDUCE_SECONDS = 60  # with imports from a cold disk
+_ALL_REDUCE_SECONDS = 60  # includes imports from a cold disk
 _ALL_REDUCE_BYTES = 1 << 24
-_MOST_ROUNDS = 15  # of links measured: all pairs of 16 hosts; of more hosts, a part
-_SLOW_LINK = 0.4  # of the median
+_MOST_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
+_SLOW_LINK = 0.4  # fraction of the median bandwidth
 
 
 def examine(
@@ -42,14 +42,14 @@ def examine(
     cpu: bool,
     environment: Mapping[str, str] | None = None,
 ) -> Report:
-    """Check all hosts at once.
+    """Check all hosts in parallel.
 
     Args:
-        slots: of each host.
-        recipe: what is to be trained there, or None.
-        port: the master's, for the rendezvous.
-        cpu: ranks compute on CPU cores, so slots need no GPU.
-        environment: what ranks will find in theirs.
+        slots: slots of each host.
+        recipe: recipe to be trained there, or None.
+        port: master port of the rendezvous.
+        cpu: whether ranks compute on CPU cores, so that slots need no GPU.
+        environment: variables that the ranks will get.
     """
     started = time.monotonic()
     ops: list[str] = []
@@ -57,7 +57,7 @@ def examine(
     needs: dict[str, int] = {}
     token = None
     if recipe is not None:
-        ds_config = load_ds_config(recipe.engine.deepspeed)  # what is "auto" there does not matter here
+        ds_config = load_ds_config(recipe.engine.deepspeed)  # its "auto" values do not matter here
         ops += required_ops(ds_config)
         needs = disk_needs(recipe, ds_config, slots)
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
@@ -90,10 +90,10 @@ def examine(
 
 
 def disk_needs(recipe: Recipe, ds_config: Mapping[str, Any], slots: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that a run needs on the disk of its directory, "runs", and of what it offloads, "swap", on any host."""
+    """Return the bytes that a run needs on any host, on the disks of its directory ("runs") and offload ("swap")."""
     published = RunDirectory(recipe.run_directory).checkpoint_directories()
     to_come = checkpoints_to_come(recipe, step_of(published[-1]) if published else 0, len(published))
-    of_host = Fraction(max(slots.values()), sum(slots.values()))  # the most ranks that any host has
+    of_host = Fraction(max(slots.values()), sum(slots.values()))  # largest share of ranks of any host
     on_disk = Fraction(1) if recipe.checkpoints.shared_disk else of_host
     zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     parameters = recipe.model.parameters
@@ -104,7 +104,7 @@ def disk_needs(recipe: Recipe, ds_config: Mapping[str, Any], slots: Mapping[str,
 
 
 class _Probe:
-    """codeparrot_ds/doctor/probe.py at work on one host, over ssh."""
+    """codeparrot_ds/doctor/probe.py running on one host, over ssh."""
 
     def __init__(self, host: str, environment: Mapping[str, str]) -> None:
         self.host = host
@@ -117,7 +117,7 @@ class _Probe:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the caller
+            start_new_session=True,  # only the caller handles Ctrl-C
         )
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
@@ -125,7 +125,7 @@ class _Probe:
             self._process.stdin.flush()
 
     def ask(self, command: str, argument: Any, seconds: float) -> dict[str, Any]:
-        """Its answer; {"error"} when it has none in time."""
+        """Send a command and return the answer, or {"error"} if it does not arrive within `seconds`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         timer = threading.Timer(seconds, self._process.kill)
         timer.start()
@@ -142,24 +142,24 @@ class _Probe:
         if command == "facts" and "error" not in answer:
             now = time.time()
             answer["asked_seconds"] = now - self._started
-            # It looked at its clock somewhere between; what lies beyond is skew for certain.
+            # It read its clock somewhere in this interval; any time outside it is certainly skew.
             answer["skew_seconds"] = float(answer["time"]) - min(max(float(answer["time"]), asked), now)
         return answer
 
     def _last_words(self, timer: threading.Timer) -> str:
         self._process.kill()
-        _, said = self._process.communicate()
-        lines = said.decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no answer in time"
+        _, errors = self._process.communicate()
+        lines = errors.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "timed out"
 
     def end(self) -> None:
-        """No more questions."""
+        """Terminate the probe."""
         self._process.kill()
         self._process.communicate()
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Every pair of `count` hosts once, in rounds with each host in at most one pair: a round-robin tournament."""
+    """Yield every pair of `count` hosts once, in rounds with each host in at most one pair (round-robin tournament)."""
     places = list(range(count + count % 2))
     for _ in range(len(places) - 1):
         half = len(places) // 2
@@ -169,7 +169,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
-    """Bandwidth of each pair, first one way, then the other; names the links that are far slower than most."""
+    """Measure the bandwidth of each pair in both directions, and report links far slower than the median."""
     by_host = {each.host: each for each in report.hosts}
     failures: dict[tuple[str, str], str] = {}
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
@@ -190,7 +190,7 @@ def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
     usual = median(report.bandwidth.values()) if report.bandwidth else 0.0
     bad = {(a, b): f"{a} cannot reach {b} ({why})" for (a, b), why in failures.items()}
     bad |= {
-        (a, b): f"the link from {a} to {b} carries {rate * 8e-9:,.2f} Gb/s, most carry {usual * 8e-9:,.2f}"
+        (a, b): f"the link from {a} to {b} runs at {rate * 8e-9:,.2f} Gb/s, the median is {usual * 8e-9:,.2f} Gb/s"
         for (a, b), rate in report.bandwidth.items()
         if rate < _SLOW_LINK * usual
     }
@@ -199,18 +199,18 @@ def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
         if "ssh" in host.red:
             continue
         if name in blamed:
-            mend = "look at its cable, its interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall"
+            fix = "check its cable, its interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall"
             cut = any(pair in failures for pair in blamed[name])
-            host.bad("links", "cut" if cut else "slow", f"{'; '.join(bad[pair] for pair in blamed[name])}: {mend}.")
+            host.bad("links", "cut" if cut else "slow", f"{'; '.join(bad[pair] for pair in blamed[name])}: {fix}.")
         else:
             own = [rate for pair, rate in report.bandwidth.items() if name in pair]
             host.good("links", f"{min(own) * 8e-9:,.1f} Gb/s" if own else "")
 
 
 def blame(pairs: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Hosts that explain why these pairs fail, each with the pairs that it explains.
+    """Return the hosts that explain why these pairs fail, each with the pairs that it explains.
 
-    The host in most of them is to blame for those, then the one in most of what is left. Where two are in as many, as
+    The host in most pairs is blamed for them, then the host in most of the remaining pairs. On a tie of two, such as
     the ends of a single link, both are named.
     """
     left, found = list(pairs), dict[str, list[tuple[str, str]]]()

@@ -1,4 +1,4 @@
-"""What the facts of a host mean: one row a host, and for each red cell what is wrong and how to mend it."""
+"""Evaluate the facts of a host: one table row per host, and for each failed check the problem and its fix."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ _LEAST_MEMORY_BYTES = 4 << 30
 
 @dataclass
 class HostReport:
-    """What was found of one host.
+    """Check results of one host.
 
     Attributes:
-        host: as the hostfile names it.
-        cells: by column, a word or two.
-        red: by column, what is wrong and how to mend it.
-        facts: as codeparrot_ds/doctor/probe.py gave them; empty when it could not be reached.
+        host: name in the hostfile.
+        cells: short text of each column.
+        red: columns of failed checks, with the problem and its fix.
+        facts: output of codeparrot_ds/doctor/probe.py; an "error" alone if the host could not be queried.
     """
 
     host: str
@@ -34,22 +34,24 @@ class HostReport:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def good(self, column: str, shown: str) -> None:
-        """Fill a cell in."""
+        """Record a passed check."""
         self.cells[column] = shown
 
     def bad(self, column: str, shown: str, problem: str) -> None:
-        """Fill a cell in, in red."""
+        """Record a failed check."""
         self.cells[column] = shown
         self.red[column] = problem
 
 
 @dataclass
 class Report:
-    """All hosts.
+    """Check results of all hosts.
 
     Attributes:
-        bandwidth: (from, to) -> bytes/s of the links that were measured.
+        hosts: one report per host.
+        bandwidth: (from, to) -> bytes/s of the links measured.
         all_reduce: bytes/s of a short all-reduce over all hosts, or None.
+        seconds: duration of the checks.
     """
 
     hosts: list[HostReport]
@@ -59,11 +61,11 @@ class Report:
 
     @property
     def red(self) -> dict[str, str]:
-        """Hosts with something red, and what."""
+        """Hosts with failed checks, and their problems."""
         return {found.host: "; ".join(found.red.values()) for found in self.hosts if found.red}
 
     def table(self) -> list[str]:
-        """Lines of a table, and what is red below it."""
+        """Return the lines of a table, followed by the problems."""
         rows = [["host", *COLUMNS]]
         rows += [
             [each.host, *(f"{'! ' if name in each.red else ''}{each.cells.get(name, '')}" for name in COLUMNS)]
@@ -83,7 +85,7 @@ class Report:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "hosts": [
                 {"host": each.host, "cells": each.cells, "red": each.red, "facts": each.facts} for each in self.hosts
@@ -96,14 +98,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a job needs of its hosts.
+    """Requirements of a job on its hosts.
 
     Attributes:
-        here: facts of this machine, which the others must match.
+        here: facts of this machine, which the hosts must match.
+        slots: slots of each host.
+        shards: shard directories that every host must have.
         ops: DeepSpeed operators that will be compiled.
-        disk_bytes: needed in "runs" and "swap".
-        token: a file was put into the run directory for the hosts to see.
-        shared_disk: they must see it.
+        disk_bytes: free bytes needed in "runs" and "swap".
+        token: whether a file was written to the run directory to test which hosts see it.
+        cpu: whether ranks compute on CPU cores.
+        shared_disk: whether the hosts must see that file.
     """
 
     here: Mapping[str, Any]
@@ -117,26 +122,26 @@ class Expected:
 
 
 def judge(host: str, facts: Mapping[str, Any], expected: Expected) -> HostReport:
-    """One host's row, without its links. `facts` has "error" alone where the host could not be asked."""
+    """Evaluate one host, except its links. `facts` holds only "error" if the host could not be queried."""
     report = HostReport(host, facts=dict(facts))
     if "error" in facts:
-        mend = f"`ssh {host} true` must work without a prompt, and the Python of this environment must be there"
-        report.bad("ssh", "no", f"cannot be asked ({facts['error']}): {mend}.")
+        fix = f"`ssh {host} true` must work without a prompt, and this environment's Python must exist there"
+        report.bad("ssh", "no", f"cannot be queried ({facts['error']}): {fix}.")
         return report
     report.good("ssh", f"{facts['asked_seconds']:.1f} s")
     here = expected.here
     unknown = [name for name, address in facts["addresses"].items() if address is None]
     loopback = [n for n, a in facts["addresses"].items() if n != host and a is not None and a.startswith("127.")]
     if unknown or loopback:
-        what = f"has no address for {', '.join(unknown)}" if unknown else f"takes {', '.join(loopback)} for itself"
-        report.bad("name", "unknown", f"{what}: put all hosts with their addresses into DNS or its /etc/hosts.")
+        what = f"cannot resolve {', '.join(unknown)}" if unknown else f"resolves {', '.join(loopback)} to loopback"
+        report.bad("name", "unknown", f"{what}: add the addresses of all hosts to DNS or to its /etc/hosts.")
     else:
         report.good("name", facts["hostname"])
     _judge_software(report, facts, here)
     _judge_slots(report, facts, expected)
     skew = facts["skew_seconds"]
     if abs(skew) > _CLOCK_SECONDS:
-        report.bad("clock", f"{skew:+.1f} s", f"its clock is {skew:+.1f} s off: switch NTP on (chrony, timesyncd).")
+        report.bad("clock", f"{skew:+.1f} s", f"its clock is off by {skew:+.1f} s: enable NTP (chrony, timesyncd).")
     else:
         report.good("clock", f"{skew:+.1f} s")
     _judge_room(report, facts, expected)
@@ -150,7 +155,7 @@ def judge(host: str, facts: Mapping[str, Any], expected: Expected) -> HostReport
     if facts["port_free"]:
         report.good("port", "free")
     else:
-        report.bad("port", "taken", "the rendezvous port is in use there: end the job that holds it.")
+        report.bad("port", "taken", "the rendezvous port is in use there: stop the job that uses it.")
     return report
 
 
@@ -161,9 +166,9 @@ def _judge_software(report: HostReport, facts: Mapping[str, Any], here: Mapping[
         ours["driver"] = theirs["driver"]
     different = [f"{name} {theirs[name]}, here {ours[name]}" for name in ours if theirs[name] != ours[name]]
     if different:
-        report.bad("software", "differs", f"{'; '.join(different)}: install the same there (constraints.txt).")
+        report.bad("software", "differs", f"{'; '.join(different)}: install the same versions there (constraints.txt).")
     elif facts["source"] != here["source"]:
-        report.bad("software", "differs", "its codeparrot_ds has other source files than here: update that checkout.")
+        report.bad("software", "differs", "its codeparrot_ds source differs from the one here: update that checkout.")
     else:
         report.good("software", f"torch {theirs['torch']}")
 
@@ -175,7 +180,11 @@ def _driver(facts: Mapping[str, Any]) -> str | None:
 def _judge_slots(report: HostReport, facts: Mapping[str, Any], expected: Expected) -> None:
     slots, gpus = expected.slots[report.host], len(facts["gpus"])
     if not expected.cpu and gpus < slots:
-        report.bad("slots", f"{slots} of {gpus}", f"the hostfile gives it slots={slots}, and it has {gpus} GPUs.")
+        report.bad(
+            "slots",
+            f"{slots} of {gpus}",
+            f"the hostfile gives it slots={slots}, but it has {gpus} GPUs: lower its slots.",
+        )
     else:
         report.good("slots", str(slots) if expected.cpu else f"{slots} of {gpus}")
 
@@ -184,20 +193,22 @@ def _judge_room(report: HostReport, facts: Mapping[str, Any], expected: Expected
     free = {**facts["disk_bytes"], "temporary": facts["temporary_bytes"]}
     needed = {"temporary": _LEAST_TEMPORARY_BYTES, **expected.disk_bytes}
     problems = [
-        f"the disk of its {name} directory cannot be written to"
+        f"its {name} directory is not writable"
         if free[name] is None
         else f"{free[name] / 1e9:,.1f} GB free for its {name} directory, {needed[name] / 1e9:,.1f} GB needed"
         for name in needed
         if name in free and (free[name] is None or free[name] < needed[name])
     ]
     if problems:
-        report.bad("disk", "full", f"{'; '.join(problems)}: make room there.")
+        report.bad("disk", "full", f"{'; '.join(problems)}: free some space there.")
     else:
         report.good("disk", f"{min(free.values()) / 1e9:,.0f} GB")
     memory = facts["memory_bytes"]
     if memory is not None and memory < _LEAST_MEMORY_BYTES:
         report.bad(
-            "memory", f"{memory / 1e9:,.1f} GB", f"{memory / 1e9:,.1f} GB of memory available: end what takes it."
+            "memory",
+            f"{memory / 1e9:,.1f} GB",
+            f"{memory / 1e9:,.1f} GB of memory available: stop the processes that use it.",
         )
     else:
         report.good("memory", "?" if memory is None else f"{memory / 1e9:,.0f} GB")
@@ -205,19 +216,19 @@ def _judge_room(report: HostReport, facts: Mapping[str, Any], expected: Expected
 
 def _judge_data(report: HostReport, facts: Mapping[str, Any], expected: Expected) -> None:
     problems = [
-        f"{path}/manifest.json is not there"
+        f"{path}/manifest.json is missing"
         if facts["shards"][path] is None
         else f"{path}/manifest.json differs from the one here"
         for path in expected.shards
         if facts["shards"][path] is None or facts["shards"][path] != expected.here["shards"][path]
     ]
     if problems:
-        report.bad("data", "differs", f"{'; '.join(problems)}: put the same shards at the same path.")
+        report.bad("data", "differs", f"{'; '.join(problems)}: place the same shards at the same path.")
     else:
         report.good("data", "same" if expected.shards else "")
     sees = facts["sees"] if expected.token else None
     if sees is False and expected.shared_disk:
-        mend = "put `runs` on a shared disk, or set checkpoints.shared_disk=false"
-        report.bad("shared", "no", f"it does not see the run directory of this machine: {mend}.")
+        fix = "put `runs` on a shared disk, or set checkpoints.shared_disk=false"
+        report.bad("shared", "no", f"it does not see the run directory of this machine: {fix}.")
     else:
         report.good("shared", {True: "yes", False: "own disk", None: ""}[sees])

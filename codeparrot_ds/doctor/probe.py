@@ -1,5 +1,6 @@
-"""What a host knows of itself and of its links to the others. Standard library only: `doctor` sends this file over ssh
-to Pythons that may lack everything else. Reads commands, one JSON line each, and answers each with one.
+"""Report facts about a host and its links to the others. Reads commands, one JSON line each, and answers with one each.
+
+Standard library only: `doctor` sends this file over ssh to Pythons that may lack all other packages.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _CONNECT_SECONDS = 5
 
 
 def facts(wanted: dict[str, Any]) -> dict[str, Any]:
-    """What `doctor` asks for.
+    """Return the facts that `doctor` checks.
 
-    wanted: {"names": host names, "shards": directories, "runs": directory, "see": a file that should be there, "ops":
-    names of DeepSpeed operators, "swap": directory or None, "port": the master's}
+    wanted: {"names": host names, "shards": directories, "runs": directory, "see": a file that should be visible,
+    "ops": names of DeepSpeed operators, "swap": directory or None, "port": master port}
     """
     return {
         "time": time.time(),
@@ -68,7 +69,7 @@ def _version(name: str) -> str | None:
 
 
 def _source_digest() -> str | None:
-    """Of the package's own modules: a checkout may differ where the version is the same."""
+    """Digest the package's modules: checkouts can differ under the same version."""
     try:
         spec = importlib.util.find_spec("codeparrot_ds")
     except (ImportError, ValueError):
@@ -85,15 +86,15 @@ def _source_digest() -> str | None:
 
 
 def _gpus() -> list[list[str]]:
-    """[name, driver, memory] of each, as nvidia-smi says."""
+    """Return [name, driver, memory] of each GPU, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [[part.strip() for part in line.split(",")] for line in said.stdout.splitlines() if said.returncode == 0]
+    return [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if done.returncode == 0]
 
 
 def _available_memory() -> int | None:
@@ -108,7 +109,7 @@ def _available_memory() -> int | None:
 
 
 def _free(path: str) -> int | None:
-    """Free bytes on the disk of `path` or of its nearest parent that is there; None where nothing can be written."""
+    """Return the free bytes on the disk of `path` or its nearest existing parent; None if that is not writable."""
     while not os.path.isdir(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return shutil.disk_usage(path).free if os.access(path, os.W_OK) else None
@@ -138,7 +139,7 @@ def _can_bind(port: int) -> bool:
 
 
 def listen() -> int:
-    """Take in what other hosts send to measure the link, and send the same for as long. Returns the port."""
+    """Start a server that receives and acknowledges other hosts' link measurements. Returns its port."""
     listener = socket.create_server(("", 0), backlog=64)
 
     def serve() -> None:
@@ -167,7 +168,7 @@ def _serve_one(connection: socket.socket) -> None:
 
 
 def measure(address: str, port: int) -> dict[str, Any]:
-    """Bandwidth (bytes/s) to a host that listens; {"error"} where it cannot be reached."""
+    """Measure the bandwidth (bytes/s) to a listening host. Returns {"error"} if it cannot be reached."""
     try:
         with socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
             connection.settimeout(_CONNECT_SECONDS)
@@ -175,14 +176,14 @@ def measure(address: str, port: int) -> dict[str, Any]:
             while time.perf_counter() < started + _SEND_SECONDS:
                 sent += connection.send(_CHUNK)
             connection.sendall(b".")
-            connection.recv(1)  # all has arrived
+            connection.recv(1)  # everything has arrived
             return {"bandwidth": sent / (time.perf_counter() - started)}
     except OSError as error:
         return {"error": str(error)}
 
 
 def all_reduce(wanted: dict[str, Any]) -> dict[str, Any]:
-    """An all-reduce over all hosts, one process each: {"bytes_per_second"} of data reduced, or {"error"}."""
+    """Run an all-reduce over all hosts, one process each. Returns {"bytes_per_second"} reduced, or {"error"}."""
     program = """
 import datetime, json, sys, time
 import torch, torch.distributed as dist
@@ -208,14 +209,14 @@ import os; os._exit(0)
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": "not done in %d s" % wanted["seconds"]}
+        return {"error": "timed out after %d s" % wanted["seconds"]}
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["exit code %d" % done.returncode])[-1]}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """Answer commands until standard input ends."""
+    """Answer commands until end of standard input."""
     port = listen()
     calls: dict[str, Any] = {"facts": facts, "measure": lambda wanted: measure(*wanted), "all_reduce": all_reduce}
     for line in sys.stdin.buffer:

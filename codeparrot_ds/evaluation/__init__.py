@@ -1,1 +1,1 @@
-"""What a converted model is worth: validation loss, completions."""
+"""Evaluation of converted models: validation loss and completions."""

@@ -1,4 +1,4 @@
-"""Complete prompts with a converted model, as the chapter does."""
+"""Complete prompts with a converted model, as in the book's CodeParrot chapter (README.md)."""
 
 import re
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.evaluation.pretrained import load_pretrained
 
-# A line that begins at the margin with one of these starts a new block: the completion is over.
+# An unindented line that starts with one of these begins a new block and ends the completion.
 _NEW_BLOCK = re.compile(r"\n(?=class\b|def\b|#|@|print\b|if\b)")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The defaults are the chapter's."""
+    """Sampling settings. The defaults are those of that chapter."""
 
     num: int = 4
     temperature: float = 0.4
@@ -25,9 +25,9 @@ class Sampling:
 
 
 def complete(model_directory: Path, prompts: list[str], sampling: Sampling) -> list[list[str]]:
-    """`sampling.num` completions of each prompt, without the prompt, cut where a new block starts.
+    """Return `sampling.num` completions per prompt, without the prompt, cut where a new block starts.
 
-    Raises ConfigError when a prompt and its completion do not fit into the model's context together.
+    Raises ConfigError if a prompt and its completion together exceed the model's context.
     """
     model, tokenizer, device = load_pretrained(model_directory)
     completions = []
@@ -37,8 +37,8 @@ def complete(model_directory: Path, prompts: list[str], sampling: Sampling) -> l
         length = ids["input_ids"].shape[1]
         if length + sampling.max_new_tokens > model.config.n_positions:
             raise ConfigError(
-                f"the prompt has {length} tokens; with --max-new-tokens {sampling.max_new_tokens} that is more than "
-                f"the model's context of {model.config.n_positions}. Shorten one of them."
+                f"the prompt has {length} tokens; with --max-new-tokens {sampling.max_new_tokens} that exceeds the "
+                f"model's context of {model.config.n_positions}. Shorten the prompt or lower --max-new-tokens."
             )
         with torch.no_grad():
             output = model.generate(
@@ -57,5 +57,5 @@ def complete(model_directory: Path, prompts: list[str], sampling: Sampling) -> l
 
 
 def first_block(text: str) -> str:
-    """`text` up to the first line that starts a new block."""
+    """Return `text` up to the first line that starts a new block."""
     return _NEW_BLOCK.split(text, maxsplit=1)[0].rstrip()

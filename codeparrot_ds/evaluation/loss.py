@@ -1,4 +1,4 @@
-"""Validation loss of a Hugging Face model over the same fixed sequences that training evaluates on."""
+"""Validation loss of a Hugging Face model on the fixed sequences that training evaluates on."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from codeparrot_ds.system.jobs import Slice, progress
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Nats per token, over `tokens` targets of `sequences` sequences."""
+    """Losses in nats per token, over `tokens` targets in `sequences` sequences."""
 
     loss_valid: float
     perplexity_valid: float
@@ -28,18 +28,18 @@ class ValidationLoss:
 
     @classmethod
     def parse(cls, output: str) -> "ValidationLoss":
-        """Of what `evaluate loss --json` printed on another host. Raises DataError."""
+        """Parse the output of `evaluate loss --json` on another host. Raises DataError."""
         try:
-            return cls(**json.loads(output[output.rindex("{") :]))  # a host's shell may greet before it
+            return cls(**json.loads(output[output.rindex("{") :]))  # the shell may print text before it
         except (ValueError, TypeError):
-            raise DataError(f"a host did not answer with a loss, but with {output[-200:]!r}.") from None
+            raise DataError(f"a host returned no loss, but {output[-200:]!r}.") from None
 
     @classmethod
     def merge(cls, parts: Sequence["ValidationLoss"]) -> "ValidationLoss":
-        """The loss over all slices of the same sequences. Raises DataError for those of different ones."""
+        """Combine the slices of one set of sequences. Raises DataError if the sequences differ."""
         unigram_loss = parts[0].loss_unigram
         if not all(math.isclose(part.loss_unigram, unigram_loss, rel_tol=1e-9) for part in parts):
-            raise DataError("the hosts have evaluated different sequences: put the same shards at the same path.")
+            raise DataError("the hosts have evaluated different sequences: place the same shards at the same path.")
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss_valid * part.tokens for part in parts) / tokens
         sequences = sum(part.sequences for part in parts)
@@ -53,14 +53,14 @@ def validation_loss(
     batch_size: int = 8,
     part: Slice | None = None,
 ) -> ValidationLoss:
-    """Loss of a converted model on the validation split of `shards`, beside the unigram model's.
+    """Compute the loss of a converted model on the validation split of `shards`, and that of a unigram model.
 
     Args:
         model_directory: a Hugging Face directory.
-        shards: a shard directory made with the same tokenizer, or a recipe's with their weights.
-        sequences: at most this many, evenly spread; each as long as the model's context.
-        batch_size: sequences per forward.
-        part: only this slice of them; the unigram model is that of all. All of its losses are 0 when it is empty.
+        shards: a shard directory built with the same tokenizer, or a recipe's directories with their weights.
+        sequences: maximum number of sequences, evenly spaced; each as long as the model's context.
+        batch_size: sequences per forward pass.
+        part: evaluate only this slice; the unigram loss covers all sequences. If the slice is empty, its loss is 0.
     """
     model, _, device = load_pretrained(model_directory)
     sources = {shards: 1.0} if isinstance(shards, Path) else shards
@@ -69,8 +69,8 @@ def validation_loss(
     ids = torch.from_numpy(valid.batch(numbers))
     if int(ids.max()) >= model.config.vocab_size:
         raise ConfigError(
-            f"{', '.join(map(str, sources))}: holds ids beyond the model's {model.config.vocab_size:,} tokens. "
-            "Name the shards that were made with the model's tokenizer."
+            f"{', '.join(map(str, sources))}: holds token ids beyond the model's {model.config.vocab_size:,}. "
+            "Use shards that were built with the model's tokenizer."
         )
     unigram = unigram_loss(ids[:, 1:].numpy(), model.config.vocab_size)
     total, ids = 0.0, ids if part is None else ids[part.index :: part.count]

@@ -1,4 +1,4 @@
-"""Load a Hugging Face directory for evaluation: local files only, no code from it."""
+"""Load a Hugging Face directory for evaluation, from local files only and without running code from it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from codeparrot_ds.errors import DataError
 
 
 def load_pretrained(directory: Path) -> tuple[Any, Any, torch.device]:
-    """(model in evaluation mode, tokenizer, device) of a converted model. Raises DataError when it is none."""
+    """Return (model in evaluation mode, tokenizer, device) of a converted model. Raises DataError if it is not one."""
     import transformers
     from safetensors import SafetensorError
 
     if not (directory / "config.json").is_file():
-        raise DataError(f"{directory}: no Hugging Face model here. Make one with `codeparrot-ds convert`.")
+        raise DataError(f"{directory}: no Hugging Face model here. Create one with `codeparrot-ds convert`.")
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,1 +1,1 @@
-"""ZeRO checkpoints to Hugging Face directories, with a certificate."""
+"""Conversion of ZeRO checkpoints to Hugging Face directories with a certificate, and publishing."""

@@ -1,4 +1,4 @@
-"""Convert a run's checkpoints, and push them, while it trains: in processes of their own, one checkpoint at a time."""
+"""Convert and push a run's checkpoints while it trains, in separate processes, one checkpoint at a time."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from codeparrot_ds.run.sections import Export
 from codeparrot_ds.system.launched import without_launcher
 
 log = logging.getLogger("codeparrot_ds")
-# It ends when the thread that started it ends, and leaves the cores to training.
+# It exits with the thread that started it, and yields the CPU to training.
 _COMMAND = """
 import os
 from codeparrot_ds.system.jobs import die_with_parent
@@ -26,28 +26,28 @@ main()
 
 
 class BackgroundExport:
-    """Exports of one run, asked for by its rank 0. Nothing that goes wrong here stops training: the log tells it."""
+    """Background exports of one run, started by its rank 0. Failures are logged and never stop training."""
 
     def __init__(self, run: RunDirectory, settings: Export, branch: str) -> None:
-        """branch: on the Hub, where the recipe names a repository."""
+        """Set up exports of `run`. `branch` is the branch on the Hub, if the recipe names a repository."""
         self._run, self._settings, self._branch = run, settings, branch
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._given_up = threading.Event()
 
     def start(self, step: int) -> None:
-        """Export the published checkpoint of `step` if it is due, and none is still being exported. Returns at once."""
+        """Start exporting the checkpoint of `step` if it is due and no export is running. Returns immediately."""
         every, output = self._settings.every_steps, self._run.export(step)
         if every is None or step % every or step == 0 or (output / CERTIFICATE).is_file():
             return
         if self._thread is not None and self._thread.is_alive():
-            log.warning("step %d: not exported, for the export before it still goes on", step)
+            log.warning("step %d: not exported, because the previous export is still running", step)
             return
         self._thread = threading.Thread(target=self._export, args=(step, output), daemon=True)
         self._thread.start()
 
     def finish(self, wait: bool) -> None:
-        """Wait for the export under way; or end it, and leave it to the run that goes on."""
+        """Wait for the running export, or terminate it and leave it to the resumed run."""
         if self._thread is None:
             return
         if not wait:
@@ -80,11 +80,11 @@ class BackgroundExport:
             shutil.rmtree(links, ignore_errors=True)
 
     def _call(self, step: int, done: str, arguments: list[str]) -> bool:
-        """Run a verb; the log has its message when it fails."""
+        """Run a verb and log its error message if it fails. Returns whether it succeeded."""
         if self._given_up.is_set():
             return False
         environment = without_launcher(os.environ)
-        # The GPU is taken by training.
+        # The GPU is in use by training.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, *arguments],
@@ -94,10 +94,10 @@ class BackgroundExport:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        said, _ = self._process.communicate()
+        output, _ = self._process.communicate()
         if self._process.returncode and not self._given_up.is_set():
-            lines = said.strip().splitlines() or [f"it ended with {self._process.returncode}"]
-            log.warning("step %d: not %s. Training goes on. %s", step, done, lines[-1])
+            lines = output.strip().splitlines() or [f"exit code {self._process.returncode}"]
+            log.warning("step %d: not %s. Training continues. %s", step, done, lines[-1])
         return self._process.returncode == 0
 
     def _remove_old(self) -> None:
@@ -107,9 +107,9 @@ class BackgroundExport:
 
 
 def _linked(checkpoint: Path, links: Path) -> Path:
-    """The checkpoint's files under other names, which stay when it is removed; itself where a disk has no links."""
+    """Hard-link the checkpoint's files, which keeps them if it is removed; without hard links, return it itself."""
     shutil.rmtree(links, ignore_errors=True)
-    # A checkpoint's run is found two directories up.
+    # A checkpoint's run directory is expected two levels up.
     target = links / "checkpoints" / checkpoint.name
     try:
         shutil.copytree(checkpoint, target, copy_function=os.link)

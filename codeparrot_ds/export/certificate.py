@@ -1,4 +1,4 @@
-"""The certificate of a converted model: what it was made from, what was proved, and how to prove it again."""
+"""The certificate of a converted model: its source, what was verified, and the data to verify it again."""
 
 import importlib.metadata
 import json
@@ -13,17 +13,18 @@ from codeparrot_ds.system.files import FORMAT_VERSION, digest_bytes, digest_file
 
 CERTIFICATE = "certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOADED = (".safetensors", ".bin", ".pt", ".py", ".json", ".h5", ".msgpack")  # by transformers, if it finds them
+# Suffixes of files that transformers loads if present.
+_LOADED = (".safetensors", ".bin", ".pt", ".py", ".json", ".h5", ".msgpack")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a conversion rests on."""
+    """Return the versions of the packages that a conversion depends on."""
     names = ("codeparrot-ds", "torch", "transformers", "safetensors", "deepspeed")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:
-    """The certificate of a converted model. Raises DataError when there is none, or it is not one of ours."""
+    """Read the certificate of a converted model. Raises DataError if it is missing or invalid."""
     body = read_json(directory / CERTIFICATE, "certificate")
     wanted = {"files": dict, "tensors": dict, "tied": dict, "dtype": str, "source": list}
     if (
@@ -37,19 +38,19 @@ def read_certificate(directory: Path) -> dict[str, Any]:
 
 
 def check(directory: Path) -> dict[str, Any]:
-    """Hold a converted model against its certificate, every file and every tensor, and return the certificate.
+    """Verify every file and tensor of a converted model against its certificate, and return the certificate.
 
     Raises:
-        DataError: it has no certificate.
-        CheckpointError: names each file and tensor that is not what was proved.
+        DataError: the directory has no valid certificate.
+        CheckpointError: names each file and tensor that does not match.
     """
     certificate = read_certificate(directory)
     problems = _files(directory, certificate["files"])
     if not problems:
         problems = check_tensors(directory, certificate)
     if problems:
-        mend = "Copy the directory again, or convert the checkpoint again."
-        raise CheckpointError(list_problems(str(directory), problems, mend))
+        fix = "Copy the directory again, or convert the checkpoint again."
+        raise CheckpointError(list_problems(str(directory), problems, fix))
     return certificate
 
 
@@ -57,16 +58,18 @@ def _files(directory: Path, expected: dict[str, Any]) -> list[str]:
     problems = []
     there = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
     for name, digest in sorted(expected.items()):
-        if name not in there:  # what `there` names lies in the directory, whatever the certificate says
+        if name not in there:  # names in `there` are inside the directory, those of the certificate may not be
             problems.append(f"{name} is missing")
         elif digest_file(there[name]) != digest:
-            problems.append(f"{name}: its bytes are not those that were written (digests differ)")
+            problems.append(f"{name}: its digest differs from the certificate")
     added = sorted(name for name in there.keys() - expected.keys() - {CERTIFICATE} if name.endswith(_LOADED))
-    return problems + [f"{name} is not in the certificate, and might be loaded in place of what is" for name in added]
+    return problems + [
+        f"{name} is not in the certificate, and might be loaded instead of a file that is" for name in added
+    ]
 
 
 def check_tensors(directory: Path, certificate: dict[str, Any]) -> list[str]:
-    """Read every tensor as transformers will, and name those that are not what the certificate says."""
+    """Read every tensor as transformers does, and name those that do not match the certificate."""
     written = WrittenWeights(directory)
     tensors, dtype = certificate["tensors"], DTYPES[certificate["dtype"]]
     problems = [f"tensor {name} is missing" for name in sorted(tensors.keys() - written.names)]
@@ -75,16 +78,16 @@ def check_tensors(directory: Path, certificate: dict[str, Any]) -> list[str]:
     def problem(name: str) -> str | None:
         tensor = written.tensor(name)
         if tensor.dtype != dtype or list(tensor.shape) != tensors[name]["shape"]:
-            return f"tensor {name}: {tensor.dtype} {list(tensor.shape)}, not as in the certificate"
+            return f"tensor {name}: {tensor.dtype} {list(tensor.shape)} does not match the certificate"
         if digest_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensors[name]["written"]:
-            return f"tensor {name}: its values are not those that were proved (digests differ)"
+            return f"tensor {name}: the digest of its values differs from the certificate"
         return None
 
     with ThreadPoolExecutor(2) as pool:
         problems += filter(None, pool.map(problem, sorted(tensors.keys() & written.names)))
     config = read_json(directory / "config.json", "model configuration")
     if certificate["tied"] and not config.get("tie_word_embeddings", True):
-        problems.append("config.json unties the embeddings, which were one tensor in training")
+        problems.append("config.json unties the embeddings, which were tied in training")
     return problems
 
 
@@ -92,11 +95,11 @@ class WrittenWeights:
     """The weights in a Hugging Face directory's safetensors files.
 
     Attributes:
-        names: of all tensors.
+        names: names of all tensors.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Read the index. Raises DataError."""
+        """Read the index. Raises DataError if the weights cannot be read."""
         from safetensors import SafetensorError, safe_open
 
         index = directory / "model.safetensors.index.json"
@@ -115,11 +118,11 @@ class WrittenWeights:
         self.names = set(self._files)
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A tensor as it was written, or rows `first` .. `last` - 1 of it. Raises DataError."""
+        """Read a tensor as written; `rows` (first, end) selects rows, `end` excluded. Raises DataError."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._files[name], "pt") as file:  # opened each time: what is mapped counts as memory
+            with safe_open(self._files[name], "pt") as file:  # opened for each read: mapped pages count as memory
                 found: torch.Tensor = file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{self._files[name]}: {name} cannot be read ({error}).") from None

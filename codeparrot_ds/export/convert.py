@@ -1,4 +1,4 @@
-"""ZeRO checkpoints to a Hugging Face directory that is proved before it appears."""
+"""Convert ZeRO checkpoints to a Hugging Face directory that is verified before it is published."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -37,10 +37,10 @@ from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
 
 DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# Nats per token: of the engine, and of what was written in a coarser type.
+# Nats per token, for the engine's precision and for weights written in a coarser type.
 _LOSS_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}
-_SAME_WEIGHTS_TOLERANCE = 1e-5  # where nothing was rounded; on a CPU the bits are equal
-_CPU_OPERATIONS = 2e13  # a few minutes
+_SAME_WEIGHTS_TOLERANCE = 1e-5  # without rounding; on a CPU the results are bit-equal
+_CPU_OPERATIONS = 2e13  # FLOPs that take a few minutes
 
 
 def convert(
@@ -55,17 +55,17 @@ def convert(
     """Convert a published checkpoint, or the mean of several of one run, and return the certificate.
 
     Args:
-        checkpoints: of one run; the files that hold weights are verified first.
-        output: must not exist; it is whole or absent. A directory made from the same checkpoints is kept.
+        checkpoints: checkpoints of one run; files that hold weights are verified first.
+        output: must not exist; it is written atomically. A directory made from the same checkpoints is kept.
         dtype: "float32", "bfloat16" or "float16".
-        max_shard_bytes: size at which a new safetensors file is begun.
-        memory_cap_bytes: what this process may hold, everything included.
-        sequences: validation sequences to run both models on; left out, those of the run's own evaluation, but
-            without a GPU no more than take some minutes.
+        max_shard_bytes: maximum size of a safetensors file.
+        memory_cap_bytes: memory limit of this process, everything included.
+        sequences: validation sequences to run both models on; by default those of the run's own evaluation, or
+            without a GPU at most as many as take a few minutes.
 
     Raises:
-        CheckpointError: a checkpoint is damaged or hostile, or the proof failed.
-        ConfigError: bad dtype, `output` exists, too little memory, or the disk is too small.
+        CheckpointError: a checkpoint is damaged or hostile, or the verification failed.
+        ConfigError: invalid dtype, `output` exists, too little memory, or too little disk space.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}.")
@@ -99,8 +99,8 @@ def convert(
         }
         problems = check_tensors(unfinished, certificate)
         if problems:
-            raise CheckpointError(f"{newest.path}: the proof failed, nothing was written: {problems[0]}.")
-        memory.manage_freed_memory(scarce=True)  # while blocks pass, it is better kept for the next
+            raise CheckpointError(f"{newest.path}: verification failed, nothing was written: {problems[0]}.")
+        memory.manage_freed_memory(scarce=True)  # until here, freed blocks are better kept for reuse
         same_weights = all(proof.master == proof.written for proof in tensors.values())
         compared, total = _compare(
             None if same_weights else weights, unfinished, config, recipe, memory_cap_bytes, sequences
@@ -118,30 +118,30 @@ def convert(
 
 
 class _Mean:
-    """The mean of several checkpoints' weights."""
+    """Mean of the weights of several checkpoints."""
 
     def __init__(self, parts: Sequence[SavedState]) -> None:
         self._parts = parts
         self.shapes, self.tied = parts[0].shapes, parts[0].tied
 
     def read(self, name: str, what: str = FP32, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """As of one checkpoint: the sum in fp64, rounded once."""
+        """Read elements of the mean: summed in fp64 and rounded once."""
         total = torch.zeros((), dtype=torch.float64)
         for part in self._parts:
             total = total + part.read(name, what, start, stop)
         return (total / len(self._parts)).float()
 
     def leave_cache(self) -> None:
-        """As of one checkpoint."""
+        """Drop from the page cache what has been read."""
         for part in self._parts:
             part.leave_cache()
 
 
 def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
-    """Verify what holds weights, and open it. Raises CheckpointError."""
+    """Verify the files that hold weights, and open them. Raises CheckpointError."""
     opened = []
     for checkpoint in checkpoints:
-        # AdamW's moments on NVMe and in universal checkpoints are files of their own, and none of this result.
+        # AdamW's moments on NVMe and in universal checkpoints are separate files, which are not needed here.
         apart = {name for name in checkpoint.files if name.startswith(("offloaded_tensors/", "zero/"))}
         apart.discard(OPTIMIZER_STATE)
         checkpoint.verify(checkpoint.files.keys() - apart)
@@ -150,7 +150,7 @@ def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
         opened.append(weights)
     for weights, checkpoint in zip(opened, checkpoints, strict=True):
         if weights.shapes != opened[0].shapes:
-            raise CheckpointError(f"{checkpoint.path}: other tensors than in {checkpoints[0].path}.")
+            raise CheckpointError(f"{checkpoint.path}: its tensors differ from those in {checkpoints[0].path}.")
     return opened[0] if len(opened) == 1 else _Mean(opened)
 
 
@@ -170,7 +170,7 @@ def _write_configs(directory: Path, recipe: Recipe, eos_id: int, dtype: str) -> 
 
 
 def _check_parameters(config: Any, held: set[str]) -> None:
-    """The names in the checkpoint are exactly those of the model that the configuration describes."""
+    """Check that the checkpoint's parameter names are exactly those of the configured model."""
     from transformers import GPT2LMHeadModel
 
     with torch.device("meta"):
@@ -184,17 +184,17 @@ def _check_parameters(config: Any, held: set[str]) -> None:
 
 
 def _require_memory(config: Any, memory_cap_bytes: int) -> None:
-    """Refuse a cap that one sequence in the proof would break."""
+    """Raise ConfigError if verifying a single sequence would exceed the memory limit."""
     needed = memory.resident_bytes() + _proof_bytes(config)
     if needed > memory_cap_bytes:
         raise ConfigError(
-            f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this model takes {needed / 1e9:.2f} GB, of which "
-            f"{memory.resident_bytes() / 1e9:.2f} GB are Python's and torch's own. Allow as much."
+            f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this model needs {needed / 1e9:.2f} GB, of which "
+            f"{memory.resident_bytes() / 1e9:.2f} GB are Python and torch. Raise the limit."
         )
 
 
 def _proof_bytes(config: Any) -> int:
-    """For one sequence, and the blocks in which weights are written."""
+    """Return the bytes needed to verify one sequence or to hold the blocks of weights being written."""
     activations = int(config.n_positions) * activation_bytes_per_token(config)
     return max(activations + largest_weight_bytes(config), 4 * 4 * BLOCK_ELEMENTS)
 
@@ -207,30 +207,30 @@ def _compare(
     memory_cap_bytes: int,
     wanted: int | None,
 ) -> tuple[Comparison | None, int]:
-    """Both models on validation sequences, and how many the engine's own evaluation has; None without shards.
+    """Run both models on validation sequences. Returns their comparison and the size of the engine's evaluation.
 
-    Without `weights` the converted model alone, for it has all their bits.
+    The comparison is None without shards. Without `weights`, only the converted model is run: it has the same bits.
     """
     try:
         valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).valid
     except DataError as error:
-        say(f"note: no validation sequences to run the model on ({error}).")
+        say(f"note: no validation sequences to evaluate ({error}).")
         return None, 0
     total = len(validation_sequences(len(valid), recipe.evaluation.sequences))
     count = min(total, wanted) if wanted is not None else total
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted is None and device.type == "cpu":
         models = 1 if weights is None else 2
-        operations = models * 2 * recipe.model.parameters * recipe.model.seq_len  # a sequence
+        operations = models * 2 * recipe.model.parameters * recipe.model.seq_len  # per sequence
         count = max(1, min(count, int(_CPU_OPERATIONS / operations)))
         if count < total:
             say(
-                f"note: {count} of the {total} sequences of the run's evaluation are run here, without a GPU; "
-                f"--sequences {total} takes all."
+                f"note: without a GPU, {count} of the {total} sequences of the run's evaluation are used; "
+                f"--sequences {total} uses all."
             )
     if not count:
         return None, total
-    # Those of the evaluation, or evenly spread ones of them.
+    # The sequences of the evaluation, or an evenly spaced subset of them.
     chosen = validation_sequences(len(valid), recipe.evaluation.sequences)[validation_sequences(total, count)]
     written = WrittenWeights(directory)
     free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(config)
@@ -257,22 +257,22 @@ def _reader(weights: Weights) -> Any:
 
 
 def _engine(checkpoints: Sequence[Checkpoint], compared: Comparison | None, total: int) -> dict[str, Any]:
-    """The loss that the engine measured in training, and why it is not compared where it is not."""
+    """Return the loss that the engine measured in training, and the reason if it cannot be compared."""
     loss = checkpoints[-1].loss_valid
     why = None
     if len(checkpoints) > 1:
-        loss, why = None, "no engine has evaluated the mean of these checkpoints"
+        loss, why = None, "the engine did not evaluate the mean of these checkpoints"
     elif loss is None:
-        why = "no loss from training is known for this step"
+        why = "training recorded no validation loss for this step"
     elif compared is None:
-        why = "no validation sequences were run on"
+        why = "no validation sequences were evaluated"
     elif compared.sequences < total:
-        why = f"it is over {total} sequences, and {compared.sequences} were run here"
+        why = f"it covers {total} sequences, but {compared.sequences} were evaluated here"
     return {"loss_valid": loss, "sequences": total, "not_compared": why}
 
 
 def _check_losses(checkpoint: Checkpoint, certificate: dict[str, Any], dtype: str) -> None:
-    """Raise CheckpointError unless the models agree, and agree with the engine."""
+    """Raise CheckpointError unless the models agree with each other and with the engine."""
     forward, engine = certificate["forward"], certificate["engine"]
     if forward is None:
         return
@@ -288,17 +288,17 @@ def _check_losses(checkpoint: Checkpoint, certificate: dict[str, Any], dtype: st
         tolerance = max(_LOSS_TOLERANCE[checkpoint.precision], _LOSS_TOLERANCE[precision])
         pairs.append(("the engine's was", engine["loss_valid"], tolerance))
     for what, expected, tolerance in pairs:
-        if not abs(forward["loss_written"] - expected) <= tolerance:  # so that NaN fails
+        if not abs(forward["loss_written"] - expected) <= tolerance:  # negated, so that NaN fails
             raise CheckpointError(
-                f"{checkpoint.path}: the converted model's validation loss is {forward['loss_written']:.6f}, {what} "
-                f"{expected:.6f}; they may differ by {tolerance}. Nothing was written."
+                f"{checkpoint.path}: the converted model's validation loss is {forward['loss_written']:.6f}, but "
+                f"{what} {expected:.6f} (tolerance {tolerance}). Nothing was written."
             )
 
 
 def write_model_card(
     directory: Path, run: RunDirectory, checkpoints: Sequence[Checkpoint], certificate: dict[str, Any]
 ) -> None:
-    """README.md, which the Hub shows."""
+    """Write README.md, which the Hub shows."""
     newest, forward = checkpoints[-1], certificate["forward"]
     recipe = load_recipe(run.recipe)
     steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
@@ -314,7 +314,7 @@ def write_model_card(
     ]
     if forward is not None:
         rows.append(
-            ("validation loss", f"{forward['loss_written']:.4f} nats a token, {forward['sequences']} sequences")
+            ("validation loss", f"{forward['loss_written']:.4f} nats per token, {forward['sequences']} sequences")
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     (directory / "README.md").write_text(
@@ -342,7 +342,7 @@ complete = pipeline("text-generation", "PATH_OR_REPOSITORY")
 print(complete("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])
 ```
 
-`{CERTIFICATE}` holds the digest of every tensor beside that of the fp32 weights in the checkpoint it was made from, and
-the losses of both. `codeparrot-ds convert --check DIRECTORY` holds these files against it.
+`{CERTIFICATE}` holds the digest of every tensor, that of the fp32 weights in the checkpoint it was converted from, and
+the losses of both. `codeparrot-ds convert --check DIRECTORY` verifies these files against it.
 """
     )

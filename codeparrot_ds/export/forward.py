@@ -1,4 +1,4 @@
-"""Run GPT-2 with weights that are read when a layer needs them, so that a model larger than memory can be compared."""
+"""Run GPT-2 with weights that are read layer by layer, so that models larger than memory can be compared."""
 
 import itertools
 import math
@@ -12,28 +12,28 @@ import torch
 from torch import nn
 
 _EMBEDDING = "transformer.wte.weight"
-_HEAD_ROWS = 4096  # of the vocabulary, whose logits are made at once
+_HEAD_ROWS = 4096  # vocabulary rows whose logits are computed together
 
 
 class Reader(Protocol):
-    """Reads weights in fp32 on the CPU."""
+    """Reader of weights, in fp32 on the CPU."""
 
     def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A parameter in its shape, or rows `first` .. `last` - 1 of it."""
+        """Return a parameter in its shape; `rows` (first, end) selects rows, `end` excluded."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' outputs on the same sequences. Losses are nats per token.
+    """Comparison of two models' outputs on the same sequences. Losses are nats per token.
 
     Attributes:
-        same_weights: all bits of both are equal, so they were run as one.
-        sequences: compared.
-        tokens: targets in them.
-        loss_master: of the checkpoint's weights.
-        loss_written: of the weights that were written.
-        largest_logit_difference: over all positions and token ids.
-        same_prediction: share of positions at which both hold the same token most likely.
+        same_weights: whether the weights are bit-equal, so that only one model was run.
+        sequences: number of sequences compared.
+        tokens: number of targets in them.
+        loss_master: loss with the checkpoint's weights.
+        loss_written: loss with the weights that were written.
+        largest_logit_difference: maximum over all positions and token ids.
+        same_prediction: fraction of positions at which both predict the same token.
     """
 
     same_weights: bool
@@ -51,12 +51,12 @@ def compare(
     """Run both models over `ids` and compare logits and losses.
 
     Args:
-        config: `transformers.GPT2Config` of both.
-        master: reads the checkpoint's weights; None where the converted ones have all their bits.
-        written: reads the converted ones.
-        ids: [sequences, seq_len + 1] int64.
-        memory_bytes: what activations may take; at least one sequence is run at once.
-        device: to compute on, in fp32.
+        config: `transformers.GPT2Config` of both models.
+        master: reads the checkpoint's weights; None if the converted weights are bit-equal to them.
+        written: reads the converted weights.
+        ids: token ids, [sequences, seq_len + 1] int64.
+        memory_bytes: memory for activations; at least one sequence is run at a time.
+        device: device to compute on, in fp32.
     """
     count, seq_len = len(ids), ids.shape[1] - 1
     at_once = max(1, min(count, memory_bytes // (seq_len * activation_bytes_per_token(config))))
@@ -76,12 +76,12 @@ def compare(
 
 
 def activation_bytes_per_token(config: Any) -> int:
-    """What a token takes while it passes a block: the residual stream of both models, and the wide layer's four."""
+    """Return the activation bytes per token: residual streams of both models, and the MLP at four times the width."""
     return 4 * (20 * int(config.n_embd) + 4 * _HEAD_ROWS)
 
 
 def largest_weight_bytes(config: Any) -> int:
-    """What the weights take that are in memory at once: the embedding, or two of a block's, and one read ahead."""
+    """Return the bytes of weights in memory together: the embedding or two weights of a block, and one prefetched."""
     return 4 * (
         max(int(config.vocab_size) * int(config.n_embd), 8 * int(config.n_embd) ** 2) + 4 * int(config.n_embd) ** 2
     )
@@ -89,7 +89,7 @@ def largest_weight_bytes(config: Any) -> int:
 
 @torch.inference_mode()
 def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
-    """The last hidden state, [sequences, seq_len, n_embd]."""
+    """Return the last hidden state, [sequences, seq_len, n_embd]."""
     from transformers import GPT2Model
 
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Ahead:
-    """Reads a weight while the one before it is computed with. Their order here is the one in which they are used."""
+    """Prefetches each weight while the previous one is in use. `names` is in order of use."""
 
     def __init__(self, read: Reader, names: Sequence[str], reader: ThreadPoolExecutor) -> None:
         self._read, self._reader = read, reader
@@ -112,7 +112,7 @@ class _Ahead:
         self._waiting: dict[str, Future[torch.Tensor]] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight; the one that follows is begun."""
+        """Return a weight, and start reading the next one."""
         found = self._waiting.pop(name, None)
         value = found.result() if found is not None else self._read(name)
         following = self._next.get(name)
@@ -141,7 +141,10 @@ def _read_when_called(module: nn.Module, prefix: str, ahead: _Ahead, device: tor
 def _compare_heads(
     config: Any, readers: Sequence[Reader], hidden: list[torch.Tensor], targets: torch.Tensor
 ) -> tuple[torch.Tensor, float, int]:
-    """Summed losses of each, the largest difference of logits, and equal predictions; targets [tokens]."""
+    """Return summed losses per model, the largest logit difference, and the number of equal predictions.
+
+    hidden: [sequences, seq_len, n_embd] per model; targets: [tokens].
+    """
     flat = [state.flatten(0, 1) for state in hidden]
     tokens = len(targets)
     normaliser = [torch.full((tokens,), -math.inf, dtype=torch.float64, device=targets.device) for _ in flat]

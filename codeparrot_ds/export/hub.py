@@ -1,7 +1,7 @@
-"""Send a finished directory to the Hugging Face Hub, in one commit: a branch there has the whole of it or none.
+"""Push a finished directory to the Hugging Face Hub in one commit, so that a branch has all of it or nothing.
 
-Only `huggingface_hub` talks to the Hub. It finds the token itself, in the environment (HF_TOKEN) or the file of
-`hf auth login`; nothing here reads it but to keep it out of messages.
+Only `huggingface_hub` talks to the Hub. It finds the token itself, in the environment (HF_TOKEN) or in the file of
+`hf auth login`; this module reads it only to keep it out of messages.
 """
 
 import random
@@ -18,22 +18,27 @@ from codeparrot_ds.system.jobs import say
 
 DEFAULT_TRIES, DEFAULT_TIMEOUT_SECONDS = 6, 120.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 120.0
-_OF_MODELS = (".safetensors", ".bin", ".pt", ".index.json")  # from an earlier push; loaded in place of what is new
-_REPO_TYPES = {"shards": "dataset", "corpus": "dataset", "tokenizer": "model"}  # by the kind of their manifest
+_OF_MODELS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".index.json",
+)  # if left from an earlier push, they could be loaded instead of the new files
+_REPO_TYPES = {"shards": "dataset", "corpus": "dataset", "tokenizer": "model"}  # by the kind in the manifest
 _MAIN = "main"
-_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What lies on the Hub now.
+    """Result of a push.
 
     Attributes:
-        repo: its id, with its owner.
+        repo: repository id, with its owner.
         repo_type: "model" or "dataset".
-        branches: those that hold the directory.
-        commits: of each branch, its newest.
-        files: sent or found there.
+        branches: branches that hold the directory.
+        commits: newest commit of each branch.
+        files: number of files sent or already there.
     """
 
     repo: str
@@ -53,22 +58,22 @@ def push(
     tries: int = DEFAULT_TRIES,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
 ) -> Pushed:
-    """Send a converted model, a tokenizer, or finished shards or a corpus.
+    """Push a converted model, a tokenizer, or finished shards or a corpus.
 
-    What has arrived before a fault is not sent again, in this call or in the next.
+    Data that arrived before a failure is not sent again, in this call or the next.
 
     Args:
-        directory: what to send; a converted model is held against its certificate first.
-        repo: "owner/name", or "name" for one's own; made when it does not exist.
-        branch: to send to, made when it does not exist; "main" when left out.
-        merge: bring it to main too, where files of an earlier model go.
-        private: whether a repository that is made here is for its owner alone.
-        tries: in all, when the network or the Hub fails; pauses between them grow.
-        timeout_seconds: a connection on which nothing has moved for so long has failed.
+        directory: directory to push; a converted model is verified against its certificate first.
+        repo: "owner/name", or "name" for the user's own; created if missing.
+        branch: branch to push to, created if missing; "main" by default.
+        merge: also push to main, where files of an earlier model are removed.
+        private: whether a newly created repository is private.
+        tries: maximum attempts when the network or the Hub fails, with growing pauses.
+        timeout_seconds: a connection without data transfer for this long has failed.
 
     Raises:
-        ConfigError: bad names, no token or no rights, or the Hub cannot be reached.
-        DataError, CheckpointError: the directory is none of those, or not what was proved.
+        ConfigError: invalid names, no token or no permission, or the Hub cannot be reached.
+        DataError, CheckpointError: the directory is none of those, or does not match its certificate.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -86,12 +91,12 @@ def push(
                 hub.call(api.create_branch, url.repo_id, branch=target, repo_type=repo_type, exist_ok=True)
             commits.append(hub.call(_commit, api, url.repo_id, repo_type, target, directory, names))
     except HFValidationError as error:
-        raise ConfigError(f"{repo}: not a name for a repository ({hub.clean(error)}). Write OWNER/NAME.") from None
+        raise ConfigError(f"{repo}: not a valid repository name ({hub.clean(error)}). Use OWNER/NAME.") from None
     return Pushed(url.repo_id, repo_type, targets, commits, len(names))
 
 
 def _limit_silence(seconds: float) -> None:
-    """Left alone, `huggingface_hub` waits for ever for a Hub that says nothing, and some of its calls insist on it."""
+    """Set a timeout on all requests: by default `huggingface_hub` waits forever, and some of its calls enforce that."""
     from huggingface_hub import get_session, set_client_factory
 
     usual = get_session()
@@ -107,7 +112,7 @@ def _limit_silence(seconds: float) -> None:
 
 
 def _contents(directory: Path) -> tuple[str, list[str]]:
-    """(type of repository, files to send) of what `directory` is. Raises DataError or CheckpointError."""
+    """Return (repository type, files to push) for `directory`. Raises DataError or CheckpointError."""
     if (directory / certificates.CERTIFICATE).is_file():
         certificate = certificates.check(directory)
         return "model", sorted([*certificate["files"], certificates.CERTIFICATE])
@@ -123,8 +128,8 @@ def _contents(directory: Path) -> tuple[str, list[str]]:
     elif "tokenizer.json" in names and not any(name.endswith(_OF_MODELS) for name in names):
         return "model", names
     raise DataError(
-        f"{directory}: neither a converted model (`codeparrot-ds convert`) nor a tokenizer, nor finished shards or a "
-        "finished corpus."
+        f"{directory}: not a converted model (`codeparrot-ds convert`), a tokenizer, finished shards or a finished "
+        "corpus."
     )
 
 
@@ -144,13 +149,13 @@ def _commit(api: Any, repo: str, repo_type: str, branch: str, directory: Path, n
 
 
 class _Patient:
-    """Calls to the Hub that are tried again when the network or the Hub fails."""
+    """Calls the Hub, with retries when the network or the Hub fails."""
 
     def __init__(self, repo: str, tries: int) -> None:
         self._repo, self._tries = repo, tries
 
     def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The function's result. Raises ConfigError once it is certain, or has failed too often."""
+        """Return the function's result. Raises ConfigError on a permanent failure, or after too many attempts."""
         from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
         pause = _FIRST_PAUSE_SECONDS
@@ -158,32 +163,36 @@ class _Patient:
             try:
                 return function(*arguments, **named)
             except OfflineModeIsEnabled:
-                raise ConfigError("HF_HUB_OFFLINE is set in the environment, so nothing can be sent.") from None
+                raise ConfigError(
+                    "HF_HUB_OFFLINE is set in the environment, so nothing can be pushed. Unset it."
+                ) from None
             except LocalTokenNotFoundError:
-                raise ConfigError(f"{self._repo}: no token here. {_LOG_IN}") from None
+                raise ConfigError(f"{self._repo}: no token found. {_LOG_IN}") from None
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 if status in (401, 403):
-                    raise ConfigError(f"{self._repo}: the Hub refuses ({status}). {_LOG_IN}") from None
+                    raise ConfigError(f"{self._repo}: the Hub denies access ({status}). {_LOG_IN}") from None
                 if 400 <= status < 500 and status not in (408, 409, 412, 429):
-                    raise ConfigError(f"{self._repo}: the Hub refuses ({self.clean(error)}).") from None
+                    raise ConfigError(f"{self._repo}: the Hub rejects the request ({self.clean(error)}).") from None
                 reason = self.clean(error)
             except (HTTPError, ConnectionError, TimeoutError) as error:
                 reason = self.clean(error)
-            except RuntimeError as error:  # what huggingface_hub makes of a failed upload
+            except RuntimeError as error:  # raised by huggingface_hub for a failed upload
                 reason = self.clean(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             if number < self._tries:
                 wait = pause * random.uniform(0.5, 1.0)
-                say(f"note: {self._repo}: try {number} of {self._tries} failed ({reason}); again in {wait:.0f} s")
+                say(
+                    f"note: {self._repo}: attempt {number} of {self._tries} failed ({reason}); retrying in {wait:.0f} s"
+                )
                 time.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise ConfigError(
-            f"{self._repo}: the Hub cannot be reached, or fails ({reason}). What has arrived stays there: run the same "
+            f"{self._repo}: the Hub cannot be reached, or fails ({reason}). Uploaded data is kept: run the same "
             "command again."
         )
 
     def clean(self, error: Exception) -> str:
-        """One line of an error, without the token."""
+        """Return an error as one line, without the token."""
         from huggingface_hub import get_token
 
         text = " ".join((str(error) or type(error).__name__).split())

@@ -1,12 +1,12 @@
-"""Write a ZeRO checkpoint as DeepSpeed's universal checkpoint, which any stage and number of ranks can go on from.
+"""Convert a ZeRO checkpoint to a DeepSpeed universal checkpoint, which any ZeRO stage and rank count can resume from.
 
     OUT/manifest.json  recipe.yaml  ds_config.json  tokenizer/
     OUT/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt  zero/optimizer_state.pt
     OUT/{mp_rank_00,zero_pp_rank_0_mp_rank_00}_model_states.pt    counters, for an engine below stage 3 and at stage 3
 
-Source of the layout: DeepSpeed 0.19.8, `checkpoint/ds_to_universal.py`, and what reads it, `runtime/base_optimizer.py`
-and `runtime/zero/stage3.py`. Its script holds whole ranks in memory and writes what only the stages of one kind
-can load; this takes one tensor at a time, and is read by all.
+Source of the layout: DeepSpeed 0.19.8, `checkpoint/ds_to_universal.py`, and its readers, `runtime/base_optimizer.py`
+and `runtime/zero/stage3.py`. DeepSpeed's script holds whole ranks in memory and its output can be loaded only by stages
+of one kind; this module handles one tensor at a time, and all stages can load its output.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ from codeparrot_ds.system import memory
 from codeparrot_ds.system.files import digest_file, make_directory, publish_directory, require_free_space
 from codeparrot_ds.system.jobs import progress
 
-_OF_TENSORS = {"module", "optimizer"}  # of the model's state: what is in zero/
+_OF_TENSORS = {"module", "optimizer"}  # entries of the model state that are stored in zero/
 
 
 def to_universal(checkpoint: Checkpoint, output: Path, memory_cap_bytes: int) -> Checkpoint:
-    """Write `checkpoint` as a universal one, every tensor read back and compared, and return it.
+    """Write `checkpoint` as a universal checkpoint, read back and compare every tensor, and return it.
 
     Args:
-        checkpoint: all its files are verified first.
-        output: must not exist; it is whole or absent.
-        memory_cap_bytes: what this process may hold, everything included.
+        checkpoint: source; all its files are verified first.
+        output: must not exist; it is written atomically.
+        memory_cap_bytes: memory limit of this process, everything included.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or hostile, or what was written reads back differently.
-        ConfigError: `output` exists, too little memory, or the disk is too small.
+        CheckpointError: the checkpoint is damaged or hostile, or the written data reads back differently.
+        ConfigError: `output` exists, too little memory, or too little disk space.
     """
     checkpoint.verify()
     saved = open_state(checkpoint)
     largest_bytes = 4 * max(shape.numel() for shape in saved.shapes.values())
-    # The tensor, the ranks' pieces of it, and again when it is read back.
+    # The tensor, the ranks' pieces of it, and its copy read back.
     _require_memory(memory.resident_bytes() + 3 * largest_bytes, memory_cap_bytes)
     make_directory(output.parent)
     require_free_space(output.parent, 3 * 4 * checkpoint.parameters, "the universal checkpoint")
@@ -86,18 +86,18 @@ def to_universal(checkpoint: Checkpoint, output: Path, memory_cap_bytes: int) ->
 def _require_memory(needed_bytes: int, memory_cap_bytes: int) -> None:
     if needed_bytes > memory_cap_bytes:
         raise ConfigError(
-            f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this checkpoint takes {needed_bytes / 1e9:.2f} GB, three "
-            "times its largest tensor and Python and torch themselves. Allow as much."
+            f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this checkpoint needs {needed_bytes / 1e9:.2f} GB: three "
+            "times its largest tensor, plus Python and torch. Raise the limit."
         )
 
 
 def _step(checkpoint: Checkpoint, saved: SavedState) -> "torch.Tensor | int":
-    """As the optimizer that goes on will count: DeepSpeed's CPUAdam in a plain number, torch in a tensor."""
+    """Return the step as the resuming optimizer stores it: an int for DeepSpeed's CPUAdam, a tensor for torch."""
     return torch.tensor(float(saved.step)) if checkpoint.offload == "none" else saved.step
 
 
 def _optimizer_state(checkpoint: Checkpoint, saved: SavedState) -> dict[str, Any]:
-    """What ZeRO 1 and 2 read at the top, and ZeRO-3 one level below."""
+    """Return the optimizer state: ZeRO-1 and ZeRO-2 read it at the top level, ZeRO-3 one level below."""
     groups = [{**group, "params": [number]} for number, group in enumerate(saved.hyperparameters())]
     step = _step(checkpoint, saved)
     state: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _optimizer_state(checkpoint: Checkpoint, saved: SavedState) -> dict[str, Any
 def _compare(saved: SavedState, written: SavedState) -> None:
     for name in saved.shapes:
         for what in (FP32, *MOMENTS):
-            # Bit by bit: a weight that is not finite is not equal to itself.
+            # Compared bit by bit, because NaN is not equal to itself.
             if not torch.equal(*(state.read(name, what).view(torch.int32) for state in (saved, written))):
                 raise CheckpointError(f"{name}: its {what} reads back differently. Nothing was written.")
     if written.step != saved.step:

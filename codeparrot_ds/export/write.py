@@ -1,4 +1,4 @@
-"""Write safetensors files block by block, with digests of what was meant and of what then lies on the disk.
+"""Write safetensors files block by block, with digests of the source weights and of the written bytes.
 
 Format: an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes.
 Source: https://huggingface.co/docs/safetensors
@@ -19,28 +19,28 @@ import xxhash
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.system.files import start_write_back
 
-BLOCK_ELEMENTS = 1 << 22  # read, converted and written at once: 16 MB in fp32
-_CACHED_ELEMENTS = 1 << 26  # after so many, the kernel may forget them: a run that trains beside this needs its cache
+BLOCK_ELEMENTS = 1 << 22  # per block that is read, converted and written: 16 MB in fp32
+_CACHED_ELEMENTS = 1 << 26  # then dropped from the page cache, which a concurrent training run needs
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_ALIGNMENT = 8  # of the header's end, so that tensors can be mapped
+_ALIGNMENT = 8  # bytes, of the header's end, so that tensors can be memory-mapped
 
 
 class Weights(Protocol):
-    """Where weights come from: one checkpoint, or the mean of several."""
+    """Source of weights: one checkpoint, or the mean of several."""
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Parameter name -> shape; tied copies are left out."""
+        """Parameter name -> shape, without tied copies."""
 
     @property
     def tied(self) -> Mapping[str, str]:
         """Name of a tied copy -> name of the parameter that it shares."""
 
     def read(self, name: str, what: str = "fp32", start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements `start` .. `stop` - 1 of a parameter, flat, fp32 on the CPU."""
+        """Return elements `start` to `stop` (excluded) of a parameter, flat, fp32 on the CPU."""
 
     def leave_cache(self) -> None:
-        """Have the kernel forget what has been read."""
+        """Drop from the page cache what has been read."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TensorProof:
     written: str
 
     def as_json(self) -> dict[str, object]:
-        """As it lies in the certificate."""
+        """Return the entry of the certificate."""
         return asdict(self)
 
 
@@ -66,14 +66,14 @@ def write_weights(
     """Write safetensors files and, for several, their index.
 
     Args:
-        directory: exists; gets model.safetensors, or model-00001-of-…, and model.safetensors.index.json.
-        weights: read in blocks; no tensor is ever whole in memory.
-        dtype: to write; what does not fit its range is refused.
-        max_file_bytes: at which a new file is begun; a larger tensor has one of its own.
-        progress: passes the names on, and shows how far they are.
+        directory: existing directory; receives model.safetensors, or model-00001-of-… and its index.
+        weights: read in blocks; no tensor is ever held in memory as a whole.
+        dtype: type to write; values outside its range are refused.
+        max_file_bytes: maximum size of a file; a larger tensor gets a file of its own.
+        progress: yields the names and shows the progress.
 
     Returns:
-        Tensor name -> its proof, and file name -> its digest.
+        Tensor name -> its digests, and file name -> its digest.
 
     Raises:
         CheckpointError: a weight is not finite, or not in the range of `dtype`.
@@ -143,7 +143,7 @@ def _write_file(
 
 
 def blocks(weights: Weights, name: str) -> Iterator[torch.Tensor]:
-    """A parameter's elements in order, some at a time, flat, fp32; the next are read meanwhile."""
+    """Yield the elements of a parameter in order, in flat fp32 blocks, and prefetch the next block."""
     numel = weights.shapes[name].numel()
     with ThreadPoolExecutor(1) as reader:
         ahead = deque[Future[torch.Tensor]]()
@@ -162,14 +162,16 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _require_finite(block: torch.Tensor, converted: torch.Tensor, name: str, dtype: torch.dtype) -> None:
-    if all(math.isfinite(extreme) for extreme in converted.aminmax()):  # NaN is both; several times isfinite's speed
+    if all(
+        math.isfinite(extreme) for extreme in converted.aminmax()
+    ):  # NaN gives NaN for both; several times faster than isfinite
         return
     if not block.isfinite().all():
         raise CheckpointError(
-            f"{name}: holds weights that are not finite, so training had diverged. Nothing was written. Convert an "
+            f"{name}: holds non-finite weights, so training had diverged. Nothing was written. Convert an "
             "earlier checkpoint with --tag."
         )
     raise CheckpointError(
-        f"{name}: holds weights as large as {float(block.abs().max()):.3g}, beyond the range of "
+        f"{name}: holds weights of up to {float(block.abs().max()):.3g}, beyond the range of "
         f"{str(dtype).removeprefix('torch.')}. Nothing was written. Use --dtype bfloat16 or float32."
     )

@@ -1,1 +1,1 @@
-"""Other hosts: hostfile, ssh, ways to start ranks there, work shared out over them."""
+"""Multi-host support: hostfiles, ssh, rank launchers, and work split over hosts."""

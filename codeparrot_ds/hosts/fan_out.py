@@ -1,7 +1,7 @@
-"""Start DeepSpeed's launcher on every host over plain ssh, as `deepspeed` does with pdsh, where that is missing.
+"""Start DeepSpeed's launcher on every host over plain ssh, as `deepspeed` does with pdsh, where pdsh is missing.
 
 Usage: python -m codeparrot_ds.hosts.fan_out --hostfile H --environment FILE --master_addr A --master_port P ARGUMENTS
-The exit code is the largest of all hosts.
+The exit code is the largest over all hosts.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from codeparrot_ds.system.jobs import die_with_parent
 
 
 def main() -> int:
-    """Run, and print each line with the name of its host before it."""
+    """Run the launchers and print their output, each line prefixed with its host. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--hostfile", type=Path, required=True)
-    parser.add_argument("--environment", type=Path, required=True, help="lines NAME=VALUE, quoted for a shell")
+    parser.add_argument("--environment", type=Path, required=True, help="file of NAME=VALUE lines, shell-quoted")
     parser.add_argument("--master_addr", required=True)
     parser.add_argument("--master_port", type=int, required=True)
     options, arguments = parser.parse_known_args()
@@ -51,14 +51,14 @@ def main() -> int:
 
 
 def launcher_command(slots: Mapping[str, int], master: str, port: int) -> list[str]:
-    """DeepSpeed's launcher of one host, without the number of that host and what its ranks run."""
+    """Return the command of DeepSpeed's launcher, without the host's --node_rank and the program of the ranks."""
     world = base64.urlsafe_b64encode(json.dumps({host: list(range(count)) for host, count in slots.items()}).encode())
     options = [f"--world_info={world.decode()}", f"--master_addr={master}", f"--master_port={port}", "--quiet"]
     return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options]
 
 
 def pass_on(host: str, output: IO[bytes], to: TextIO) -> None:
-    """Print what comes, with the name of the host before each line."""
+    """Copy `output` to `to`, each line prefixed with the host name."""
     for line in output:
         to.write(f"{host}: {line.decode(errors='replace')}")
         to.flush()

@@ -1,4 +1,4 @@
-"""Bring the files of a checkpoint that lie on other hosts here, over ssh. What arrives is held against its digest."""
+"""Fetch checkpoint files from other hosts over ssh, and verify each against its digest."""
 
 import shlex
 import subprocess
@@ -19,15 +19,15 @@ _PIECE_BYTES = 1 << 20
 
 
 def gather(checkpoint: Checkpoint, hosts: Sequence[str]) -> None:
-    """Fetch each file that is not here from the first of `hosts` that has it at the same path.
+    """Fetch each missing file from the first of `hosts` that has it at the same path.
 
-    Raises ClusterError naming those that none has, or none as it was written. What has arrived stays.
+    Raises ClusterError naming the files that no host has intact. Files already fetched are kept.
     """
     missing = [name for name in checkpoint.files if not (checkpoint.path / name).is_file()]
     if not missing:
         return
     total = sum(checkpoint.files[name]["bytes"] for name in missing)
-    require_free_space(checkpoint.path, total, f"{len(missing)} files of other hosts")
+    require_free_space(checkpoint.path, total, f"{len(missing)} files from other hosts")
     say(f"{checkpoint.path}: fetching {len(missing)} files, {total / 1e6:,.1f} MB")
 
     def fetch(name: str) -> str | None:
@@ -43,16 +43,18 @@ def gather(checkpoint: Checkpoint, hosts: Sequence[str]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         problems = list(filter(None, pool.map(fetch, missing)))
     if problems:
-        mend = "Name the hosts that trained the run, and see that they answer ssh without a prompt."
-        raise ClusterError(list_problems(f"{checkpoint.path}: not all files are on these hosts", problems, mend))
+        fix = "List the hosts that trained the run, and check that ssh reaches them without a prompt."
+        raise ClusterError(
+            list_problems(f"{checkpoint.path}: not all files could be fetched from these hosts", problems, fix)
+        )
 
 
 def _fetch_from(host: str, checkpoint: Checkpoint, name: str) -> str | None:
-    """Fetch one file; what is in the way, if anything is."""
+    """Fetch one file. Returns the problem, or None on success."""
     path, entry = checkpoint.path / name, checkpoint.files[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, digest, received = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), 0
-    with tempfile.TemporaryFile() as errors, open(beside, "wb") as file:
+    partial, digest, received = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), 0
+    with tempfile.TemporaryFile() as errors, open(partial, "wb") as file:
         process = subprocess.Popen(
             [*ssh_command(host), f"exec cat -- {shlex.quote(str(path))}"],
             stdin=subprocess.DEVNULL,
@@ -61,20 +63,20 @@ def _fetch_from(host: str, checkpoint: Checkpoint, name: str) -> str | None:
         )
         assert process.stdout is not None
         try:
-            # No more than it may be: a host could send without end.
+            # Bounded by the expected size: a host could send without end.
             while received <= entry["bytes"] and (piece := process.stdout.read(_PIECE_BYTES)):
                 received += len(piece)
                 digest.update(piece)
                 file.write(piece)
         finally:
-            process.stdout.close()  # ends one that has more to send
+            process.stdout.close()  # stops a sender that has more data
             process.wait()
             errors.seek(0)
-            said = errors.read(_PIECE_BYTES).decode(errors="replace").strip().splitlines()
+            messages = errors.read(_PIECE_BYTES).decode(errors="replace").strip().splitlines()
     if received == entry["bytes"] and digest.hexdigest() == entry["xxh3_128"]:
-        flush_to_disk(beside)
-        beside.rename(path)
+        flush_to_disk(partial)
+        partial.rename(path)
         return None
-    beside.unlink()
+    partial.unlink()
     failed = process.returncode and received < entry["bytes"]
-    return said[-1] if failed and said else "what it sent is not what was written"
+    return messages[-1] if failed and messages else "its copy does not match the recorded digest"

@@ -1,4 +1,4 @@
-"""Hostfiles. DeepSpeed only warns when one is missing, and then trains on this machine alone: here it is an error."""
+"""Hostfiles. DeepSpeed only warns about a missing one and trains on this machine alone; here it is an error."""
 
 import argparse
 import re
@@ -13,14 +13,14 @@ _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Hosts and their slots (GPUs, or CPU ranks), in order.
+    """Read hosts and their slots (GPUs, or CPU ranks), in order.
 
-    Raises ClusterError: the file is missing, empty, names a host twice, or has a line that is not `host slots=N`.
+    Raises ClusterError: the file is missing or empty, lists a host twice, or has a line that is not `host slots=N`.
     """
     if not path.is_file():
         raise ClusterError(
             f"{path}: no such hostfile. Nothing was started: DeepSpeed would have trained on this machine alone. "
-            "Write one as in hostfile.example, or leave --hostfile out to train here."
+            "Write one like hostfile.example, or omit --hostfile to train here."
         )
     hosts: dict[str, int] = {}
     problems = []
@@ -32,21 +32,21 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if match is None or int(match[2]) == 0:
             problems.append(f"line {number}: {text!r} is not `host slots=N` (no spaces around =, N at least 1)")
         elif match[1] in hosts:
-            problems.append(f"line {number}: host {match[1]} is named twice; add up its slots")
+            problems.append(f"line {number}: host {match[1]} is listed twice; give the sum of its slots once")
         else:
             hosts[match[1]] = int(match[2])
     if not hosts and not problems:
-        problems.append("names no host")
+        problems.append("lists no host")
     if problems:
         raise ClusterError(list_problems(str(path), problems))
     return hosts
 
 
 def check_launch_command(command_lines: Sequence[Sequence[str]] | None = None) -> None:
-    """Refuse to train when the `deepspeed` command above this process named a hostfile that is no good.
+    """Refuse to train if the `deepspeed` command that started this process was given an invalid hostfile.
 
-    DeepSpeed gives no sign of it to the ranks, so the command lines of this process's ancestors are read (or
-    `command_lines`, nearest first). Raises ClusterError.
+    DeepSpeed does not tell the ranks, so this reads the command lines of the process's ancestors, or `command_lines`
+    (nearest first). Raises ClusterError.
     """
     if command_lines is None:
         command_lines = [_command_line(parent) for parent in psutil.Process().parents()]
@@ -66,10 +66,10 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 
 def _hostfile_option(arguments: Sequence[str]) -> str | None:
-    """The hostfile that a `deepspeed` command line names, in any of the ways in which argparse lets it be written."""
+    """Return the hostfile given on a `deepspeed` command line, in any form that argparse accepts."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("-H", "--hostfile")
     try:
         return parser.parse_known_args(list(arguments))[0].hostfile
-    except argparse.ArgumentError:  # deepspeed has refused it itself
+    except argparse.ArgumentError:  # deepspeed has rejected it itself
         return None

@@ -1,4 +1,4 @@
-"""A verb on all hosts of a hostfile: each takes slices of the work; those of a lost host go to others."""
+"""Run a verb on all hosts of a hostfile. Each host takes slices of the work; others take over those of a lost host."""
 
 import os
 import shlex
@@ -17,14 +17,14 @@ from codeparrot_ds.hosts.ssh import remote_script, ssh_command
 from codeparrot_ds.system.jobs import say
 
 _USAGE = 2
-_LOST = 255  # ssh's own
+_LOST = 255  # exit code of ssh itself
 
 
 def run_slices(hostfile: Path, arguments: Sequence[str]) -> list[str]:
-    """Run `codeparrot-ds ARGUMENTS --slice I/N` for every I on the N hosts. What they read and write, all must see.
+    """Run `codeparrot-ds ARGUMENTS --slice I/N` for every I on the N hosts, which must share the inputs and outputs.
 
-    Returns the standard output of each slice. Raises ClusterError: a slice failed by something to mend, or no host is
-    left for it. What is finished is kept.
+    Returns the standard output of each slice. Raises ClusterError: a slice failed with a user error, or no host is
+    left to run it. Finished work is kept.
     """
     hosts = list(read_hostfile(hostfile))
     work = _Work(len(hosts), list(range(len(hosts))))
@@ -35,19 +35,19 @@ def run_slices(hostfile: Path, arguments: Sequence[str]) -> list[str]:
         thread.join()
     if work.refused:
         raise ClusterError(
-            f"{'; '.join(work.refused)}. What is finished is kept: mend it, and run the same command again."
+            f"{'; '.join(work.refused)}. Finished work is kept: fix the error and run the same command again."
         )
     if work.waiting:
         raise ClusterError(
-            f"{len(work.waiting)} of {work.total} slices are left, and no host for them ({'; '.join(work.lost)}). "
-            "What is finished is kept: run the same command again."
+            f"{len(work.waiting)} of {work.total} slices are unfinished, and no host is left to run them "
+            f"({'; '.join(work.lost)}). Finished work is kept: run the same command again."
         )
     return [work.outputs[part] for part in range(work.total)]
 
 
 @dataclass
 class _Work:
-    """Slices, shared by the threads of all hosts."""
+    """Slices of the work, shared by the threads of all hosts."""
 
     total: int
     waiting: list[int]
@@ -58,7 +58,7 @@ class _Work:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self) -> int | None:
-        """The next slice; None when there is none, and none can come back any more."""
+        """Return the next slice, waiting while a running one might be requeued; None when there is no more work."""
         with self.changed:
             while not self.waiting and self.running and not self.refused:
                 self.changed.wait()
@@ -68,12 +68,12 @@ class _Work:
             return self.waiting.pop(0)
 
     def give_back(self, part: int, host: str, code: int, output: str) -> None:
-        """A slice has ended."""
+        """Record the result of a slice, and requeue it if its host was lost."""
         with self.changed:
             self.running -= 1
             self.outputs[part] = output
             if code in (EXIT_USER_ERROR, _USAGE):
-                self.refused.append(f"{host}: slice {part}/{self.total} was refused, see above")
+                self.refused.append(f"{host}: slice {part}/{self.total} failed with a user error, see above")
             elif code != 0:
                 self.waiting.append(part)
                 self.lost.append(f"{host}: exit code {code}")
@@ -102,5 +102,5 @@ def _serve(host: str, work: _Work, arguments: Sequence[str]) -> None:
         finally:
             work.give_back(part, host, code, output)
         if code != 0:
-            say(f"{host}: slice {part}/{work.total} ended with exit code {code}")
+            say(f"{host}: slice {part}/{work.total} failed with exit code {code}")
             return

@@ -1,4 +1,4 @@
-"""Commands on other hosts, over ssh without a prompt, as pdsh runs them: its PDSH_SSH_ARGS_APPEND counts here too."""
+"""Run commands on other hosts over ssh without prompts. Like pdsh, this honours PDSH_SSH_ARGS_APPEND."""
 
 import os
 import shlex
@@ -14,11 +14,11 @@ _MOST_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command on a host gave.
+    """Result of a command on a host.
 
     Attributes:
-        code: its exit code; 255 when ssh itself failed; None when it was not done in time.
-        errors: its standard error, or ssh's.
+        code: exit code; 255 if ssh itself failed, None after a timeout.
+        errors: standard error of the command, or of ssh.
     """
 
     code: int | None
@@ -26,33 +26,33 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """Why it failed, in a line."""
+        """Reason of the failure, in one line."""
         if self.code is None:
-            return "no answer in time"
+            return "timed out"
         lines = [line for line in self.errors.splitlines() if line.strip()]
         return lines[-1].strip() if lines else f"exit code {self.code}"
 
 
 def ssh_options() -> list[str]:
-    """The user's own, and others so that ssh never asks and gives up soon."""
+    """Return the user's ssh options, and ours so that ssh never prompts and fails fast."""
     given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     for option in ("BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "ServerAliveInterval=5"):
-        given += ["-o", option]  # the first of a kind counts: the user's
+        given += ["-o", option]  # ssh uses the first value of an option, so the user's wins
     return given
 
 
 def ssh_command(host: str) -> list[str]:
-    """`ssh HOST`; what is to run there follows."""
+    """Return the `ssh HOST` command, to which the remote command is appended."""
     return ["ssh", *ssh_options(), "--", host]
 
 
 def remote_script(variables: Iterable[str], command: Sequence[str]) -> str:
-    """For the shell of another host: the command, in this directory and with `variables`, NAME=VALUE quoted for it."""
+    """Return a shell script that runs `command` in this directory with `variables` (NAME=VALUE, shell-quoted)."""
     return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {shlex.join(command)}"
 
 
 def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
-    """Run a command on one host."""
+    """Run a command on one host, for at most `timeout` seconds."""
     try:
         done = subprocess.run(
             [*ssh_command(host), shlex.join(command)],
@@ -63,29 +63,29 @@ def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
             errors="replace",
             timeout=timeout,
             check=False,
-            start_new_session=True,  # Ctrl-C is for the caller
+            start_new_session=True,  # only the caller handles Ctrl-C
         )
     except subprocess.TimeoutExpired as error:
-        said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        return Answer(None, said)
+        errors = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        return Answer(None, errors)
     except FileNotFoundError:
-        return Answer(255, "ssh is not installed here")
+        return Answer(255, "ssh is not installed on this machine")
     return Answer(done.returncode, done.stderr)
 
 
 def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Answer]:
-    """Run a command on each host, at once. What they answered, by host."""
+    """Run a command on each host in parallel. Returns the results by host."""
     with ThreadPoolExecutor(min(_MOST_AT_ONCE, max(1, len(commands)))) as pool:
         futures = {host: pool.submit(run_on, host, command, timeout) for host, command in commands.items()}
     return {host: future.result() for host, future in futures.items()}
 
 
 def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Hosts on which not even `true` runs, and why."""
+    """Return the hosts on which `true` cannot be run, with the reasons."""
     answers = run_on_all({host: ["true"] for host in hosts}, 2 * CONNECT_SECONDS)
     return {host: answer.reason for host, answer in answers.items() if answer.code != 0}
 
 
 def kill_on(host: str, pids: Iterable[int]) -> None:
-    """SIGKILL processes of a host, if it answers."""
+    """Send SIGKILL to processes on a host, if it can be reached."""
     run_on(host, ["kill", "-KILL", *map(str, pids)], 2 * CONNECT_SECONDS)

@@ -1,1 +1,1 @@
-"""What a run came to, for a person and for a program."""
+"""Reports on runs, for people and for programs."""

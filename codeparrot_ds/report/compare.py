@@ -1,6 +1,6 @@
-"""Step by step: did two runs see the same data, did they have the same losses, and where do they part?
+"""Compare two runs step by step: the data they saw, their losses, and the first step at which they differ.
 
-It reads the two run directories and nothing else, so it works while the runs go on and after they were killed.
+Reads only the two run directories, so it works while the runs are in progress and after they were killed.
 """
 
 import math
@@ -16,9 +16,9 @@ from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.system.files import read_json
 
-# What two runs cannot share, or what says no more than their place. The content of ds_config.json is compared instead.
+# Keys that two runs cannot share, or that are mere paths. The content of ds_config.json is compared instead.
 _ASIDE = {"name", "runs", "engine.deepspeed"}
-_SPREAD, _BEFORE, _AFTER = 6, 2, 3  # rows of the table: over all steps, and around the first parting
+_SPREAD, _BEFORE, _AFTER = 6, 2, 3  # rows of the table: over all steps, and around the first difference
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Side:
     """One of the two runs.
 
     Attributes:
-        run: its directory.
-        state: what its status.json says ("running" also after a kill), or None.
-        world_size: its ranks, where status.json names them.
-        steps: training steps recorded, within the range asked for.
-        only_here: those of them that the other run has not.
-        taken_again: rows left out because the run went back and took these steps again, in all of metrics.jsonl.
+        run: run directory.
+        state: state in status.json ("running" also after a kill), or None.
+        world_size: number of ranks, if status.json has it.
+        steps: training steps recorded in the requested range.
+        only_here: steps of these that the other run lacks.
+        taken_again: rows in all of metrics.jsonl that are ignored because the run went back and repeated these steps.
     """
 
     run: str
@@ -44,7 +44,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest difference between the runs, and the first step that has it."""
+    """The largest difference between the runs, and the first step at which it occurs."""
 
     difference: float
     step: int
@@ -52,7 +52,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class DataAgreement:
-    """The digests of the ids fed: steps compared, how many differ, and the first that does."""
+    """Digests of the token ids fed to the model: steps compared, number that differ, and the first that differs."""
 
     steps: int
     different: int
@@ -61,14 +61,14 @@ class DataAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a figure is the same in both runs.
+    """Agreement of one figure between both runs.
 
     Attributes:
-        steps: compared.
-        different: those at which any bit differs.
-        first_different: the first of them.
-        first_beyond: first step whose difference is beyond the tolerance, or where one run alone has a number.
-        absolute: largest absolute difference, over the steps where both runs have a number; None where they have none.
+        steps: number of steps compared.
+        different: number of steps at which any bit differs.
+        first_different: first of these steps.
+        first_beyond: first step whose difference exceeds the tolerance, or at which only one run has a number.
+        absolute: largest absolute difference over the steps at which both runs have a number; None if there are none.
         relative: largest difference relative to the larger of the two figures, over the same steps.
         not_finite: steps at which a run has no number: NaN and infinity are null in metrics.jsonl. Two nulls are equal.
     """
@@ -84,7 +84,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Row:
-    """A step of the table. Losses are nats per token, None where not finite; `difference` is B's less A's."""
+    """A step of the table. Losses are nats per token, None if not finite; `difference` is B minus A."""
 
     step: int
     same_data: bool
@@ -95,14 +95,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs over the steps that both have.
+    """Comparison of two runs over their common steps.
 
     Attributes:
-        tolerance: relative, for losses; 0 demands that they are equal to the bit.
-        first_step, last_step: of the steps compared.
-        recipe: dotted key -> its values in A and B, for keys that differ ("ds_config." before the engine's);
-            a key that one of them lacks is None there.
-        table: steps around the first parting, evenly spread ones, and those that `loss` names.
+        tolerance: relative tolerance of losses; 0 requires bit-equal losses.
+        first_step, last_step: first and last step compared.
+        recipe: dotted key -> its values in A and B, for keys that differ (engine keys are prefixed with "ds_config.");
+            None for a key that one of them lacks.
+        table: steps around the first difference, evenly spaced steps, and the steps named in `loss`.
     """
 
     a: Side
@@ -119,36 +119,37 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Same data at every common step, and every loss within the tolerance."""
+        """Whether the data is the same at every common step, and every loss is within the tolerance."""
         return not self.data.different and self.loss.first_beyond is None and self.loss_valid.first_beyond is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {"same": self.same, **asdict(self)}
 
 
 def compare(
     run_a: RunDirectory, run_b: RunDirectory, tolerance: float = 1e-3, first: int = 0, end: int | None = None
 ) -> Comparison:
-    """Compare two runs, unfinished ones too.
+    """Compare two runs, finished or not.
 
     Args:
-        run_a, run_b: their directories.
-        tolerance: relative, for losses; 0 demands that they are equal to the bit.
-        first, end: training steps from `first` up to, but without, `end`, and validation losses from `first` to `end`,
-            which is the evaluation after the last of these steps.
+        run_a, run_b: the run directories.
+        tolerance: relative tolerance of losses; 0 requires bit-equal losses.
+        first, end: compare training steps from `first` to `end`, `end` excluded, and validation losses from `first` to
+            `end` included, which is the evaluation after the last of these steps.
 
     Raises:
-        DataError: no such run, no metrics in it, or no step that both have.
-        ConfigError: the global batches differ, so that steps do not correspond; the tolerance is no number from 0 on.
+        DataError: no such run, no metrics in it, or no common step.
+        ConfigError: the global batch sizes differ, so that steps do not correspond, or the tolerance is negative or
+            not finite.
     """
     if not 0 <= tolerance < math.inf:
         raise ConfigError(f"tolerance {tolerance}: give 0 or a positive number, e.g. 1e-3.")
     a, b = _Recorded.read(run_a), _Recorded.read(run_b)
     if a.global_batch_size != b.global_batch_size:
         raise ConfigError(
-            f"{run_a.path} takes {a.global_batch_size} sequences a step, {run_b.path} {b.global_batch_size} "
-            "(batch.global_batch_size): their steps do not correspond. Compare runs of one global batch."
+            f"{run_a.path} takes {a.global_batch_size} sequences per step, {run_b.path} {b.global_batch_size} "
+            "(batch.global_batch_size): their steps do not correspond. Compare runs with the same global batch size."
         )
     last = math.inf if end is None else end
     steps_a, steps_b = ({step for step in side.train if first <= step < last} for side in (a, b))
@@ -159,9 +160,9 @@ def compare(
             f"no common steps{asked}: {run_a.path} has {step_span(a.train)}, {run_b.path} has {step_span(b.train)}. "
             "Train one of them further, or compare other runs."
         )
-    parted = [step for step in common if a.train[step].batch_digest != b.train[step].batch_digest]
+    differing = [step for step in common if a.train[step].batch_digest != b.train[step].batch_digest]
     evaluated = sorted(step for step in a.valid.keys() & b.valid.keys() if first <= step <= last)
-    data = DataAgreement(len(common), len(parted), parted[0] if parted else None)
+    data = DataAgreement(len(common), len(differing), differing[0] if differing else None)
     loss = _agreement([(k, a.train[k].loss, b.train[k].loss) for k in common], tolerance)
     rates = [(k, a.train[k].learning_rate, b.train[k].learning_rate) for k in common]
     return Comparison(
@@ -192,7 +193,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What a run directory holds: flat recipe, status, training steps and validation losses by step."""
+    """Content of a run directory: flat recipe, status, and training steps and validation losses by step."""
 
     run: RunDirectory
     recipe: dict[str, Any]
@@ -203,10 +204,10 @@ class _Recorded:
 
     @classmethod
     def read(cls, run: RunDirectory) -> "_Recorded":
-        """Raises DataError when this is no run, or when it has recorded no step."""
+        """Read a run directory. Raises DataError if it is not a run, or has recorded no step."""
         if not run.path.is_dir():
             raise DataError(
-                f"{run.path}: no such run. Name the directory that holds its recipe.yaml and metrics.jsonl."
+                f"{run.path}: no such run. Give the directory that holds its recipe.yaml and metrics.jsonl."
             )
         recipe = _read_recipe(run)
         train: dict[int, _Step] = {}
@@ -216,7 +217,7 @@ class _Recorded:
             try:
                 if row["kind"] == "train":
                     step = int(row["step"])
-                    if step in train:  # the run went back: what it did from there on no longer counts
+                    if step in train:  # the run went back: its later rows no longer count
                         rows = len(train)
                         train = {k: v for k, v in train.items() if k < step}
                         valid = {k: v for k, v in valid.items() if k <= step}
@@ -226,12 +227,12 @@ class _Recorded:
                     valid[int(row["step"])] = _number(row["loss_valid"])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{run.metrics}: row {number} is not one that training writes ({type(error).__name__}: {error})."
+                    f"{run.metrics}: row {number} is not a valid training record ({type(error).__name__}: {error})."
                 ) from None
         if not train:
             raise DataError(
-                f"{run.metrics}: no training step recorded. A run writes its steps every logging.every_steps "
-                f"({recipe.get('logging.every_steps')}) steps: wait for the first, or name another run."
+                f"{run.metrics}: no training step recorded. A run records its steps every logging.every_steps "
+                f"({recipe.get('logging.every_steps')}) steps: wait for the first, or give another run."
             )
         status = run.read_status() if run.status_file.exists() else {}
         return cls(run, recipe, status, train, valid, taken_again)
@@ -242,7 +243,7 @@ class _Recorded:
         return self.recipe["batch.global_batch_size"]
 
     def side(self, steps: set[int], others: set[int]) -> Side:
-        """This run beside the other, of which `others` are the steps."""
+        """Summarize this run relative to the other, whose steps are `others`."""
         return Side(
             run=str(self.run.path),
             state=self.status.get("state"),
@@ -254,7 +255,7 @@ class _Recorded:
 
 
 def _read_recipe(run: RunDirectory) -> dict[str, Any]:
-    """Resolved recipe and DeepSpeed JSON under dotted keys, not validated: another version may have written them."""
+    """Read resolved recipe and DeepSpeed JSON into dotted keys, unvalidated: another version may have written them."""
     try:
         body = yaml.safe_load(run.recipe.read_bytes())
     except FileNotFoundError:
@@ -263,7 +264,7 @@ def _read_recipe(run: RunDirectory) -> dict[str, Any]:
         raise DataError(f"{run.recipe}: not valid YAML ({' '.join(str(error).split())}).") from None
     recipe = _flatten(body)
     if "batch.global_batch_size" not in recipe:
-        raise DataError(f"{run.recipe}: not the recipe of a run: it names no batch.global_batch_size.")
+        raise DataError(f"{run.recipe}: not the recipe of a run: batch.global_batch_size is missing.")
     if run.ds_config.exists():
         recipe |= _flatten({"ds_config": read_json(run.ds_config, "DeepSpeed JSON")})
     return recipe
@@ -273,11 +274,11 @@ def _read_rows(metrics: Path) -> list[dict[str, Any]]:
     try:
         return read_metrics(metrics)
     except UnicodeDecodeError as error:
-        raise DataError(f"{metrics}: damaged, it holds bytes that are no text ({error}).") from None
+        raise DataError(f"{metrics}: damaged: not UTF-8 text ({error}).") from None
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}."""
     if not isinstance(value, dict) or not value:
         return {key: value}
     flat: dict[str, Any] = {}
@@ -287,12 +288,12 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite float or None."""
+    """Return a finite float, or None."""
     return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
 def _agreement(pairs: Sequence[tuple[int, float | None, float | None]], tolerance: float) -> Agreement:
-    """Compare (step, A's figure, B's figure) of each step, in the order of steps."""
+    """Compare (step, figure of A, figure of B) tuples, in step order."""
     different, beyond, not_finite = [], [], 0
     absolute, relative = [], []
     for step, a, b in pairs:
@@ -326,11 +327,11 @@ def _row(step: int, a: _Step, b: _Step) -> Row:
 
 
 def _worth_showing(common: Sequence[int], data: DataAgreement, loss: Agreement) -> list[int]:
-    """Evenly spread steps, those around the first parting, the first beyond the tolerance and the furthest apart."""
+    """Choose table steps: evenly spaced, around the first difference, first beyond the tolerance, most different."""
     shown = {common[i * (len(common) - 1) // (_SPREAD - 1)] for i in range(_SPREAD)}
-    partings = [step for step in (data.first_different, loss.first_different) if step is not None]
-    if partings:
-        at = common.index(min(partings))
+    firsts = [step for step in (data.first_different, loss.first_different) if step is not None]
+    if firsts:
+        at = common.index(min(firsts))
         shown.update(common[max(at - _BEFORE, 0) : at + _AFTER + 1])
     if loss.first_beyond is not None:
         shown.add(loss.first_beyond)
@@ -340,5 +341,5 @@ def _worth_showing(common: Sequence[int], data: DataAgreement, loss: Agreement) 
 
 
 def step_span(steps: Mapping[int, Any]) -> str:
-    """First and last of some steps, for a message."""
+    """Format the first and last step for a message."""
     return f"steps {min(steps)} to {max(steps)}"

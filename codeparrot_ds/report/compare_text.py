@@ -1,10 +1,10 @@
-"""A comparison of two runs in words."""
+"""Text output of a comparison of two runs."""
 
 from codeparrot_ds.report.compare import Agreement, Comparison, DataAgreement, Side
 
 
 def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
-    """(name, value) of each finding, for a table."""
+    """Return (name, value) of each finding, for a table."""
     c = comparison
     rows = [("A", _describe_side(c.a)), ("B", _describe_side(c.b))]
     only = [f"{side.only_here:,} only in {name}" for name, side in (("A", c.a), ("B", c.b)) if side.only_here]
@@ -12,7 +12,7 @@ def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
     rows.append(
         (
             "recipe",
-            f"{_count(len(c.recipe), 'key')} not the same" if c.recipe else "the same, but for name and directories",
+            f"{_count(len(c.recipe), 'key')} differ" if c.recipe else "same, except for name and directories",
         )
     )
     rows += [
@@ -21,7 +21,7 @@ def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
     if c.data.first_different is None:
         rows.append(("data", f"same digests at all {c.data.steps:,} common steps"))
     else:
-        rows.append(("data", _parting(c.data)))
+        rows.append(("data", _difference(c.data)))
     rows += _describe("training loss", c.loss, c.tolerance)
     rows += _describe("validation loss", c.loss_valid, c.tolerance)
     rows += _describe("learning rate", c.learning_rate, c.tolerance)
@@ -29,7 +29,7 @@ def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def as_table(comparison: Comparison) -> list[str]:
-    """The steps worth showing, a line each below a heading."""
+    """Return the lines of the step table, with a heading."""
     lines = [f"{'step':>8}  {'data':<7}  {'loss A':>14}  {'loss B':>14}  {'difference':>10}"]
     for row in comparison.table:
         a, b = (f"{loss:.8f}" if loss is not None else "not finite" for loss in (row.loss_a, row.loss_b))
@@ -47,31 +47,32 @@ def _describe_side(side: Side) -> str:
     if side.world_size is not None:
         facts.insert(2, _count(side.world_size, "rank"))
     if side.taken_again:
-        facts.append(f"{_count(side.taken_again, 'row')} of steps taken again left out")
+        facts.append(f"{_count(side.taken_again, 'row')} of repeated steps ignored")
     return ", ".join(facts)
 
 
-def _parting(agreement: Agreement | DataAgreement) -> str:
-    return f"part at step {agreement.first_different}; {agreement.different:,} of {agreement.steps:,} steps differ"
+def _difference(agreement: Agreement | DataAgreement) -> str:
+    counts = f"{agreement.different:,} of {agreement.steps:,} steps differ"
+    return f"first difference at step {agreement.first_different}; {counts}"
 
 
 def _describe(name: str, agreement: Agreement, tolerance: float) -> list[tuple[str, str]]:
     if not agreement.steps:
-        return [(name, "no step at which both runs have it")]
+        return [(name, "not recorded at any common step")]
     odd = f"; {_count(agreement.not_finite, 'step')} not finite" if agreement.not_finite else ""
     if agreement.first_different is None:
         return [(name, f"bit-equal at all {agreement.steps:,} common steps{odd}")]
-    rows = [(name, f"{_parting(agreement)}{odd}")]
+    rows = [(name, f"{_difference(agreement)}{odd}")]
     absolute, relative = agreement.absolute, agreement.relative
     if absolute is not None and relative is not None and absolute.difference:
-        furthest = f"{absolute.difference:.1e} at step {absolute.step}, relative {relative.difference:.1e}"
-        rows.append(("  furthest apart", f"{furthest} at step {relative.step}"))
+        largest = f"{absolute.difference:.1e} at step {absolute.step}, relative {relative.difference:.1e}"
+        rows.append(("  largest difference", f"{largest} at step {relative.step}"))
     where = "at no step" if agreement.first_beyond is None else f"first at step {agreement.first_beyond}"
     return [*rows, (f"  beyond {tolerance:g}", where)]
 
 
 def _verdict(comparison: Comparison) -> str:
-    data = "other data" if comparison.data.different else "same data"
+    data = "different data" if comparison.data.different else "same data"
     beyond = [
         name
         for name, agreement in (("training", comparison.loss), ("validation", comparison.loss_valid))

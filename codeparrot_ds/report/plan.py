@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Text output of a plan."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from codeparrot_ds.planning.tune import Trial
 
 
 def _shards(plan: Plan) -> str:
-    """What is known of the recipe's data, in words."""
+    """Describe what is known about the recipe's data."""
     from codeparrot_ds.shards.format import Manifest
 
     once = (
@@ -30,7 +30,7 @@ def _shards(plan: Plan) -> str:
 
 
 def as_text(plan: Plan) -> list[str]:
-    """Lines for a person."""
+    """Return the lines of the plan as text."""
     return [*_head(plan), *_memory(plan), *_rest(plan), *_table(plan), *_advice(plan)]
 
 
@@ -44,7 +44,7 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.recipe.name} on {cluster.gpus} x {what} with {gigabytes(machine.gpu_memory_bytes)} each{hosts}",
         f"  model  {model.parameters / 1e6:,.1f} M parameters: {model.n_layer} blocks of {model.n_embd}, "
         f"{model.vocab_size:,} token ids, sequences of {model.seq_len:,}, {plan.recipe.engine.precision}",
-        f"  way    {_way(own)}, {own.layout.accumulation} micro-batches a step "
+        f"  layout {_layout(own)}, {own.layout.accumulation} micro-batches per step "
         f"({plan.recipe.batch.global_batch_size:,} sequences)",
         "",
     ]
@@ -52,17 +52,17 @@ def _head(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     own, memory = plan.own, plan.own.memory
-    where = "of a rank" if plan.machine.on_cpu else "of a GPU"
+    where = "per rank" if plan.machine.on_cpu else "per GPU"
     parts = sorted(memory.at_peak.items(), key=lambda part: -part[1])
     rows = [(name, gigabytes(memory.between_steps.get(name, 0)), gigabytes(count)) for name, count in parts]
     between = sum(memory.between_steps.values())
-    rows.append(("in all", gigabytes(between), gigabytes(memory.peak_bytes)))
+    rows.append(("total", gigabytes(between), gigabytes(memory.peak_bytes)))
     lines = [f"memory {where:<17} {'between steps':>13}  {'at the peak, in the ' + memory.peak_at}"]
     lines += [f"  {name:<22} {first:>13}  {second:>12}" for name, first, second in rows]
     if not plan.machine.on_cpu:
-        lines += ["", "memory of a host"]
+        lines += ["", "memory per host"]
         lines += [f"  {name:<22} {gigabytes(count):>13}" for name, count in own.host_bytes.items() if count]
-        lines.append(f"  {'in all':<22} {gigabytes(sum(own.host_bytes.values())):>13}")
+        lines.append(f"  {'total':<22} {gigabytes(sum(own.host_bytes.values())):>13}")
     return [*lines, ""]
 
 
@@ -76,34 +76,34 @@ def _rest(plan: Plan) -> list[str]:
         return [*lines, ""]
     cluster, (low, high) = machine.cluster, plan.hours(own)
     lines.append(
-        f"time   {_seconds(own)} s a step, {_range(low, high)} hours for "
+        f"time   {_seconds(own)} s per step, {_range(low, high)} hours for "
         f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, "
         f"{_range(low * cluster.gpus, high * cluster.gpus)} GPU-hours"
     )
     if machine.price_per_hour is not None:
         prices = [machine.price_per_hour * hours * cluster.gpus for hours in (low, high)]
-        lines.append(f"cost   {_range(*prices)} at {machine.price_per_hour:g} for a GPU-hour")
+        lines.append(f"cost   {_range(*prices)} at {machine.price_per_hour:g} per GPU-hour")
     lines.append(
-        f"       assumed: {cluster.gpu_flops / 1e12:,.0f} TFLOP/s at an MFU of {cluster.mfu:g} while nothing is sent; "
-        "from everything overlapped to nothing; without evaluations and checkpoints"
+        f"       assumes {cluster.gpu_flops / 1e12:,.0f} TFLOP/s at an MFU of {cluster.mfu:g} excluding communication; "
+        "range: full to no overlap of communication; evaluations and checkpoints excluded"
     )
     return [*lines, ""]
 
 
 def _table(plan: Plan) -> list[str]:
-    """The largest micro-batch that fits, for each stage and recomputation."""
+    """Return a table of the largest micro-batch that fits, per ZeRO stage and recomputation mode."""
     best: dict[tuple[Path, str], Prediction] = {}
     for each in (plan.own, *plan.others):
         key = (each.choice.deepspeed, each.choice.recompute)
         now = best.get(key)
         if now is None or (each.fits, _size(each)) > (now.fits, _size(now)):
             best[key] = each
-    lines = [f"{'largest micro-batch that fits':<40} {'micro-batch':>11}  {'peak':>9}  {'s a step':>13}"]
+    lines = [f"{'largest micro-batch that fits':<40} {'micro-batch':>11}  {'peak':>9}  {'s/step':>13}"]
     for _, each in sorted(best.items(), key=lambda item: (item[0][0].name, RECOMPUTED[item[0][1]])):
         size = f"{each.choice.micro_batch_size}" if each.fits else "none"
         seconds = "" if plan.machine.on_cpu else _seconds(each)
-        way = f"{each.choice.deepspeed.stem}, recomputing {each.choice.recompute}"
-        lines.append(f"  {way:<38} {size:>11}  {gigabytes(each.memory.peak_bytes):>9}  {seconds:>13}")
+        name = f"{each.choice.deepspeed.stem}, recomputing {each.choice.recompute}"
+        lines.append(f"  {name:<38} {size:>11}  {gigabytes(each.memory.peak_bytes):>9}  {seconds:>13}")
     return [*lines, ""]
 
 
@@ -116,13 +116,13 @@ def _advice(plan: Plan) -> list[str]:
     if best is None:
         return []
     if best is plan.own:
-        return ["advice the recipe as it is: nothing that fits is faster"]
+        return ["advice keep the recipe: nothing that fits is faster"]
     arguments = " ".join(f"--set {each}" for each in changes(plan.own.choice, best.choice))
     return [f"advice {arguments}", f"       {_why(plan, best)}"]
 
 
 def _why(plan: Plan, best: Prediction) -> str:
-    """Reasons for the advised way over the recipe's own."""
+    """Return the reasons to prefer the advised configuration over the recipe's own."""
     own, reasons = plan.own, []
     if best.choice.recompute != own.choice.recompute:
         less = RECOMPUTED[own.choice.recompute] - RECOMPUTED[best.choice.recompute]
@@ -130,24 +130,24 @@ def _why(plan: Plan, best: Prediction) -> str:
             reasons.append(f"it computes {less / (3 + RECOMPUTED[own.choice.recompute]):.0%} less")
     if plan.machine.cluster.gpus > 1 and best.time.communication_seconds < 0.99 * own.time.communication_seconds:
         less = 1 - best.time.communication_seconds / own.time.communication_seconds
-        reasons.append(f"it sends for {less:.0%} less time")
+        reasons.append(f"it spends {less:.0%} less time on communication")
     if best.choice.micro_batch_size > own.choice.micro_batch_size:
         reasons.append("larger micro-batches keep a GPU busier")
     if not own.fits:
-        reasons.append("the recipe's own way does not fit")
+        reasons.append("the recipe's own configuration does not fit")
     room = gigabytes(plan.machine.gpu_memory_bytes - best.memory.peak_bytes)
-    seconds = "" if plan.machine.on_cpu else f"{_seconds(best)} s a step, "
+    seconds = "" if plan.machine.on_cpu else f"{_seconds(best)} s per step, "
     facts = f"{seconds}{gigabytes(best.memory.peak_bytes)} ({room} to spare)"
     return f"{facts}: {' and '.join(reasons) or 'it is faster'}"
 
 
 def _seconds(each: Prediction) -> str:
-    if each.offloads:  # what goes to the host and back takes time that is not estimated
+    if each.offloads:  # the time of transfers to and from the host is not estimated
         return f"over {each.time.overlap_seconds:.3g}"
     return _range(each.time.overlap_seconds, each.time.no_overlap_seconds)
 
 
-def _way(each: Prediction) -> str:
+def _layout(each: Prediction) -> str:
     return (
         f"ZeRO-{each.layout.stage} ({each.choice.deepspeed.name}), recomputing {each.choice.recompute}, "
         f"micro-batch {each.choice.micro_batch_size}"
@@ -160,7 +160,7 @@ def _range(low: float, high: float) -> str:
 
 
 def comparison_text(rows: Sequence[tuple[str, int, int]] | None, measured: dict[str, Any] | None) -> list[str]:
-    """What was predicted beside what a trial has measured."""
+    """Return lines that compare predictions with the measurements of a trial."""
     if rows is None or measured is None:
         return ["", "measured: out of memory"]
     lines = ["", f"{'measured in real steps':<24} {'predicted':>12}  {'measured':>12}"]
@@ -170,18 +170,20 @@ def comparison_text(rows: Sequence[tuple[str, int, int]] | None, measured: dict[
     ]
     seconds = measured["step_seconds"][1:]
     tokens = measured["tokens_per_step"] * len(seconds) / sum(seconds)
-    return [*lines, f"  {tokens:,.0f} tokens/s, {sum(seconds) / len(seconds):.3g} s a step"]
+    return [*lines, f"  {tokens:,.0f} tokens/s, {sum(seconds) / len(seconds):.3g} s per step"]
 
 
 def trial_head() -> str:
-    """Over the lines of trials."""
-    return f"{'way':<46} {'tokens/s':>10}  {'peak, predicted':>15}  {'measured':>10}"
+    """Return the heading of the trial lines."""
+    return f"{'configuration':<46} {'tokens/s':>10}  {'peak, predicted':>15}  {'measured':>10}"
 
 
 def trial_text(trial: Trial) -> str:
-    """A line for a trial."""
+    """Return the line of one trial."""
     choice, peak = trial.prediction.choice, gigabytes(trial.prediction.memory.peak_bytes)
-    way = f"{choice.deepspeed.stem}, recomputing {choice.recompute}, micro-batch {choice.micro_batch_size}"
+    name = f"{choice.deepspeed.stem}, recomputing {choice.recompute}, micro-batch {choice.micro_batch_size}"
     if trial.result is None:
-        return f"{way:<46} {'':>10}  {peak:>15}  {trial.failure.splitlines()[-1] if trial.failure else 'out of memory'}"
-    return f"{way:<46} {trial.tokens_per_second:>10,.0f}  {peak:>15}  {gigabytes(trial.result['peak_bytes']):>10}"
+        return (
+            f"{name:<46} {'':>10}  {peak:>15}  {trial.failure.splitlines()[-1] if trial.failure else 'out of memory'}"
+        )
+    return f"{name:<46} {trial.tokens_per_second:>10,.0f}  {peak:>15}  {gigabytes(trial.result['peak_bytes']):>10}"

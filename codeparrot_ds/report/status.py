@@ -1,4 +1,4 @@
-"""What became of a run: what its rank 0 wrote last, whether anyone trains it now, and its attempts."""
+"""State of a run: the last status of its rank 0, whether a process trains it now, and its attempts."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ _SHOWN_ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run.
+    """Status of one run.
 
     Attributes:
-        facts: of status.json. A `state` of "running" is what rank 0 wrote when it started.
-        in_use: whether a process trains it now.
-        attempts: of `codeparrot-ds launch`, oldest first.
+        facts: content of status.json. Rank 0 writes the `state` "running" when it starts.
+        in_use: whether a process trains the run now.
+        attempts: attempts of `codeparrot-ds launch`, oldest first.
     """
 
     facts: dict[str, Any]
@@ -27,18 +27,18 @@ class RunStatus:
 
     @property
     def state(self) -> str:
-        """In a word or a few."""
+        """State of the run in a few words."""
         state = str(self.facts["state"])
         if state == "running" and not self.in_use:
-            return "dead: it was running, and no process trains it now; the same command goes on from its checkpoint"
+            return "dead: it was running, but no process trains it now; the same command resumes from its checkpoint"
         return state
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value), for a table."""
+        """Return (name, value) pairs for a table."""
         rows = [("state", self.state), *((key, str(value)) for key, value in self.facts.items() if key != "state")]
         for number, attempt in list(enumerate(self.attempts, start=1))[-_SHOWN_ATTEMPTS:]:
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt["began"]))
@@ -49,11 +49,11 @@ class RunStatus:
 
 
 def run_status(run: RunDirectory) -> RunStatus:
-    """Look at a run directory. Raises DataError when nothing was ever trained there."""
+    """Read the status of a run directory. Raises DataError if nothing was ever trained there."""
     attempts = []
     for line in run.launches.read_text().splitlines() if run.launches.exists() else []:
-        with contextlib.suppress(ValueError):  # one that a crash has cut short
+        with contextlib.suppress(ValueError):  # a line truncated by a crash
             attempts.append(json.loads(line))
-    # All ranks may have died before the first could say that it runs.
+    # All ranks may have died before rank 0 wrote its status.
     facts = {"state": "never started"} if attempts and not run.status_file.exists() else run.read_status()
     return RunStatus(facts, run.in_use(), attempts)

@@ -1,4 +1,4 @@
-"""The figures of a finished run from raw files to converted model, gathered from what each stage left behind."""
+"""Figures of a finished run, from source files to converted model, collected from the outputs of all stages."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from codeparrot_ds.shards.format import SPLITS, Manifest
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. Losses are nats per token; `seconds` is the wall time that the caller measured."""
+    """Figures of one run. Losses are nats per token; `seconds` is the wall time measured by the caller."""
 
     files: int
     tokens: int
@@ -31,18 +31,18 @@ class Summary:
     paths: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationLoss, seconds: float | None) -> Summary:
-    """Gather the figures of a finished run.
+    """Collect the figures of a finished run.
 
     Args:
-        run: trained to its last step.
-        model: its converted model.
-        tokenizer: the directory that the shards' tokenizer was trained in.
-        loss: of `model` over the run's validation sequences.
+        run: a run trained to its last step.
+        model: converted model of the run.
+        tokenizer: directory of the tokenizer that the shards were built with.
+        loss: loss of `model` on the run's validation sequences.
         seconds: wall time to report, or None.
 
     Raises:
@@ -78,13 +78,13 @@ def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
 
 
 def _shown(path: Path) -> str:
-    """`path` as a user would type it here."""
+    """Return `path` relative to the current directory if it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def as_rows(summary: Summary) -> list[tuple[str, str]]:
-    """(name, value) of each figure, for a table."""
+    """Return (name, value) of each figure, for a table."""
     rows = [
         ("source files", f"{summary.files:,}"),
         ("tokens", f"{summary.tokens:,} ({summary.vocab_size:,} in the vocabulary)"),

@@ -1,1 +1,1 @@
-"""Attempts to train, watched to their end and started again."""
+"""Supervision of training jobs: start, watch and restart attempts."""

@@ -1,8 +1,8 @@
-"""Watch a job to its end, end all of it when a part has died, and start it again from its newest checkpoint.
+"""Run one attempt of a job: watch its ranks, terminate all of them when one dies, and report the outcome.
 
-`deepspeed` leaves it to each host to notice that another has died, which takes minutes, and its exit code does not tell
-what happened. Here every rank of an attempt holds a connection to this process (hosts/lifeline.py): the first
-that breaks says which rank died and where; closing the others ends the rest.
+With `deepspeed` alone each host must notice by itself that another has died, which takes minutes, and the exit code
+does not show what happened. Here every rank holds a connection to this process (hosts/lifeline.py): the first
+connection that breaks identifies the rank that died and its host, and closing the others terminates the rest.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ from codeparrot_ds.hosts.lifeline import Lines, Supervisor, keep_alive
 from codeparrot_ds.system.jobs import die_with_parent, say
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 2.0  # for the other ranks to say what they know, and for deepspeed to end by itself
-_END_SECONDS = 10.0  # for ranks that were told to end; then they are killed
-_FIRST_SECONDS = 600.0  # until the first rank says who it is: imports from a cold disk
-_OTHERS_SECONDS = 120.0  # from then until the last does
-_AGAIN_SECONDS = 2.0  # a scheduler may send its signal to the script around this process as well, which passes it on
+_GRACE_SECONDS = 2.0  # for other ranks to report their errors, and for deepspeed to exit on its own
+_END_SECONDS = 10.0  # for ranks that were told to exit; then they are killed
+_FIRST_SECONDS = 600.0  # until the first rank connects: imports from a cold disk
+_OTHERS_SECONDS = 120.0  # from then until the last rank connects
+_AGAIN_SECONDS = 2.0  # a scheduler may also signal the enclosing script, which forwards the signal
 _MOST_SECONDS_BETWEEN = 300.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
 class _Rank:
-    """What one rank has said of itself."""
+    """What one rank has reported about itself."""
 
     connection: socket.socket
     address: str
     lines: Lines = field(default_factory=Lines)
-    number: int | None = None  # until it has said who it is
+    number: int | None = None  # None until it has identified itself
     host: str = ""
     pid: int = 0
     doing: str = ""
     error: str = ""
-    code: int | None = None  # said before it ended
+    code: int | None = None  # reported before it exited
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        state: "finished"; "preempted": saved and stopped, as asked; "regrow": the same, as this process asked;
-            "refused": by something that a user must mend, and a rank has said what; "failed": starting again may help.
+        state: "finished"; "preempted": saved and stopped on request; "regrow": the same, requested by this process to
+            restart on more hosts; "refused": a rank reported a user error; "failed": a restart may help.
         reason: one line.
-        host: where it began, as the hostfile names it, or None.
+        host: host where the failure began, as named in the hostfile, or None.
         doing: what the ranks were doing.
         code: exit code for the caller.
     """
@@ -69,9 +69,9 @@ class Outcome:
 
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP or SIGUSR1 to this process: the first asks the ranks to save, the second ends them.
+    """Handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1: the first asks the ranks to save, the second terminates them.
 
-    What is ignored, as SIGHUP is under nohup, stays so.
+    Signals that are ignored, like SIGHUP under nohup, stay ignored.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Stop:
 
     @property
     def code(self) -> int:
-        """The exit code for a job that was told to stop while none of its ranks lived."""
+        """Exit code of a job that was told to stop while it had no running ranks."""
         return 128 + signal.SIGINT if self.name == "SIGINT" else EXIT_PREEMPTED
 
     def __exit__(self, *_: object) -> None:
@@ -102,12 +102,12 @@ class Stop:
 
 
 class Attempt:
-    """One start of a job, from its command to the end of its last rank.
+    """One start of a job, from its command to the exit of its last rank.
 
     Args:
-        address: of this machine, as the ranks' hosts reach it.
-        slots: hosts and how many ranks run there, in the order in which deepspeed numbers them.
-        kill: ends processes on a host by id, for ranks that no longer listen.
+        address: address at which the ranks' hosts reach this machine.
+        slots: hosts and their number of ranks, in the order in which deepspeed numbers them.
+        kill: kills processes on a host by pid, for ranks that no longer respond.
     """
 
     def __init__(self, address: str, slots: Mapping[str, int], kill: Callable[[str, list[int]], None]) -> None:
@@ -118,21 +118,23 @@ class Attempt:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._ranks: list[_Rank] = []
-        self._gone: list[_Rank] = []  # in the order of their ends
+        self._gone: list[_Rank] = []  # in the order in which they exited
         self._told = ""
         self._first_heard: float | None = None
-        self._silent = ""  # a host whose ranks never said who they are
+        self._silent = ""  # a host whose ranks never connected
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], stop: Stop, give_up: Callable[[], str]
     ) -> Outcome:
-        """Start `command` and see it to its end.
+        """Start `command` and wait for the attempt to end.
 
         Args:
-            stop: what this process has been told.
-            give_up: asked now and then; a reason why the job is to save and stop, or nothing.
+            command: command that starts the ranks.
+            environment: environment of the command.
+            stop: stop requests that this process has received.
+            give_up: polled; returns a reason to save and stop the job, or an empty string.
         """
-        # A session of its own: Ctrl-C is for this process, which asks the ranks to save first.
+        # Own session: only this process handles Ctrl-C, and asks the ranks to save first.
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
         )
@@ -141,7 +143,7 @@ class Attempt:
         finally:
             self._end(process)
         outcome = self._outcome(process.returncode, stop)
-        # Not asked from outside: it is to go on elsewhere.
+        # Not an external request: the job continues on other hosts.
         ours = outcome.state == "preempted" and self._told and not stop.count
         return replace(outcome, state="regrow") if ours else outcome
 
@@ -153,7 +155,10 @@ class Attempt:
                 self._told = reason
                 for rank in self._ranks:
                     self._tell(rank)
-                say(f"{reason}: the job saves a checkpoint and stops" + (" (again: at once)" if stop.name else ""))
+                say(
+                    f"{reason}: saving a checkpoint and stopping"
+                    + (" (repeat to stop immediately)" if stop.name else "")
+                )
             ended = [*self._gone, *(rank for rank in self._ranks if rank.code is not None)]
             if failed_at is None and any(rank.code not in (0, EXIT_PREEMPTED) for rank in ended):
                 failed_at = time.monotonic()
@@ -163,7 +168,7 @@ class Attempt:
                 return
 
     def _find_silent(self, began: float) -> bool:
-        """Whether ranks of some host have not said who they are within the time for it."""
+        """Return whether the ranks of some host have failed to connect in time."""
         seen = Counter(rank.host for rank in (*self._ranks, *self._gone))
         if self._first_heard is None and seen:
             self._first_heard = time.monotonic()
@@ -202,10 +207,10 @@ class Attempt:
                     self._gone.append(rank)
 
     def _hear(self, rank: _Rank, message: dict[str, Any]) -> None:
-        """Take in what a rank says. Raises ValueError for what no rank of this job would say."""
+        """Handle a message of a rank. Raises ValueError if it cannot be from a rank of this job."""
         if rank.number is None:
             if message.get("job") != self.supervisor.job:
-                raise ValueError("of another job")
+                raise ValueError("message from another job")
             rank.number, rank.pid = int(message["rank"]), int(message["pid"])
             node = int(message["node"])
             rank.host = self._hosts[node] if 0 <= node < len(self._hosts) else str(message["host"])
@@ -218,9 +223,9 @@ class Attempt:
             rank.code = int(message["end"])
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
-        """Leave no process of the attempt alive anywhere."""
+        """Terminate every process of the attempt on all hosts."""
         alive = list(self._ranks)
-        for rank in alive:  # half closed: they read the end and answer with theirs
+        for rank in alive:  # half-close: ranks read end-of-file and close their side
             with contextlib.suppress(OSError):
                 rank.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + _END_SECONDS
@@ -234,7 +239,7 @@ class Attempt:
         try:
             process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            # Not SIGTERM, at which deepspeed would have every host `pkill -f` the launchers of all jobs.
+            # Not SIGTERM: deepspeed would then `pkill -f` the launchers of all jobs on every host.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -248,11 +253,11 @@ class Attempt:
         doing = next((rank.doing for rank in ended if rank.doing), "")
         codes = {rank.code for rank in ended}
         if stop.count > 1:
-            return Outcome("preempted", f"{stop.name}, twice: ended at once", 128 + signal.SIGINT, doing=doing)
+            return Outcome("preempted", f"{stop.name}, twice: terminated immediately", 128 + signal.SIGINT, doing=doing)
         if self._silent:
-            reason = f"not all ranks on {self._silent} have started: look at what that host has said"
+            reason = f"not all ranks on {self._silent} have started: check the output of that host"
             return Outcome("failed", reason, EXIT_CRASHED, self._silent, doing)
-        # A rank says so only when all of them are through, whatever one of them may meet on its way out.
+        # A rank reports these only once all ranks are done, even if one then fails while exiting.
         if EXIT_PREEMPTED in codes:
             return Outcome("preempted", self._told or "asked to stop", EXIT_PREEMPTED, doing=doing)
         if 0 in codes:
@@ -262,35 +267,35 @@ class Attempt:
             where = f"rank {first.number} on {first.host}"
             if first.code == EXIT_USER_ERROR:
                 return Outcome("refused", f"{where}: {first.error}", EXIT_USER_ERROR, first.host, doing)
-            # Its peers may have noticed before its own last words were heard.
+            # Its peers may have noticed before its own last message arrived.
             why = first.error or (
-                "was killed, or its host was lost" if first.code is None else f"ended with {first.code}"
+                "was killed, or its host was lost" if first.code is None else f"exited with code {first.code}"
             )
             return Outcome("failed", f"{where} {why}", EXIT_CRASHED, first.host, doing)
         if stop.count:
             return Outcome("preempted", f"{stop.name} before any rank had started", stop.code)
-        return Outcome("failed", f"deepspeed ended with {returncode} before any rank had started", EXIT_CRASHED)
+        return Outcome("failed", f"deepspeed exited with code {returncode} before any rank had started", EXIT_CRASHED)
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """When to start again: at once after progress, else later and later, and not for ever.
+    """Restart policy: immediate after progress, else with exponential backoff and a limit.
 
     Attributes:
-        most: in a row without a new checkpoint.
-        first_delay_seconds: before the second in a row; it doubles each time, up to 5 minutes.
+        most: maximum consecutive restarts without a new checkpoint.
+        first_delay_seconds: delay before the second of them; it doubles each time, up to 5 minutes.
     """
 
     most: int = 3
     first_delay_seconds: float = 5.0
 
     def delay_seconds(self, in_a_row: int) -> float:
-        """Before restart number `in_a_row` (1, 2, …) without progress."""
+        """Return the delay before consecutive restart `in_a_row` (1, 2, …) without progress."""
         return min(_MOST_SECONDS_BETWEEN, self.first_delay_seconds * 2 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
 
 
 def sleep_unless(stop: Stop, seconds: float) -> None:
-    """Wait, but not once this process has been told to stop."""
+    """Sleep, but return as soon as this process is told to stop."""
     deadline = time.monotonic() + seconds
     while not stop.count and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(_POLL_SECONDS, left))

@@ -1,4 +1,4 @@
-"""Start `deepspeed` for a recipe, watch it, and start it again. Every rank checks the rest before it allocates."""
+"""Start `deepspeed` for a recipe, watch it and restart it. Ranks validate everything else before they allocate."""
 
 import contextlib
 import json
@@ -17,20 +17,20 @@ from codeparrot_ds.supervision.placement import Hosts, ManyHosts, ThisMachine
 from codeparrot_ds.system.files import exclusive_lock, make_directory
 from codeparrot_ds.system.jobs import say
 
-_LOCK_SECONDS = 30.0  # within which ranks of a supervisor that was killed have ended
-_LEASE_SECONDS = 180.0  # within which a file server has given up the locks of a host that is lost
+_LOCK_SECONDS = 30.0  # for ranks of a killed supervisor to exit
+_LEASE_SECONDS = 180.0  # for a file server to release the locks of a lost host
 
 
 def launch(
     recipe: Path, hosts: Hosts | None, ranks: int | None, overrides: Sequence[str], restarts: Restarts | None = None
 ) -> int:
-    """Train `recipe` with deepspeed, starting again from the newest checkpoint when a rank dies; return the exit code.
+    """Train `recipe` with deepspeed, restarting from the newest checkpoint when a rank dies. Returns the exit code.
 
-    Raises ConfigError or ClusterError for what is wrong before anything starts, as when another process trains it.
+    Raises ConfigError or ClusterError for errors before the start, e.g. if another process trains the same run.
     """
     loaded = load_recipe(recipe, overrides)
     if hosts is not None and hosts.hostfile is not None and ranks is not None:
-        raise ConfigError("--ranks counts processes on this machine; with --hostfile its slots decide.")
+        raise ConfigError("--ranks cannot be combined with --hostfile, whose slots set the ranks per host.")
     run = RunDirectory(loaded.run_directory)
     place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
     make_directory(run.path)
@@ -41,7 +41,7 @@ def launch(
 
 @dataclass
 class _Job:
-    """The attempts to train one run."""
+    """All attempts to train one run."""
 
     recipe: Path
     overrides: Sequence[str]
@@ -52,8 +52,8 @@ class _Job:
     number: int = 0
 
     def run(self, stop: Stop) -> int:
-        """Try until it is done, or not worth it; returns the exit code."""
-        self.directory.stop_file.unlink(missing_ok=True)  # of an earlier run, which it has stopped
+        """Run attempts until the run is finished or given up. Returns the exit code."""
+        self.directory.stop_file.unlink(missing_ok=True)  # left by an earlier launch that it stopped
         while True:
             began, began_at = time.time(), _newest_step(self.directory)
             outcome, hosts = self._attempt(stop)
@@ -89,7 +89,7 @@ class _Job:
         return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.give_up), list(start.slots)
 
     def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:
-        """How long to wait before the next attempt, or None when there is to be none; says which, and why."""
+        """Return the delay before the next attempt, or None for none, and print the reason."""
         if outcome.state != "failed":
             return None
         where = f" ({outcome.doing})" if outcome.doing else ""
@@ -97,19 +97,19 @@ class _Job:
         if self.in_a_row > self.restarts.most:
             count = f"{self.restarts.most} restart{'' if self.restarts.most == 1 else 's'}"
             say(
-                f"error: {outcome.reason}{where}. Giving up after {count} without a new checkpoint; see the end of "
-                f"{self.directory.logs}/, fix the cause, and run the same command again. {kept}"
+                f"error: {outcome.reason}{where}. Giving up after {count} without a new checkpoint; see the end of the "
+                f"logs in {self.directory.logs}/, fix the cause, and run the same command again. {kept}"
             )
             return None
         delay = self.restarts.delay_seconds(self.in_a_row)
         count = f"{self.in_a_row} of {self.restarts.most}"
-        say(f"{outcome.reason}{where}. {kept} Starting again in {delay:.0f} s ({count}).")
+        say(f"{outcome.reason}{where}. {kept} Restarting in {delay:.0f} s ({count}).")
         return delay
 
     def _note(self, outcome: Outcome, hosts: Sequence[str], began: float, began_at: int, reached: int) -> None:
-        """Keep for `codeparrot-ds status` what became of an attempt."""
+        """Record the outcome of an attempt for `codeparrot-ds status`."""
         facts = {"began": began, "seconds": time.time() - began, "from_step": began_at, "to_step": reached}
-        # On a full disk, the ranks have told of it.
+        # A full disk has already been reported by the ranks.
         with contextlib.suppress(OSError), open(self.directory.launches, "a") as file:
             file.write(json.dumps({**facts, "hosts": list(hosts), **vars(outcome)}) + "\n")
 
@@ -120,9 +120,9 @@ def _newest_step(run: RunDirectory) -> int:
 
 
 def _wait_for_old_ranks(run: RunDirectory, stop: Stop, seconds: float) -> None:
-    """Wait until no rank of an earlier start trains here: those of a supervisor that was killed end by themselves.
+    """Wait for ranks of an earlier start to exit: those of a killed supervisor exit on their own.
 
-    Raises ConfigError when one goes on, as one that was started without a supervisor does.
+    Raises ConfigError if one keeps running, e.g. because it was started without a supervisor.
     """
     deadline = time.monotonic() + seconds
     while run.in_use() and not stop.count:
@@ -136,6 +136,6 @@ def _wait_for_old_ranks(run: RunDirectory, stop: Stop, seconds: float) -> None:
 def deepspeed_command(
     recipe: Path, program: Sequence[str], overrides: Sequence[str], quote: Callable[[str], str] = str
 ) -> list[str]:
-    """The command that a user could type. `quote`: for what lies between here and the ranks, such as pdsh's shell."""
+    """Return the command as a user could type it. `quote` escapes for layers in between, such as pdsh's shell."""
     command = [*program, "--module", "codeparrot_ds.train", quote(str(recipe))]
     return command + [part for override in overrides for part in ("--set", quote(override))]

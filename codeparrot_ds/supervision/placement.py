@@ -1,4 +1,4 @@
-"""Where an attempt to train runs: this machine, or those hosts of a hostfile or allocation that answer."""
+"""Placement of a training attempt: this machine, or the responsive hosts of a hostfile or allocation."""
 
 import contextlib
 import os
@@ -27,15 +27,15 @@ class Hosts:
     """Where to train, and what to do when a host is lost.
 
     Attributes:
-        hostfile: hosts and slots; None with `launcher` srun, where they are those of the allocation.
-        min_hosts: go on with so few, when no more are left; by default all that are not spare.
-        spare_hosts: so many, the last of the file, only take the place of others.
-        regrow_seconds: how often to look whether lost hosts are back; then the job saves and starts again on more.
-        address: of this machine, as the hosts reach it; found out by default.
-        master_addr: of the first host, as the others reach it; its name, resolved here, by default.
-        doctor: look at all hosts first, over ssh; what is not fit is left out, or refused.
-        launcher: "pdsh", "ssh", "mpirun" or "srun"; pdsh if it is installed, else ssh, by default.
-        ranks: on each host, with srun.
+        hostfile: hosts and slots; None with `launcher` srun, which uses those of the allocation.
+        min_hosts: fewest hosts to continue with; by default all that are not spare.
+        spare_hosts: number of hosts at the end of the file that only replace others.
+        regrow_seconds: interval of checks for recovered hosts; if one is back, the job saves and restarts with it.
+        address: address at which the hosts reach this machine; detected by default.
+        master_addr: address at which the others reach the first host; by default its name, resolved here.
+        doctor: check all hosts first, over ssh; unfit hosts are skipped, or refused if too few remain.
+        launcher: "pdsh", "ssh", "mpirun" or "srun"; by default pdsh if it is installed, else ssh.
+        ranks: ranks per host, with srun.
     """
 
     hostfile: Path | None
@@ -54,13 +54,13 @@ class Start:
     """Where an attempt runs.
 
     Attributes:
-        program: what starts the ranks, without what they run.
-        extra: to be added to its environment.
-        address: of this machine, as the ranks reach it.
-        slots: hosts in the order of their ranks, and how many each has.
-        give_up: a reason why the job is to stop and start again, or nothing.
-        kill: ends processes of a host.
-        quote: an argument of the ranks, for what lies between.
+        program: command that starts the ranks, without the program that they run.
+        extra: variables to add to its environment.
+        address: address at which the ranks reach this machine.
+        slots: hosts in rank order, with the number of ranks of each.
+        give_up: returns a reason to stop and restart the job, or an empty string.
+        kill: kills processes on a host.
+        quote: quotes an argument of the ranks for the layers in between.
     """
 
     program: Sequence[str]
@@ -73,7 +73,7 @@ class Start:
 
 
 class ThisMachine:
-    """As many ranks as there are GPUs here, or as asked for."""
+    """This machine only: one rank per GPU, or the requested number."""
 
     def __init__(self, ranks: int | None, batch: Batch) -> None:
         gpus = _count_gpus()
@@ -81,13 +81,13 @@ class ThisMachine:
         self._ranks = ranks or (most_ranks(batch, gpus) if gpus else CPU_RANKS)
 
     def prepare(self, number: int) -> Start:
-        """What the attempt with this number needs."""
+        """Return what attempt `number` needs to start."""
         program = [*find_deepspeed(), "--quiet", *_port_options(), *ranks_here(self._ranks, on_cpu=bool(self._extra))]
         slots = {socket.gethostname(): self._ranks}
         return Start(program, self._extra, "127.0.0.1", slots, lambda: "", _kill_here)
 
     def lost(self, host: str | None, in_a_row: int) -> None:
-        """There is no other machine to go to."""
+        """Do nothing: there is no other machine."""
 
 
 def _kill_here(host: str, pids: Iterable[int]) -> None:
@@ -97,7 +97,7 @@ def _kill_here(host: str, pids: Iterable[int]) -> None:
 
 
 class ManyHosts:
-    """Hosts of a hostfile: those that answer now are used, spare ones in the place of others."""
+    """Hosts of a hostfile or allocation: uses those that answer now, with spares replacing lost ones."""
 
     def __init__(self, hosts: Hosts, recipe: Recipe) -> None:
         self._hosts, self._recipe, self._batch = hosts, recipe, recipe.batch
@@ -114,15 +114,15 @@ class ManyHosts:
         if not 1 <= self._fewest <= self._wanted:
             raise ConfigError(
                 f"{self._from}: {len(self._slots)} hosts, {hosts.spare_hosts} of them spare, at least "
-                f"{self._fewest} wanted. Give --min-hosts of at least 1, and fewer --spare-hosts than there are hosts."
+                f"{self._fewest} required. Set --min-hosts to at least 1, and --spare-hosts below the number of hosts."
             )
         self._suspect = ""
-        self._answered: set[str] = set()  # when last looked
-        self._unfit: dict[str, str] = {}  # by the doctor, though they answer
+        self._answered: set[str] = set()  # at the last check
+        self._unfit: dict[str, str] = {}  # rejected by the doctor, although they answer
         self._regrow: _Regrow | None = None
 
     def prepare(self, number: int) -> Start:
-        """What the attempt with this number needs. Raises ClusterError when too few hosts are fit."""
+        """Return what attempt `number` needs to start. Raises ClusterError if too few hosts are fit."""
         if self._regrow is not None:
             self._regrow.stop()
         silent = self._reach.unreachable(self._slots)
@@ -131,7 +131,7 @@ class ManyHosts:
             self._unfit = self._examine()
         self._answered = answer
         active = self._choose({**self._unfit, **silent})
-        # Ranks of an attempt before may hold its port for a while.
+        # Ranks of the previous attempt may still hold its port.
         port = _DEEPSPEED_PORT + number % 100
         program, extra = self._reach.command(self._run, active, self._master_address(active), port)
         self._regrow = None
@@ -150,11 +150,11 @@ class ManyHosts:
         )
 
     def lost(self, host: str | None, in_a_row: int) -> None:
-        """A host that was at fault twice in a row is passed over, where others suffice."""
+        """Note a failed host: after two consecutive failures it is skipped if the others suffice."""
         self._suspect = host or "" if in_a_row > 1 else ""
 
     def _examine(self) -> dict[str, str]:
-        """Hosts that are not fit, though they answer, and why."""
+        """Return the hosts that answer but are unfit, with the reasons."""
         cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
         report = examine(
             self._slots, self._recipe, port=_DEEPSPEED_PORT + 1, cpu=cpu, environment=forwarded(os.environ)
@@ -163,7 +163,7 @@ class ManyHosts:
         return {each.host: "; ".join(each.red.values()) for each in report.hosts if each.red and "ssh" not in each.red}
 
     def _choose(self, unreachable: Mapping[str, str]) -> dict[str, int]:
-        """Hosts and slots of the next attempt. Raises ClusterError when too few are left."""
+        """Return hosts and slots of the next attempt. Raises ClusterError if too few are left."""
         good = [host for host in self._slots if host not in unreachable]
         if self._suspect in good and len(good) > self._fewest:
             good.remove(self._suspect)
@@ -172,16 +172,16 @@ class ManyHosts:
             try:
                 self._batch.micro_batch_and_accumulation(sum(self._slots[host] for host in active))
             except ConfigError:
-                active.pop()  # the batch cannot be dealt to so many
+                active.pop()  # the batch does not divide evenly over these ranks
                 continue
             return {host: self._slots[host] for host in active}
         lost = (
             "; ".join(f"{host}: {reason}" for host, reason in unreachable.items())
-            or "the batch cannot be dealt to them"
+            or "the batch cannot be divided among them"
         )
         raise ClusterError(
-            f"{self._from}: {len(good)} of {len(self._slots)} hosts can train, and {self._fewest} are needed "
-            f"({lost}). Mend them, or go on with fewer: --min-hosts."
+            f"{self._from}: {len(good)} of {len(self._slots)} hosts can train, but {self._fewest} are needed "
+            f"({lost}). Fix them, or continue with fewer: --min-hosts."
         )
 
     def _master_address(self, active: Mapping[str, int]) -> str:
@@ -189,12 +189,12 @@ class ManyHosts:
             return self._hosts.master_addr
         first, *others = active
         found = self._reach.address(first)
-        # A machine's own name often stands for its loopback address, which means another machine to the others.
+        # A machine's own name often resolves to loopback, which is wrong on the other hosts.
         return _address_towards(map(self._reach.address, others)) if found.startswith("127.") and others else found
 
 
 class _Regrow(threading.Thread):
-    """Looks whether hosts that were lost answer again. `found` then says which."""
+    """Polls lost hosts until one answers again; `found` then names it."""
 
     def __init__(self, reach: Reach, lost: set[str], every_seconds: float) -> None:
         super().__init__(daemon=True)
@@ -204,25 +204,25 @@ class _Regrow(threading.Thread):
         self.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Look now and then, until one is back."""
+        """Poll until a host is back."""
         while not self.found and self._lost and not self._stopped.wait(self._seconds):
             if back := self._lost - set(self._reach.unreachable(self._lost)):
                 self.found = f"{', '.join(sorted(back))} answers again"
 
 
 def _address_towards(addresses: Iterable[str]) -> str:
-    """This machine's address on the way to the first of `addresses` that is another machine's."""
+    """Return this machine's address on the route to the first of `addresses` that is another machine's."""
     own = "127.0.0.1"
     for address in addresses:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP connect sends nothing
             try:
                 probe.connect((address, 9))
             except OSError as error:
-                raise ClusterError(f"{address}: no way there from this machine ({error}).") from None
+                raise ClusterError(f"{address}: no route from this machine ({error}).") from None
             own = str(probe.getsockname()[0])
         if not own.startswith("127.") and own != address:
             return own
@@ -230,7 +230,7 @@ def _address_towards(addresses: Iterable[str]) -> str:
 
 
 def most_ranks(batch: Batch, gpus: int) -> int:
-    """The largest number of GPUs to which the recipe's batch can be dealt."""
+    """Return the largest number of ranks, up to `gpus`, that the recipe's batch divides evenly over."""
     for ranks in range(gpus, 1, -1):
         try:
             batch.micro_batch_and_accumulation(ranks)
@@ -241,7 +241,7 @@ def most_ranks(batch: Batch, gpus: int) -> int:
 
 
 def _port_options() -> list[str]:
-    """Another port than DeepSpeed's where that one is taken, as by a second run on this machine."""
+    """Return the option for a free port if DeepSpeed's default is taken, e.g. by another run on this machine."""
     for port in (_DEEPSPEED_PORT, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -255,7 +255,7 @@ def _port_options() -> list[str]:
 
 
 def _count_gpus() -> int:
-    """GPUs that torch can use here, of any maker (a plan asks nvidia-smi, at once); 0 when the CPU is asked for."""
+    """Count the GPUs that torch can use here, of any vendor (a plan asks nvidia-smi, which is faster); 0 on CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     import torch

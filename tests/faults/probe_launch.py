@@ -16,7 +16,7 @@ MODULE = ["--module", "codeparrot_ds.train"]
 
 
 def main() -> None:
-    """Put the probe in the place of the module, and go."""
+    """Substitute the probe for the module, and launch."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fault", action="append", default=[])
     parser.add_argument("--marks", required=True)

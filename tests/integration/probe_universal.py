@@ -1,4 +1,4 @@
-"""Run by ranks: have DeepSpeed itself load a universal checkpoint, and save what its engine then holds.
+"""Run by ranks: load a universal checkpoint with DeepSpeed itself, and save the resulting engine state.
 
 Usage: probe_universal.py RECIPE DS_CONFIG UNIVERSAL OUT
 """

@@ -1,4 +1,4 @@
-"""What training really writes is what `compare` reads."""
+"""`compare` reads what real training writes."""
 
 from collections.abc import Callable
 

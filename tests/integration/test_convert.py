@@ -1,4 +1,4 @@
-"""Conversion of real checkpoints: proofs that hold, and proofs that fail for what is wrong."""
+"""Conversion of real checkpoints: verification passes for good results and fails for wrong ones."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_certificate_says_what_transformers_computes(baseline: Trained, conv
     assert certificate["engine"]["not_compared"] is None
     assert abs(forward["loss_written"] - certificate["engine"]["loss_valid"]) < 1e-4
     assert certificate["engine"]["loss_valid"] == baseline.valid_losses()[6]
-    # Streamed, layer by layer, it is the loss that the whole model has.
+    # Streamed layer by layer, the loss equals that of the whole model.
     recipe = load_recipe(baseline.run.recipe)
     whole = validation_loss(converted, recipe.data.sources, recipe.evaluation.sequences)
     assert whole.sequences == forward["sequences"]
@@ -100,7 +100,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(file.name)}: its bytes are not those"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(file.name)}: its digest differs"):
         check(flipped)
 
     added = copy("added")
@@ -108,7 +108,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not in the certificate"):
         check(added)
 
-    # Somebody has rewritten the certificate's digests of files, but not those of tensors.
+    # The certificate's digests of files were forged, but not those of tensors.
     forged = copy("forged")
     file = sorted(forged.glob("*.safetensors"))[0]
     tensors = load_file(file)
@@ -118,26 +118,28 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     body = json.loads((forged / CERTIFICATE).read_text())
     body["files"][file.name] = digest_file(file)
     (forged / CERTIFICATE).write_text(json.dumps(body))
-    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)}: its values are not those that were proved"):
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)}: the digest of its values differs"):
         check(forged)
 
 
 def test_a_writer_that_errs_leaves_no_directory(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One element of one tensor goes wrong between checkpoint and file: the proof names it."""
+    """One element of one tensor is corrupted between checkpoint and file: verification names the tensor."""
     right = writing._bytes
     calls: list[int] = []
 
     def wrong(tensor: torch.Tensor) -> memoryview:
         calls.append(1)
-        if len(calls) == 12:  # the second of each two is what is written
+        if len(calls) == 12:  # the second of each pair is written
             tensor = tensor.clone()
             tensor[0] += 1e-3
         return right(tensor)
 
     monkeypatch.setattr(writing, "_bytes", wrong)
-    with pytest.raises(CheckpointError, match=r"the proof failed.*tensor transformer\.\S+: its values are not those"):
+    with pytest.raises(
+        CheckpointError, match=r"verification failed.*tensor transformer\.\S+: the digest of its values differs"
+    ):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=8 * GB)
     assert list(tmp_path.iterdir()) == []
 
@@ -145,7 +147,7 @@ def test_a_writer_that_errs_leaves_no_directory(
 def test_a_model_that_computes_something_else_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if transformers took the tensors for something else than the engine did."""
+    """transformers interprets the tensors differently from the engine."""
     right = converting._reader
 
     def wrong(weights: Any) -> Any:
@@ -161,7 +163,7 @@ def test_a_model_that_computes_something_else_is_refused(
 def test_a_model_that_is_not_what_the_engine_trained_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every bit of the weights is right, but its configuration has transformers compute something else."""
+    """The weights are bit-exact, but the configuration makes transformers compute something else."""
     right = Model.hugging_face_config
 
     def wrong(self: Model, eos_id: int) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(copy_baseline: Copy, tmp_path: 
 
 
 def test_a_cap_that_cannot_be_kept_is_refused_with_what_is_needed(baseline: Trained, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--memory-cap 0.05GB: this model takes \d.\d\d GB"):
+    with pytest.raises(ConfigError, match=r"--memory-cap 0.05GB: this model needs \d.\d\d GB"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=50_000_000)
 
 
@@ -231,13 +233,13 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(
     begun = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - begun
-    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the cap where none is given
+    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the default cap
     whole = {file.name: file.read_bytes() for file in output.iterdir() if file.name != CERTIFICATE}
     assert whole == {file.name: file.read_bytes() for file in converted.iterdir() if file.name != CERTIFICATE}
     for number in range(kills):
         subprocess.run(["rm", "-r", output], check=True)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds * (0.55 + 0.45 * (number + 0.5) / kills))  # it imports before that
+        time.sleep(seconds * (0.55 + 0.45 * (number + 0.5) / kills))  # imports take the time before that
         process.send_signal(signal.SIGKILL)
         process.wait()
         if output.exists():
@@ -257,8 +259,8 @@ def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: 
     said = trained.run.log(0).read_text()
     assert TOKEN not in said
     exported = sorted(path.name for path in trained.run.exports.iterdir())
-    # The first may still go on when the second is due.
-    if "not exported, for the export before it still goes on" in said:
+    # The first may still be running when the second is due.
+    if "not exported, because the previous export is still running" in said:
         assert exported == ["step-00000003"]
     else:
         assert exported == ["step-00000006"]
@@ -277,6 +279,6 @@ def test_an_export_that_fails_is_told_of_and_training_goes_on(train_tiny: Train)
         trained = train_tiny("refused", stage=1, options=options, env=environment)
     assert trained.run.read_status()["state"] == "finished"
     said = trained.run.log(0).read_text()
-    assert "step 3: not pushed. Training goes on. error: me/parrot: the Hub refuses (401)" in said
+    assert "step 3: not pushed. Training continues. error: me/parrot: the Hub denies access (401)" in said
     assert environment["HF_TOKEN"] not in said
     check(trained.run.export(3))

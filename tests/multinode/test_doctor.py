@@ -21,7 +21,7 @@ Doctor = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def doctor(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -> Doctor:
-    """Exit code and JSON of a look at all three hosts."""
+    """Return the exit code and JSON of a check of all three hosts."""
     recipe = save_recipe({**tiny_recipe, "batch": {"global_batch_size": 6}}, tmp_path / "tiny.yaml")
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts))
@@ -43,7 +43,7 @@ def doctor(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 
 
 def red(report: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What is red, by the place of the host."""
+    """Return the failed checks, by host index."""
     return {number: each["red"] for number, each in enumerate(report["hosts"]) if each["red"]}
 
 
@@ -61,7 +61,7 @@ def test_three_good_hosts_are_green_within_half_a_minute(doctor: Doctor, real_ho
 def test_what_is_wrong_with_one_host_is_named(
     doctor: Doctor, real_hosts: RealHosts, data: Path, tmp_path: Path
 ) -> None:
-    """Another version, other shards, no room, a name for the loopback address, a taken port; all at once."""
+    """Different version and shards, full disk, a name that resolves to loopback and a taken port, all at once."""
     information = importlib.metadata.distribution("deepspeed").locate_file("")
     metadata = next(Path(str(information)).glob("deepspeed-*.dist-info")) / "METADATA"
     other = tmp_path / "METADATA"
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_one_host_is_named(
     problems = found[1]
     assert f"deepspeed 0.18.0, here {importlib.metadata.version('deepspeed')}" in problems["software"]
     assert "manifest.json differs from the one here" in problems["data"]
-    assert "has no address for " + real_hosts.hosts[2] in problems["name"]
+    assert "cannot resolve " + real_hosts.hosts[2] in problems["name"]
     assert "GB needed" in problems["disk"]
     assert "put `runs` on a shared disk" in problems["shared"]
     assert "in use" in problems["port"]

@@ -24,7 +24,7 @@ def corpus(data: Path, tmp_path: Path) -> Corpus:
 
 
 def build_on(real_hosts: RealHosts, corpus: Corpus, output: Path, *options: str, hosts: int = 3) -> Launched:
-    """Shards made by the first so many hosts."""
+    """Build shards on the first hosts of the list."""
     hostfile = output.with_suffix(".hosts")
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:hosts]))
     program = Path(sys.executable).with_name("codeparrot-ds")
@@ -41,7 +41,7 @@ def test_three_hosts_make_the_bytes_of_one_even_when_one_is_lost(
     with real_hosts.without_sshd(1):
         done = build_on(real_hosts, corpus, tmp_path / "three")
     assert done.returncode == 0, done.output
-    assert re.search(rf"{real_hosts.hosts[1]}: slice \d/3 ended with exit code 255", done.output), done.output
+    assert re.search(rf"{real_hosts.hosts[1]}: slice \d/3 failed with exit code 255", done.output), done.output
     verify(tmp_path / "three", deep=True)
     names = sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file())
     assert len(names) > 8
@@ -54,7 +54,7 @@ def test_what_a_user_must_mend_is_said_and_not_tried_elsewhere(
 ) -> None:
     done = build_on(real_hosts, corpus, tmp_path / "shards", "--encoder", "nonsense")
     assert done.returncode == 1
-    assert "was refused, see above" in done.output and "Traceback" not in done.output
+    assert "failed with a user error, see above" in done.output and "Traceback" not in done.output
     assert not (tmp_path / "shards" / "manifest.json").exists()
 
 

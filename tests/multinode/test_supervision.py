@@ -1,4 +1,4 @@
-"""`codeparrot-ds launch --hostfile` over three real hosts (see conftest.py) that are hurt while they train."""
+"""`codeparrot-ds launch --hostfile` over three real hosts (see conftest.py) with faults injected during training."""
 
 import json
 import signal
@@ -22,14 +22,14 @@ from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
 pytestmark = pytest.mark.slow
 
-AT_ONCE = "checkpoints.background=false"  # so that it is known which checkpoints there are
+AT_ONCE = "checkpoints.background=false"  # so that the existing checkpoints are known
 PROBE_LAUNCH = ROOT / "tests" / "faults" / "probe_launch.py"
-END_SECONDS = 240  # of a job, on a busy machine
+END_SECONDS = 240  # for a job to end on a busy machine
 
 
 @dataclass
 class Job:
-    """A `codeparrot-ds launch --hostfile` under way on the first host."""
+    """A `codeparrot-ds launch --hostfile` running on the first host."""
 
     hosts: RealHosts
     process: "subprocess.Popen[bytes]"
@@ -38,36 +38,36 @@ class Job:
     directory: RunDirectory
 
     def supervisor(self) -> psutil.Process:
-        """The process of `codeparrot-ds launch`."""
+        """Return the process of `codeparrot-ds launch`."""
         below = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         (found,) = [each for each in below if str(PROBE_LAUNCH) in each.cmdline()[:2]]
         return found
 
     def output(self) -> str:
-        """What it has said so far."""
+        """Return its output so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, name: str) -> None:
-        """Until the probe has left this."""
+        """Wait until the probe has written this marker."""
         assert until(lambda: (self.marks / name).exists() or self.process.poll() is not None, END_SECONDS), (
             self.output()
         )
         assert self.process.poll() is None, self.output()
 
     def wait_to_say(self, text: str) -> None:
-        """Until it has said this."""
+        """Wait until its output contains `text`."""
         assert until(lambda: text in self.output() or self.process.poll() is not None, END_SECONDS), self.output()
         assert text in self.output()
 
     def end(self) -> int:
-        """Its exit code; no process of it lives on any host."""
+        """Wait for it to exit and return its exit code; no process of it is left on any host."""
         assert until(lambda: self.process.poll() is not None, END_SECONDS), self.output()
         alone = until(lambda: not any(map(self.hosts.processes, range(len(self.hosts.hosts)))), 20)
         assert alone, [self.hosts.processes(host) for host in range(len(self.hosts.hosts))]
         return self.process.wait()
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What it has noted of its attempts."""
+        """Return its recorded attempts."""
         return [json.loads(line) for line in self.directory.launches.read_text().splitlines()]
 
 
@@ -76,7 +76,7 @@ Launch = Callable[..., Job]
 
 @pytest.fixture
 def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -> Iterator[Launch]:
-    """Launch the tiny recipe on the first so many hosts: `launch(name, hosts, "--option", ..., faults=[...])`."""
+    """Launch the tiny recipe on the first N hosts: `launch(name, hosts, "--option", ..., faults=[...])`."""
     jobs: list[Job] = []
 
     def start(name: str, hosts: int, *options: str, faults: Sequence[str] = (), settings: Sequence[str] = ()) -> Job:
@@ -152,7 +152,7 @@ def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     lost = real_hosts.hosts[2]
     real_hosts.set_link(2, "down")
     job.wait_to_say(f"rank 2 on {lost} was killed, or its host was lost")
-    assert until(lambda: not real_hosts.processes(2), 30), real_hosts.processes(2)  # it has noticed by itself
+    assert until(lambda: not real_hosts.processes(2), 30), real_hosts.processes(2)  # it has noticed on its own
     (job.marks / "go-3").touch()
     job.wait_to_say(f"training on 2 of 3 hosts, without {lost}")
     job.wait_for("held-7")
@@ -194,7 +194,7 @@ def test_whatever_is_lost_between_a_user_and_the_ranks_none_of_them_lives_on(
     assert len(ranks) == 2
     if victim == "terminal":
         job.supervisor().send_signal(signal.SIGHUP)
-        job.wait_to_say("SIGHUP: the job saves a checkpoint and stops")
+        job.wait_to_say("SIGHUP: saving a checkpoint and stopping")
         (job.marks / "go-4").touch()
     elif victim == "deepspeed":
         (runner,) = job.supervisor().children()
@@ -212,7 +212,7 @@ def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_host
     job = launch("told", 2, faults=["hold:0:1"])
     job.wait_for("held-1")
     job.supervisor().send_signal(signal.SIGTERM)
-    job.wait_to_say("SIGTERM: the job saves a checkpoint and stops")
+    job.wait_to_say("SIGTERM: saving a checkpoint and stopping")
     (job.marks / "go-1").touch()
     assert job.end() == 75, job.output()
     assert job.directory.newest_checkpoint().step == 2
@@ -223,7 +223,7 @@ def test_hosts_that_do_not_answer_are_named_before_anything_starts(launch: Launc
     with real_hosts.without_sshd(1):
         job = launch("silent", 2)
         assert job.end() == EXIT_USER_ERROR, job.output()
-    assert f"1 of 2 hosts can train, and 2 are needed ({real_hosts.hosts[1]}: " in job.output()
+    assert f"1 of 2 hosts can train, but 2 are needed ({real_hosts.hosts[1]}: " in job.output()
     assert "Connection refused" in job.output() and "Traceback" not in job.output()
     assert not job.directory.checkpoints.exists()
     back = ["ssh", "-F", real_hosts.ssh_config, real_hosts.hosts[1], "true"]

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one message, and output that cannot drive a terminal."""
+"""The command line: exit codes, a single error message, and output that cannot control a terminal."""
 
 import json
 import os

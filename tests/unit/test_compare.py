@@ -1,4 +1,4 @@
-"""Two runs step by step: where their data part, where their losses do, and what cannot be compared."""
+"""Step-by-step comparison of two runs: first difference of data and losses, and runs that cannot be compared."""
 
 import json
 import math
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 def train_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A row as training writes it."""
+    """Return a row as training writes it."""
     return {
         "kind": "train",
         "step": step,
@@ -37,12 +37,12 @@ def train_row(step: int, **changed: Any) -> dict[str, Any]:
 
 
 def valid_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A row as evaluation writes it."""
+    """Return a row as evaluation writes it."""
     return {"kind": "valid", "step": step, "loss_valid": 6.5 - step / 16, "perplexity_valid": 1.0, **changed}
 
 
 def rows_of(steps: int = STEPS, changed: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """A run of so many steps, evaluated at its start and its end; `changed` by training step."""
+    """Return the rows of a run of `steps` steps, evaluated at start and end; `changed` overrides rows by step."""
     train = [train_row(step, **(changed or {}).get(step, {})) for step in range(steps)]
     return [valid_row(0), *train, valid_row(steps)]
 
@@ -112,8 +112,8 @@ def test_other_data_are_found_at_the_step_where_they_part(make: Make) -> None:
     assert found.loss.first_beyond is None
     assert [row.step for row in found.table if not row.same_data] == [17, 18]
     assert {15, 16, 17, 18, 19, 20} <= {row.step for row in found.table}
-    assert dict(as_rows(found))["data"] == "part at step 17; 3 of 40 steps differ"
-    assert dict(as_rows(found))["verdict"] == "other data, equal losses"
+    assert dict(as_rows(found))["data"] == "first difference at step 17; 3 of 40 steps differ"
+    assert dict(as_rows(found))["verdict"] == "different data, equal losses"
 
 
 def test_losses_that_part_are_measured_and_held_against_the_tolerance(make: Make) -> None:
@@ -166,7 +166,7 @@ def test_validation_losses_count_and_learning_rates_do_not(make: Make) -> None:
     assert dict(as_rows(compare(a, apart)))["verdict"] == "same data, validation losses beyond 0.001"
     never = make("d", [row for row in rows_of() if row["kind"] == "train"])
     assert compare(a, never).same
-    assert dict(as_rows(compare(a, never)))["validation loss"] == "no step at which both runs have it"
+    assert dict(as_rows(compare(a, never)))["validation loss"] == "not recorded at any common step"
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
@@ -178,7 +178,7 @@ def test_a_loss_that_is_no_number_equals_only_another(make: Make, nothing: float
     assert not found.same
     assert (found.loss.first_beyond, found.loss.not_finite) == (25, 1)
     assert found.loss.absolute == Peak(0.0, 0)
-    assert "furthest" not in str(as_rows(found))
+    assert "largest difference" not in str(as_rows(found))
     assert next(line for line in as_table(found) if line.split()[0] == "25").endswith("not finite           -")
     both = compare(b, also, tolerance=0)
     assert both.same
@@ -211,7 +211,7 @@ def test_a_run_without_status_and_engine_settings_is_compared(make: Make) -> Non
 
 
 def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
-    """The run was at step 30, went back to 20 and was killed at 25: what lies beyond is of the first life."""
+    """The run was at step 30, went back to 20 and was killed at 25: rows beyond 25 are from its first life."""
     first = [row for row in rows_of(30, {step: {"loss": 50.0} for step in range(20, 30)}) if row["kind"] == "train"]
     again = [train_row(step) for step in range(20, 25)]
     whole = make("a", [*rows_of(), valid_row(30)])
@@ -219,7 +219,7 @@ def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
     assert found.same
     assert (found.b.steps, found.b.taken_again, found.last_step) == (25, 10, 24)
     assert found.loss_valid.steps == 1
-    assert "10 rows of steps taken again" in dict(as_rows(found))["B"]
+    assert "10 rows of repeated steps" in dict(as_rows(found))["B"]
 
 
 def test_the_evaluation_of_the_weights_gone_back_to_stays(make: Make) -> None:
@@ -230,7 +230,7 @@ def test_the_evaluation_of_the_weights_gone_back_to_stays(make: Make) -> None:
 
 
 def test_runs_of_other_length_are_compared_where_both_have_steps(make: Make) -> None:
-    """B began from A's weights of step 30 and went further."""
+    """B started from A's weights of step 30 and trained on."""
     later = [train_row(step) for step in range(30, 50)]
     found = compare(make("a"), make("b", later))
     assert found.same
@@ -274,13 +274,13 @@ def test_recipe_keys_that_differ_are_named(make: Make) -> None:
         "ds_config.zero_optimization": (None, {}),
     }
     rows = dict(as_rows(found))
-    assert rows["recipe"] == "4 keys not the same"
+    assert rows["recipe"] == "4 keys differ"
     assert rows["  optimizer.learning_rate"] == "0.001 | 0.002"
     assert rows["  ds_config.zero_optimization.stage"] == "3 | -"
 
 
 def test_runs_of_other_global_batches_are_refused(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"takes 4 sequences a step, .*b 8 .*steps do not correspond"):
+    with pytest.raises(ConfigError, match=r"takes 4 sequences per step, .*b 8 .*steps do not correspond"):
         compare(make("a"), make("b", batch=8))
 
 
@@ -329,9 +329,9 @@ def test_a_tolerance_is_a_number_from_0_on(make: Make, tolerance: float) -> None
         ("ds_config.json", b"{", "not valid JSON"),
         ("status.json", b"[]", "not a run status"),
         ("metrics.jsonl", b"\xff\xfe", "damaged"),
-        ("metrics.jsonl", b'{"step": 1}\n', "row 1 is not one that training writes"),
-        ("metrics.jsonl", b'{"kind": "train", "step": 1}\n', "row 1 is not one that training writes"),
-        ("metrics.jsonl", b"7\n", "row 1 is not one that training writes"),
+        ("metrics.jsonl", b'{"step": 1}\n', "row 1 is not a valid training record"),
+        ("metrics.jsonl", b'{"kind": "train", "step": 1}\n', "row 1 is not a valid training record"),
+        ("metrics.jsonl", b"7\n", "row 1 is not a valid training record"),
     ],
 )
 def test_damage_is_one_message(make: Make, file: str, content: bytes, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What `doctor` makes of what a host says of itself."""
+"""How `doctor` judges the facts that a host reports."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ HERE: dict[str, Any] = {
 
 
 def row(cpu: bool = False, shared_disk: bool = True, **facts: Any) -> Any:
-    """The row of a host that differs from this machine in `facts`."""
+    """Return the report of a host that differs from this machine in `facts`."""
     expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu, shared_disk)
     return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
 
@@ -49,23 +49,23 @@ def test_a_host_like_this_one_is_green() -> None:
 @pytest.mark.parametrize(
     ("facts", "column", "problem"),
     [
-        ({"skew_seconds": -7.25}, "clock", "its clock is -7.2 s off: switch NTP on"),
+        ({"skew_seconds": -7.25}, "clock", "its clock is off by -7.2 s: enable NTP"),
         ({"python": "3.12.1"}, "software", "python 3.12.1, here 3.11.7"),
         ({"packages": {"torch": "2.12.0", "deepspeed": None}}, "software", "torch 2.12.0, here 2.13.0; deepspeed None"),
         ({"gpus": [["H100", "535.0", "x"]] * 8}, "software", "driver 535.0, here 570.1"),
-        ({"source": "abd"}, "software", "other source files than here"),
-        ({"gpus": [["H100", "570.1", "x"]] * 7}, "slots", "slots=8, and it has 7 GPUs"),
+        ({"source": "abd"}, "software", "source differs from the one here"),
+        ({"gpus": [["H100", "570.1", "x"]] * 7}, "slots", "slots=8, but it has 7 GPUs"),
         ({"disk_bytes": {"runs": 10**11}}, "disk", "100.0 GB free for its runs directory, 1,000.0 GB needed"),
-        ({"disk_bytes": {"runs": None}}, "disk", "cannot be written to"),
+        ({"disk_bytes": {"runs": None}}, "disk", "is not writable"),
         ({"temporary_bytes": 5}, "disk", "0.0 GB free for its temporary directory"),
         ({"memory_bytes": 10**9}, "memory", "1.0 GB of memory available"),
-        ({"shards": {"/d": None}}, "data", "/d/manifest.json is not there"),
+        ({"shards": {"/d": None}}, "data", "/d/manifest.json is missing"),
         ({"shards": {"/d": "y"}}, "data", "/d/manifest.json differs from the one here"),
         ({"sees": False}, "shared", "put `runs` on a shared disk"),
         ({"compiler": None}, "compiler", "DeepSpeed compiles cpu_adam: install g++ and ninja there"),
         ({"port_free": False}, "port", "in use there"),
-        ({"addresses": {"a": "127.0.1.1", "b": None}}, "name", "has no address for b"),
-        ({"addresses": {"a": "127.0.1.1", "b": "127.0.1.1"}}, "name", "takes b for itself"),
+        ({"addresses": {"a": "127.0.1.1", "b": None}}, "name", "cannot resolve b"),
+        ({"addresses": {"a": "127.0.1.1", "b": "127.0.1.1"}}, "name", "resolves b to loopback"),
     ],
 )
 def test_what_differs_is_red_and_says_how_to_mend_it(facts: dict[str, Any], column: str, problem: str) -> None:
@@ -99,7 +99,7 @@ def test_the_host_that_explains_most_is_to_blame() -> None:
     assert set(blame(("b", each) for each in others)) == {"b"}  # it cannot send
     assert set(blame((each, "b") for each in others)) == {"b"}  # it cannot receive
     assert set(blame([*lame, ("c", "d")])) == {"b", "c", "d"}
-    assert set(blame([("a", "c")])) == {"a", "c"}  # nobody knows which
+    assert set(blame([("a", "c")])) == {"a", "c"}  # either could be at fault
     assert blame([]) == {}
 
 
@@ -114,7 +114,7 @@ def test_rounds_hold_every_pair_once_and_a_host_once_a_round(count: int) -> None
 
 
 def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
-    """As on a host where the package was never installed."""
+    """A host where the package was never installed."""
     wanted = {"names": ["localhost"], "shards": ["/nowhere"], "ops": ["cpu_adam"], "port": 0, "runs": "/tmp/x/y"}
     said = subprocess.run(
         [sys.executable, "-I", "-S", probe.__file__],

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that lie on other hosts: fetched over ssh, here a stand-in for it, and never believed."""
+"""Checkpoint files on other hosts: fetched over ssh (a stub here) and always verified."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ os.write(1, path.read_bytes())
 
 @pytest.fixture
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory a host; `ssh` is one that looks there."""
+    """One directory per host, and a stub `ssh` that reads from it."""
     program, directory = tmp_path / "bin" / "ssh", tmp_path / "hosts"
     program.parent.mkdir()
     program.write_text(SSH.format(python=sys.executable, hosts=directory))
@@ -36,7 +36,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_checkpoint(directory: Path, files: dict[str, bytes], host: str = "b") -> Checkpoint:
-    """A checkpoint whose manifest has these files, none of which is here."""
+    """Create a checkpoint whose manifest lists these files, all of them missing here."""
     directory.mkdir()
     listed = {
         name: {"bytes": len(content), "xxh3_128": digest_bytes(content), "host": host}
@@ -71,7 +71,9 @@ def test_what_no_host_has_as_it_was_written_is_named_and_nothing_is_left(hosts: 
     place(hosts, "a", checkpoint.path / "two.pt", b"second")
     with pytest.raises(ClusterError) as raised:
         gather(checkpoint, ["a", "endless"])
-    assert "one.pt (endless: what it sent is not what was written; a: what it sent is not" in str(raised.value)
+    assert "one.pt (endless: its copy does not match the recorded digest; a: its copy does not match" in str(
+        raised.value
+    )
     assert "two.pt" not in str(raised.value)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == ["manifest.json", "two.pt"]
 

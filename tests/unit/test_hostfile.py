@@ -20,10 +20,10 @@ def test_the_example_is_valid() -> None:
     ("content", "expected"),
     [
         ("a slots = 8", "line 1: 'a slots = 8' is not `host slots=N`"),
-        ("a slots=8\na slots=8", "line 2: host a is named twice"),
+        ("a slots=8\na slots=8", "line 2: host a is listed twice"),
         ("a slots=0", "N at least 1"),
         ("a", "not `host slots=N`"),
-        ("# nothing\n\n", "names no host"),
+        ("# nothing\n\n", "lists no host"),
         ("a slots=x\nb\n", "2 problems"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pushing over real HTTP to a small Hub of our own, whole and with faults."""
+"""Pushes over real HTTP to a small local Hub, with and without faults."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def push(hub: Hub, *arguments: str | Path, token: str = TOKEN, **environment: st
 
 
 def model(directory: Path, value: float = 1.0, name: str = "model.safetensors") -> Path:
-    """A directory with a certificate that holds."""
+    """Create a directory with a valid certificate."""
     directory.mkdir()
     weight = torch.full((4, 2), value)
     save_file({"weight": weight}, directory / name)
@@ -110,7 +110,7 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
 def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) -> None:
-    """Every call fails twice: with an answer that says so, cut in the middle, or without any answer."""
+    """Every call fails twice: with an error status, cut off in the middle, or without a response."""
     directory = model(tmp_path / "model")
     calls = [
         ("POST", "/api/repos/create"),
@@ -136,7 +136,7 @@ def test_a_hub_that_stays_away_is_told_of_and_the_next_call_goes_on(hub: Hub, tm
     hub.faults = [Fault("POST", "/commit/", 99, 500)]
     done = push(hub, directory, "me/parrot", "--tries", "2")
     assert done.returncode == 1
-    assert "note: me/parrot: try 1 of 2 failed" in done.stderr
+    assert "note: me/parrot: attempt 1 of 2 failed" in done.stderr
     assert "error: me/parrot: the Hub cannot be reached, or fails" in done.stderr
     assert "run the same command again" in done.stderr
     assert hub.repositories["models/me/parrot"].branches == {"main": {}}  # whole or not at all
@@ -150,13 +150,13 @@ def test_what_cannot_work_is_refused_at_once(hub: Hub, tmp_path: Path) -> None:
     directory = model(tmp_path / "model")
     secret = "hf_" + "Wr0ng" * 6
     refused = [
-        (push(hub, directory, "me/parrot", token=secret), "the Hub refuses (401). Log in with `hf auth login`"),
-        (push(hub, directory, "no/such/name"), "not a name for a repository"),
-        (push(hub, tmp_path, "me/parrot"), "neither a converted model"),
+        (push(hub, directory, "me/parrot", token=secret), "the Hub denies access (401). Log in with `hf auth login`"),
+        (push(hub, directory, "no/such/name"), "not a valid repository name"),
+        (push(hub, tmp_path, "me/parrot"), "not a converted model"),
         (push(hub, directory, "me/parrot", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set"),
     ]
     (directory / "config.json").write_text("{}")
-    refused.append((push(hub, directory, "me/parrot"), "config.json: its bytes are not those that were written"))
+    refused.append((push(hub, directory, "me/parrot"), "config.json: its digest differs from the certificate"))
     for done, said in refused:
         assert done.returncode == 1, said
         assert done.stderr.count("error: ") == 1

@@ -1,4 +1,4 @@
-"""Which hosts an attempt uses, what they get of the environment, and what a supervisor hears."""
+"""The hosts of an attempt, the environment they get, and the messages a supervisor receives."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 
 @pytest.fixture
 def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """What is started on four hosts of two slots, some of them `lost`."""
+    """Return the placement on four hosts of two slots, some of them `lost`."""
     monkeypatch.setattr(launchers, "resolve_name", lambda host: "192.0.2.1")
     monkeypatch.setattr(placement, "_address_towards", lambda hosts: "192.0.2.9")
     (tmp_path / "hosts").write_text(FOUR)
@@ -52,13 +52,16 @@ def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any],
 
 
 def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
-    with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
+    with pytest.raises(ClusterError, match="3 of 4 hosts can train, but 4 are needed"):
         many_hosts(["b"]).prepare(2)
     assert many_hosts(["b"], min_hosts=2).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
-    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {"a": 2, "c": 2}  # 8 cannot be dealt to six
+    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {
+        "a": 2,
+        "c": 2,
+    }  # 8 does not divide evenly over six ranks
     with pytest.raises(ClusterError, match="1 of 4"):
         many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
-    with pytest.raises(ConfigError, match="at least 9 wanted"):
+    with pytest.raises(ConfigError, match="at least 9 required"):
         many_hosts(min_hosts=9)
 
 
@@ -68,7 +71,7 @@ def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[...,
     assert hosts.prepare(2).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
     hosts.lost("b", 2)
     assert hosts.prepare(3).slots == {"a": 2, "c": 2, "d": 2}
-    hosts = many_hosts()  # which needs all
+    hosts = many_hosts()  # requires all of them
     hosts.lost("b", 2)
     assert hosts.prepare(3).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -153,7 +156,7 @@ def test_messages_come_in_any_pieces() -> None:
 
 
 def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = None) -> tuple[Outcome, float]:
-    """How an attempt ends, and its seconds, whose command only waits until its ranks have ended."""
+    """Return the outcome and seconds of an attempt whose command only waits for its ranks to exit."""
     watched = Attempt("127.0.0.1", dict.fromkeys(hosts or ["a", "b"], 1), lambda host, pids: None)
     thread = threading.Thread(target=scenario, args=(watched.supervisor,))
     command = [sys.executable, "-c", "import time; time.sleep(3)"]
@@ -166,7 +169,7 @@ def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = No
 
 
 def rank(supervisor: Supervisor, number: int, **more: Any) -> socket.socket:
-    """A rank that has said who it is."""
+    """A rank that has identified itself."""
     connection = socket.create_connection((supervisor.host, supervisor.port))
     hello = {"job": supervisor.job, "rank": number, "node": number, "host": "me", "pid": 1 << 22, **more}
     connection.sendall(json.dumps(hello).encode() + b"\n")
@@ -174,7 +177,7 @@ def rank(supervisor: Supervisor, number: int, **more: Any) -> socket.socket:
 
 
 def ends(connection: socket.socket, code: int, error: str = "") -> None:
-    """It ends by itself."""
+    """Exit on its own."""
     connection.sendall(json.dumps({"end": code, "error": error}).encode() + b"\n")
     connection.close()
 
@@ -223,7 +226,7 @@ def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
         def scenario(supervisor: Supervisor, code: int = code) -> None:
             first, second = rank(supervisor, 0), rank(supervisor, 1)
             ends(first, code)
-            second.close()  # killed by the scheduler, say
+            second.close()  # e.g. killed by the scheduler
 
         assert attempt(scenario)[0].state == state
 
@@ -245,7 +248,7 @@ def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch)
     "text", ["plain", "a=b c", "{a:0.7,b:0.3}", "$HOME `x` \\", 'he said "no"', "^docker0,lo", "it's; *"]
 )
 def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As DeepSpeed 0.19.8 puts it into a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
+    """Quote as DeepSpeed 0.19.8 does for a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     ssh = launchers.Ssh("pdsh")
     arguments = SimpleNamespace(user_args=[ssh.quote(text)], launcher_args="")
@@ -276,7 +279,7 @@ def test_strangers_are_not_heard() -> None:
 
 def test_a_command_that_starts_no_rank_has_failed() -> None:
     outcome, _ = attempt(lambda supervisor: None)
-    assert (outcome.state, outcome.reason) == ("failed", "deepspeed ended with 0 before any rank had started")
+    assert (outcome.state, outcome.reason) == ("failed", "deepspeed exited with code 0 before any rank had started")
 
 
 def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
@@ -293,4 +296,4 @@ def test_a_rank_ends_when_it_loses_its_supervisor() -> None:
     connection.close()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == EXIT_CRASHED
-    assert "the supervisor of this job is gone" in errors
+    assert "the supervisor of this job has died" in errors

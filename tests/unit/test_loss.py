@@ -1,4 +1,4 @@
-"""Losses that hosts have found of their slices, put together."""
+"""Merging the losses that hosts computed on their slices."""
 
 import json
 
@@ -24,5 +24,5 @@ def test_slices_of_other_sequences_are_refused() -> None:
 def test_what_a_shell_prints_first_is_no_part_of_the_answer() -> None:
     assert ValidationLoss.parse("Welcome to {host}\n" + json.dumps(vars(ONE), indent=2)) == ONE
     for output in ("", "command not found", '{"loss_valid": 1.0}', "{"):
-        with pytest.raises(DataError, match="did not answer with a loss"):
+        with pytest.raises(DataError, match="returned no loss"):
             ValidationLoss.parse(output)

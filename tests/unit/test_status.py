@@ -1,4 +1,4 @@
-"""What `codeparrot-ds status` says of a run."""
+"""What `codeparrot-ds status` reports about a run."""
 
 from pathlib import Path
 
