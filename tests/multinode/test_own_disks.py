@@ -62,7 +62,7 @@ def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_t
     """A shared disk that one host has not mounted: what its ranks write would go astray."""
     launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
-    assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: is another directory than on the host of rank 0" in (
+    assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: not the same directory as on rank 0's host" in (
         launched.output
     )
     assert "checkpoints.shared_disk=false" in launched.output and "Traceback" not in launched.output
