@@ -65,7 +65,9 @@ class _Step:
         model = layout.model
         self._unit = layout.tokens * model.n_embd * layout.item  # bytes of a [tokens, n_embd] tensor
         self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # kept by attention
-        self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and inverse standard deviation of a LayerNorm
+        self._moments = (
+            2 * layout.tokens * (layout.item if layout.on_cpu else 4)
+        )  # mean and inverse standard deviation of a LayerNorm
         self._positions = model.seq_len * model.n_embd * layout.item
         # Compiled blocks apply the scale of their layer to the queries, which makes a separate tensor.
         self._queries = self._unit if layout.compiled and model.scale_attn_by_inverse_layer_idx else 0
@@ -92,7 +94,9 @@ class _Step:
                 self._forward_block(block)
         self._zero.use(len(modules) - 2, forward=True)
         ledger.alloc("activations", unit + self._moments)
-        ledger.free("activations", unit + self._positions)  # the embeddings: transformers holds them until the forward returns
+        ledger.free(
+            "activations", unit + self._positions
+        )  # the embeddings: transformers holds them until the forward returns
         self._zero.use(len(modules) - 1, forward=True)
         self._logits()
         ledger.free("activations", unit)  # output of the final LayerNorm
@@ -175,7 +179,7 @@ class _Step:
             if self._layout.recomputes(block):
                 self._forward_block(block, again=True)
             self._backward_block(block)
-        # The position embedding's gradient is summed over sequences; the token embedding's is added to that of the head.
+        # The gradient of wpe is summed over sequences; that of wte is added to the head's, which is tied to it.
         zero.use(1, forward=False)
         ledger.pass_through("activations", self._positions)
         self._gradients(1)

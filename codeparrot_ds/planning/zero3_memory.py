@@ -77,7 +77,7 @@ class _Stage3(_Bucketed):
         return [self._together(number)[0] for number in (*order, 1, 0)]
 
     def _together(self, number: int) -> tuple[list[Tensor], int, int]:
-        """Return the parameters gathered together with those of a module, and the first and last module they belong to."""
+        """Return the parameters gathered together with those of a module, and the first and last of their modules."""
         blocks = range(2, 2 + self.layout.model.n_layer * len(BLOCK))
         if number not in blocks:
             return self.layout.modules[number], number, number
