@@ -292,7 +292,7 @@ class Trainer:
             self._spikes.look(loss)  # as if the run had not been interrupted
 
     def evaluate(self) -> None:
-        """Compute the loss of the fixed validation sequences, the same at any world size. Collective: all ranks must call."""
+        """Evaluate the fixed validation sequences, the same at any world size. Collective: all ranks must call."""
         numbers = validation_sequences(len(self.data.valid), self.recipe.evaluation.sequences)
         micro, _ = self.recipe.batch.micro_batch_and_accumulation(self.ranks.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # sum of losses, sequences

@@ -252,7 +252,7 @@ def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
 
 
 def known_peak_flops(device: "torch.device", precision: str) -> float | None:
-    """Return a GPU's peak FLOP/s in half precision; None for other devices, and for fp32, which may use tensor cores."""
+    """Return a GPU's peak half-precision FLOP/s; None for other devices, and for fp32, which may use tensor cores."""
     if device.type != "cuda" or precision == "fp32":
         return None
     import torch

@@ -141,7 +141,7 @@ def test_what_a_host_took_with_it_is_named(
     directory = files_on(real_hosts, 0, run.checkpoint(3))
     without = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(0, 2))
     assert without.returncode != 0
-    assert f"files that {real_hosts.hosts[1]} wrote are on none of these hosts" in without.output
+    assert f"files written by {real_hosts.hosts[1]} are on none of these hosts" in without.output
     assert "Traceback" not in without.output
     # Nothing was touched: with that host they are whole again, for half as many ranks too.
     assert files_on(real_hosts, 0, run.checkpoint(3)) == directory
