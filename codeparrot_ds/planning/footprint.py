@@ -65,9 +65,7 @@ class _Step:
         model = layout.model
         self._unit = layout.tokens * model.n_embd * layout.item  # bytes of a [tokens, n_embd] tensor
         self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # kept by attention
-        self._moments = (
-            2 * layout.tokens * (layout.item if layout.on_cpu else 4)
-        )  # mean and inverse standard deviation of a LayerNorm
+        self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and rstd of a LayerNorm
         self._positions = model.seq_len * model.n_embd * layout.item
         # Compiled blocks apply the scale of their layer to the queries, which makes a separate tensor.
         self._queries = self._unit if layout.compiled and model.scale_attn_by_inverse_layer_idx else 0
@@ -94,9 +92,7 @@ class _Step:
                 self._forward_block(block)
         self._zero.use(len(modules) - 2, forward=True)
         ledger.alloc("activations", unit + self._moments)
-        ledger.free(
-            "activations", unit + self._positions
-        )  # the embeddings: transformers holds them until the forward returns
+        ledger.free("activations", unit + self._positions)  # the embeddings, which transformers holds until here
         self._zero.use(len(modules) - 1, forward=True)
         self._logits()
         ledger.free("activations", unit)  # output of the final LayerNorm

@@ -268,9 +268,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     others = []
     for each in choices(recipe, ranks):
         if each != own:
-            with contextlib.suppress(
-                ConfigError
-            ):  # a DeepSpeed JSON in the same directory that does not suit this recipe
+            with contextlib.suppress(ConfigError):  # a DeepSpeed JSON that does not suit this recipe
                 others.append(predict(recipe, each, machine))
     return Plan(recipe, machine, predict(recipe, own, machine), others)
 

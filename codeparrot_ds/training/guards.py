@@ -150,10 +150,7 @@ class SkippedSteps:
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if skipped:
             log.warning(
-                "step %d: skipped because of non-finite gradients (%d in a row, %d in total)",
-                step,
-                self._in_a_row,
-                total,
+                "step %d: skipped, gradients are not finite (%d in a row, %d in total)", step, self._in_a_row, total
             )
         if self._in_a_row > self._most:
             raise TrainingError(

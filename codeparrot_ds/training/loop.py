@@ -204,9 +204,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.steps(steps, losses, digests, memory, self.ranks)
             skipped = [step.step for step in steps if step.skipped]
-            if (
-                skipped and self.recipe.engine.precision != "fp16"
-            ):  # fp16 skips steps while it searches for its loss scale
+            if skipped and self.recipe.engine.precision != "fp16":  # where skips come from the loss scale search
                 self._name_samples(skipped, "skipped: non-finite gradients")
         if too_many is not None:
             raise too_many

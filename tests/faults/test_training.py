@@ -352,7 +352,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
     assert "Traceback" not in done.output
     status = run.status()
     assert status["state"] == "failed" and "3 steps in a row" in status["error"]
-    assert "step 1: skipped because of non-finite gradients (1 in a row, 1 in total)" in done.output
+    assert "step 1: skipped, gradients are not finite (1 in a row, 1 in total)" in done.output
 
     rows, batch = run.rows(), run.recipe.batch.global_batch_size
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
