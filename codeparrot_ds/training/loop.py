@@ -42,15 +42,10 @@ class Trainer:
     """State of a run in progress. Its position is determined by `step` alone.
 
     Attributes:
-        recipe: the recipe being trained.
-        ranks: this rank and the others.
         engine: the DeepSpeed engine.
         data: the shards. Their digest is stored in checkpoints, so that a run can only resume on the same data.
         parameters: number of model parameters.
-        run: the run directory.
         metrics: on rank 0 only.
-        watchdog: kills the rank when it makes no progress.
-        stop_requests: requests to save and exit.
         offload: location of the optimizer state: "none", "cpu" or "nvme".
         step: optimizer steps taken.
         skipped_ranges: ranges of the sample order that are not trained on.
@@ -174,11 +169,8 @@ class Trainer:
     def write_log(self) -> tuple[int, float, float] | None:
         """Reduce the steps not yet logged over ranks, and write one row per step. Collective: all ranks must call.
 
-        Returns:
-            Step, loss and median of the first loss spike among them, the same on all ranks; None without one.
-
-        Raises:
-            TrainingError: when too many steps in a row were skipped, after listing their samples.
+        Returns step, loss and median of the first loss spike among them, the same on all ranks. Raises TrainingError
+        when too many steps in a row were skipped, after listing their samples.
         """
         steps, self._unlogged = self._unlogged, []
         if not steps:
@@ -223,11 +215,7 @@ class Trainer:
     def answer_spike(self, step: int, loss: float, median: float) -> bool:
         """List the samples of a loss spike and apply `guards.spike`. Collective: all ranks must call.
 
-        Returns:
-            Whether the run went back to an earlier checkpoint.
-
-        Raises:
-            TrainingError: when the run must stop.
+        Returns whether the run went back to an earlier checkpoint. Raises TrainingError when the run must stop.
         """
         policy = self.recipe.guards.spike
         first = max(0, step - _GO_BACK_STEPS + 1)
@@ -319,10 +307,8 @@ class Trainer:
     def sample(self, number: int) -> tuple[int, np.ndarray]:
         """Complete the first half of a validation sequence by greedy decoding.
 
-        Collective: all ranks must call and take the same steps, which ZeRO-3 requires.
-
-        Returns:
-            Length of the prompt, and the ids of prompt and completion, [tokens] int64.
+        Collective: all ranks must call and take the same steps, which ZeRO-3 requires. Returns the length of the
+        prompt, and the ids of prompt and completion, [tokens] int64.
         """
         seq_len, wanted = self.recipe.model.seq_len, self.recipe.evaluation.sample_tokens
         given = max(1, min(seq_len // 2, seq_len - wanted))
