@@ -167,7 +167,7 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
     lacking_here = set().union(*(lacking for rank, (_, lacking) in enumerate(everyone) if ranks.shares_disk(rank)))
     try:
         needed_bytes = sum(checkpoint.files[name]["bytes"] for name in lacking_here)
-        require_free_space(checkpoint.path, needed_bytes, "files of this checkpoint from other hosts")
+        require_free_space(checkpoint.path, needed_bytes, "the part of this checkpoint on other hosts")
     except ConfigError as error:
         failure = str(error)
     _agree(ranks, failure)

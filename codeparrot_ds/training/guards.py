@@ -68,8 +68,8 @@ class StopRequests:
                 self._reason = "the end of the command that started the launcher"
 
     def begin_exchange(self, save_now: bool = False, writing: bool = False) -> None:
-        """Start an exchange, asynchronous to computation, of whether to stop or save after this step and whether this
-        rank is still writing a checkpoint."""
+        """Start telling the other ranks, concurrently with computation, whether to stop or save after this step, and
+        whether this rank is still writing a checkpoint."""
         self._look()
         self._exchange = self._ranks.begin_max([int(self._reason is not None), int(save_now), int(writing)])
 

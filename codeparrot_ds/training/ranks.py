@@ -150,7 +150,7 @@ def _prepare_cpu(ranks: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         # One thread per core: ranks that each use all cores slow each other down.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    # DeepSpeed would compile this op here, which takes about 100 s, although it is only used for inference.
+    # DeepSpeed would compile this inference-only op here, which takes about 100 s and needs a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
