@@ -1,7 +1,7 @@
-"""What every rank runs: `deepspeed [--hostfile H] --module codeparrot_ds.train RECIPE [--set key=value …]`.
+"""Training, on every rank: `deepspeed [--hostfile H] --module codeparrot_ds.train RECIPE [--set key=value …]`.
 
-Everything that can be refused is refused before anything is allocated, on one host before torch is imported. A run
-started again on its directory goes on from its newest checkpoint.
+All input is validated before anything is allocated; on a single host, before torch is imported. A run that is started
+again in its directory resumes from its newest checkpoint.
 """
 
 import argparse
@@ -49,7 +49,7 @@ _CANNOT_START = "training cannot start"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of every rank; returns the exit code."""
+    """Run training on this rank and return the exit code."""
     parser = argparse.ArgumentParser(prog="codeparrot_ds.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", type=Path, help="YAML file, e.g. launch/recipes/quickstart.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
@@ -78,9 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
-    """Train one recipe to its last step on this rank; False when it has saved and stopped before, as it was asked to.
+    """Train a recipe on this rank.
 
-    Raises UserError for what a user can mend.
+    Returns:
+        True when the last step is reached, False when the run saved and stopped early on request.
+
+    Raises:
+        UserError: for anything the user can fix.
     """
     world_size = _environment("WORLD_SIZE", 1)
     checked, failure = None, None
@@ -92,9 +96,9 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
             raise
         if not _spans_hosts(world_size):
             raise failure from None
-        # Other hosts may find nothing wrong: they are told below, or they would wait for this one.
+        # Other hosts may have passed their checks: `_agree` below notifies them, or they would wait for this one.
 
-    # torch warns of every address that has no name, as on machines without DNS. Its errors are still printed.
+    # torch warns about every address without a hostname, as on machines without DNS. Errors are still printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from codeparrot_ds.training import ranks as rank_module
     from codeparrot_ds.training.disks import find_resume_point
@@ -113,9 +117,9 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
             finished = _train_on_rank(checked, ranks, resume_from, lifeline)
         except BaseException as error:
             if ranks.rank == 0:
-                with contextlib.suppress(OSError):  # on a full disk, what has failed is said all the same
+                with contextlib.suppress(OSError):  # on a full disk, still report the original error
                     checked.run.write_status("failed", error=f"{type(error).__name__}: {error}")
-            elif isinstance(error, UserError) and not isinstance(error, TrainingError):  # that one all ranks raise
+            elif isinstance(error, UserError) and not isinstance(error, TrainingError):  # raised by all ranks
                 print(f"error: rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             raise
     rank_module.leave()
@@ -123,24 +127,24 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
 
 
 def _environment(name: str, default: int) -> int:
-    """What the launcher set; `default` for a bare `python -m codeparrot_ds.train`."""
+    """Integer set by the launcher; `default` under plain `python -m codeparrot_ds.train`."""
     return int(os.environ.get(name, default))
 
 
 def _spans_hosts(world_size: int) -> bool:
-    """Whether there are ranks on other hosts."""
+    """Whether the job has ranks on other hosts."""
     return local_world_size(world_size) < world_size
 
 
 def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.ExitStack) -> None:
-    """Lock what this run writes to, for as long as `stack` lasts."""
+    """Lock the directories that this run writes to until `stack` closes."""
     from codeparrot_ds.training.metrics import open_log
 
     run = checked.run
     if not ranks.shares_disk(0) and checked.recipe.checkpoints.shared_disk:
         raise ConfigError(
-            f"{run.path}: is another directory than on the host of rank 0. Mount the disk that all hosts share, or let "
-            "each keep what its ranks write on its own: --set checkpoints.shared_disk=false."
+            f"{run.path}: not the same directory as on rank 0's host. Mount a disk shared by all hosts, or keep each "
+            "host's checkpoint files on its own disk: --set checkpoints.shared_disk=false."
         )
     if ranks.is_fs_leader:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
@@ -153,7 +157,7 @@ def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.E
 
 
 def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
-    """Check that the run may be resumed from this checkpoint, and only then store what it is from now on."""
+    """Check that the run can resume from this checkpoint, then write its configuration to the run directory."""
     from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import check_identity
 
@@ -181,11 +185,11 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     recipe, ds_config, data, run = checked.recipe, checked.ds_config, checked.data, checked.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
-        if ranks.rank == 0:  # a kill after the last checkpoint may have left it at "running"
+        if ranks.rank == 0:  # a kill after the last checkpoint may have left the status at "running"
             _write_finished(run, resume_from, ranks)
         return True
     for op in required_ops(ds_config):
-        log.info("DeepSpeed's %s operator is built if this machine has not built it yet: minutes.", op)
+        log.info("DeepSpeed's %s operator is compiled unless this machine has done so before; this takes minutes.", op)
     facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
     def on_hang(message: str) -> None:
@@ -195,7 +199,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     if ranks.device.type == "cpu":
         manage_freed_memory(scarce=offload_device(ds_config) != "none")
     stop_requests = StopRequests(run.stop_file, ranks, lifeline)
-    stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog needs it to the end)
+    stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog writes to it until the process exits)
     watchdog = Watchdog(recipe.guards.hang_seconds, stacks, on_hang)
     lifeline.report(lambda: watchdog.doing)
     network = build_model(
@@ -233,7 +237,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
         trainer.load(resume_from)
         log.info("resuming from %s", resume_from.path)
         if export is not None:
-            export.start(resume_from.step)  # which the run before may not have come to
+            export.start(resume_from.step)  # the previous run may have ended before its export
     log.info(
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
         recipe.name,
@@ -247,7 +251,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     )
     try:
         finished = trainer.fit()
-    except TrainingError:  # on all ranks at once
+    except TrainingError:  # raised by all ranks at the same step
         trainer.publish()
         raise
     watchdog.stop()
@@ -263,9 +267,9 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
 
 
 def _skipped_ranges(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:
-    """What no rank is to train on, which every disk knows then. All ranks must call."""
+    """Ranges of the sample order to skip, stored on every disk. Collective: all ranks must call."""
     mine = run.skipped_ranges() if ranks.is_fs_leader else []
-    # Rank 0's host may be another than before. The list only grows.
+    # Rank 0 may run on a different host than before. The list only grows, so the longest copy is current.
     longest: list[tuple[int, int]] = max(ranks.gather(mine), key=len)
     if ranks.is_fs_leader and mine != longest:
         write_json(run.skipped_ranges_file, longest)
@@ -286,10 +290,11 @@ def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> No
 
 
 def end(code: int) -> NoReturn:
-    """End this process with everything flushed, but without Python's finalisation.
+    """Flush all output and exit the process without Python's finalization.
 
-    gloo's threads may still want the interpreter's lock then, and Python 3.11 ends such a thread in the midst of C++:
-    "terminate called without an active exception", and SIGABRT, seen once in some hundred runs that had done all.
+    During finalization gloo's threads may still try to acquire the GIL; Python 3.11 then terminates such a thread
+    inside C++ code ("terminate called without an active exception", SIGABRT). Seen once in some hundred runs, after all
+    work was done.
     """
     logging.shutdown()
     sys.stdout.flush()

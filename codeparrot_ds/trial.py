@@ -1,9 +1,9 @@
-"""A few optimizer steps of a recipe on random token ids, for their time and memory: what every rank of a trial runs.
+"""Run a few optimizer steps of a recipe on random token ids and measure their time and memory. Runs on every rank.
 
 `deepspeed --module codeparrot_ds.trial RECIPE --output FILE.json [--steps N] [--set key=value …]`
 
-The steps are those of training: same model, engine and `Trainer.train_step`. There are no shards and no run directory,
-so that a configuration can be tried before any data are there.
+The steps are identical to training: same model, engine and `Trainer.train_step`. Neither shards nor a run directory
+are needed, so a configuration can be tried before any data exist.
 """
 
 import argparse
@@ -36,35 +36,35 @@ _SEQUENCES = 1 << 20
 
 
 class RandomSequences:
-    """Sequences of uniformly random ids, each a function of its number."""
+    """Sequences of uniformly random token ids; each is a function of its index."""
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self._vocab_size, self._seq_len = vocab_size, seq_len
 
     def batch(self, numbers: np.ndarray) -> np.ndarray:
-        """Sequences `numbers`, [n], as [n, seq_len + 1] int64."""
+        """Sequences with the indices `numbers`, [n], as [n, seq_len + 1] int64."""
         rows = [np.random.default_rng(int(i)).integers(self._vocab_size, size=self._seq_len + 1) for i in numbers]
         return np.stack(rows)
 
 
 class RandomDataset:
-    """Stands where training has its shards."""
+    """Stand-in for the `Dataset` of shards."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.train = self.valid = RandomSequences(recipe.model.vocab_size, recipe.model.seq_len)
 
     def order(self, seed: int) -> Order:
-        """That of a million sequences."""
+        """Order of 2^20 sequences."""
         return Order(_SEQUENCES, seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of every rank; returns the exit code."""
+    """Run a trial on this rank and return the exit code."""
     parser = argparse.ArgumentParser(prog="codeparrot_ds.trial", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--output", type=Path, required=True, help="JSON, by rank 0")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file, written by rank 0")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     options = parser.parse_args(arguments)
     try:
@@ -80,11 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: Recipe, steps: int) -> dict[str, Any]:
-    """Build the engine and take `steps` optimizer steps. Returns what they took; all ranks must call.
+    """Build the engine and take `steps` optimizer steps. Collective: all ranks must call.
 
-    `between_steps_bytes` is what tensors hold after the last, `peak_bytes` the most in any step but the first,
-    `first_peak_bytes` the most until then, the most over ranks each; on a GPU `reserved_bytes` is what PyTorch has
-    taken of it. `step_seconds` are those of each step.
+    Returns:
+        The measurements, memory as the maximum over ranks: `between_steps_bytes` is held by tensors after the last
+        step, `peak_bytes` is the peak over all steps but the first, `first_peak_bytes` the peak up to the end of the
+        first step. On a GPU `reserved_bytes` is what PyTorch's allocator has reserved. `step_seconds` and `losses` have
+        one entry per step.
     """
     from codeparrot_ds.training import ranks as rank_module
 
@@ -106,12 +108,14 @@ def run(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iterator[tuple["Trainer", "DeviceMemory"]]:
-    """The trainer of a recipe without its data and its run directory, and the memory of its device. All ranks call.
+    """Yield the trainer of a recipe on random data, and its device's memory counters. Collective: all ranks must call.
 
-    draw_weights: on the device, in no time; else they are those of training.
+    Args:
+        recipe: to run, without its data and run directory.
+        draw_weights: initialize the weights on the device, which is fast; otherwise they equal those of training.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # What a run of this recipe has offloaded stays its own.
+    # Keeps the NVMe swap directory apart from that of a real run.
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-trial"})
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, int(os.environ.get("WORLD_SIZE", "1")))
     check_compiler(ds_config)
@@ -144,7 +148,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
         nowhere = stack.enter_context(open(os.devnull, "w"))
         if swap is not None and ranks.local_rank == 0:
             stack.enter_context(hold_swap_directory(swap))
-        ranks.gather(None)  # nobody writes there before it is empty
+        ranks.gather(None)  # no rank writes to the swap directory until it is empty
         run_directory = RunDirectory(Path(directory))
         yield (
             Trainer(
@@ -163,7 +167,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
 
 
 def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int) -> dict[str, Any]:
-    """Take `steps` optimizer steps. All ranks call."""
+    """Take `steps` optimizer steps and return their measurements. Collective: all ranks must call."""
     seconds, losses = [], []
     for _ in range(steps):
         memory.synchronize()
@@ -175,7 +179,7 @@ def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int) -> dict[s
         trainer.stop_requests.finish_exchange()
         trainer.step += 1
     held, peak, reserved = trainer.ranks.begin_max([memory.held_bytes, memory.peak_bytes, memory.reserved_bytes])()
-    memory.reset_peak()  # the first call has counted what building took, too
+    memory.reset_peak()  # the first call also covers building the engine
     return {
         "between_steps_bytes": held,
         "peak_bytes": peak,
@@ -187,7 +191,7 @@ def take_steps(trainer: "Trainer", memory: "DeviceMemory", steps: int) -> dict[s
 
 
 def trace_step(trainer: "Trainer") -> list[dict[str, Any]]:
-    """Take a step under PyTorch's profiler. Returns which operators took its time on this rank, the slowest first."""
+    """Take a step under PyTorch's profiler and return this rank's time per operator, slowest first."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -198,7 +202,7 @@ def trace_step(trainer: "Trainer") -> list[dict[str, Any]]:
         if on_gpu:
             torch.cuda.synchronize()
     key, rows = "self_cpu_time_total", profiler.key_averages()
-    if on_gpu:  # kernels alone: the operators that start them have the same time again
+    if on_gpu:  # kernels only: the operators that launch them report the same time again
         key = "self_device_time_total"
         rows = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
     found = [{"name": row.key, "calls": row.count, "microseconds": getattr(row, key)} for row in rows]

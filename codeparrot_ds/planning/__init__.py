@@ -1,1 +1,1 @@
-"""A run's memory, time and cost before it is started."""
+"""Estimates of a run's memory, time and cost before it is started."""

@@ -1,11 +1,11 @@
-"""What a rank holds in memory in a training step, estimated without training.
+"""Estimate the device memory of a rank in a training step, without training.
 
-The step is walked through in the order in which DeepSpeed, PyTorch's autograd and this package's loss take memory and
-give it back; the most that is ever held is the peak, and what it consists of then is the answer to "why". Nothing is
-multiplied by a safety factor. `tests/integration/test_plan.py` holds the peaks against real steps on CPU ranks, and
-`benchmarks/gpu.py` against `torch.cuda.max_memory_allocated`.
+The estimate replays a step in the order in which DeepSpeed, PyTorch's autograd and this package's loss allocate and
+free memory. It records the peak and its breakdown into parts. No safety factor is applied.
+`tests/integration/test_plan.py` verifies the peaks against real steps on CPU ranks, and `benchmarks/gpu.py` against
+`torch.cuda.max_memory_allocated`.
 
-Sources: transformers' `modeling_gpt2.py`, `training/model.py` of this package, and those of `zero_memory.py`.
+Sources: transformers' `modeling_gpt2.py`, this package's `training/model.py`, and the sources of `zero_memory.py`.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from codeparrot_ds.planning.zero_memory import Zero
 
 @dataclass
 class Footprint:
-    """What a rank holds, in bytes.
+    """Memory of a rank, in bytes.
 
     Attributes:
-        between_steps: part by part, while nothing is computed, from the first step on.
-        at_peak: part by part, when the most is held.
-        peak_at: what is done then.
-        phases: the most in each phase of a step.
-        on_host: part by part, what is offloaded to the host's memory or its NVMe.
+        between_steps: by part, between optimizer steps, from the first step on.
+        at_peak: by part, at the peak.
+        peak_at: phase of the step in which the peak occurs.
+        phases: peak of each phase of a step.
+        on_host: by part, offloaded to host memory or NVMe.
     """
 
     between_steps: dict[str, int]
@@ -35,43 +35,43 @@ class Footprint:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is held at once."""
+        """Bytes held at the peak."""
         return sum(self.at_peak.values())
 
 
 def footprint(layout: Layout) -> Footprint:
-    """Walk through an optimizer step, the second of a run, when all that the optimizer keeps is there."""
+    """Replay an optimizer step: the second of a run, when all optimizer state is allocated."""
     ledger = Ledger()
     ledger.begin("between steps")
     zero = zero_of(layout, ledger)
     between_steps = {part: count for part, count in ledger.held.items() if count}
     step = _Step(layout, ledger, zero)
-    # The last micro-batch holds all that one between it and the first does, and more.
+    # The last micro-batch needs at least as much memory as any between the first and itself.
     count = min(2, layout.accumulation)
     for number in range(count):
         step.micro_batch(number, first=number == 0, last=number == count - 1)
     ledger.begin("optimizer")
     zero.step()
-    assert {part: count for part, count in ledger.held.items() if count} == between_steps  # all was given back
+    assert {part: count for part, count in ledger.held.items() if count} == between_steps  # everything else is freed
     at_peak = {part: count for part, count in ledger.at_peak.items() if count}
     return Footprint(between_steps, at_peak, ledger.peak_at, ledger.phases, ledger.on_host)
 
 
 class _Step:
-    """Forward and backward of micro-batches: activations, logits, and gradients as they come."""
+    """Forward and backward passes of micro-batches: activations, logits and gradients."""
 
     def __init__(self, layout: Layout, ledger: Ledger, zero: Zero) -> None:
         self._layout, self._ledger, self._zero = layout, ledger, zero
         model = layout.model
         self._unit = layout.tokens * model.n_embd * layout.item  # bytes of a [tokens, n_embd] tensor
-        self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # of attention
-        self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and 1 / deviation of a norm
+        self._logsumexp = 4 * layout.micro_batch_size * model.n_head * model.seq_len  # kept by attention
+        self._moments = 2 * layout.tokens * (layout.item if layout.on_cpu else 4)  # mean and rstd of a LayerNorm
         self._positions = model.seq_len * model.n_embd * layout.item
-        # Compiled blocks have the scale of their layer in the queries, which are then a tensor of their own.
+        # Compiled blocks apply the scale of their layer to the queries, which makes a separate tensor.
         self._queries = self._unit if layout.compiled and model.scale_attn_by_inverse_layer_idx else 0
 
     def micro_batch(self, number: int, first: bool, last: bool) -> None:
-        """Forward and backward."""
+        """Replay the forward and backward pass of a micro-batch."""
         self._ledger.begin(f"forward of micro-batch {number + 1}")
         self._forward()
         self._ledger.begin(f"backward of micro-batch {number + 1}")
@@ -84,7 +84,7 @@ class _Step:
         for number, count in enumerate((unit, self._positions)):
             self._zero.use(number, forward=True)
             ledger.alloc("activations", count)
-        ledger.alloc("activations", unit)  # their sum, which the first block keeps
+        ledger.alloc("activations", unit)  # their sum, kept by the first block
         for block in range(self._layout.model.n_layer):
             if self._layout.recomputes(block):
                 self._forward_without_keeping(block)
@@ -92,14 +92,18 @@ class _Step:
                 self._forward_block(block)
         self._zero.use(len(modules) - 2, forward=True)
         ledger.alloc("activations", unit + self._moments)
-        ledger.free("activations", unit + self._positions)  # the embeddings, which transformers holds until it returns
+        ledger.free("activations", unit + self._positions)  # the embeddings, which transformers holds until here
         self._zero.use(len(modules) - 1, forward=True)
         self._logits()
-        ledger.free("activations", unit)  # the final norm's result
+        ledger.free("activations", unit)  # output of the final LayerNorm
 
     def _forward_block(self, block: int, again: bool = False) -> None:
-        """In units of [tokens, n_embd]: norm 1, attention 3 + 1, sum 1, norm 1, MLP 4 + 4, sum 1, and two results that
-        live only until their sums are made: 18, of which 16 are kept. A second forward ends at the last projection."""
+        """Replay the forward pass of a block that keeps its activations.
+
+        In units of [tokens, n_embd]: norm 1, attention 3 + 1, sum 1, norm 1, MLP 4 + 4, sum 1, and two outputs that are
+        freed once they are added to the residual stream: 18, of which 16 are kept. A recomputed forward (`again`) ends
+        at the last projection.
+        """
         ledger, unit = self._ledger, self._unit
         first = 2 + block * len(BLOCK)
         attention = 3 * unit + self._queries + unit + self._logsumexp
@@ -118,7 +122,7 @@ class _Step:
         ledger, unit = self._ledger, self._unit
         first = 2 + block * len(BLOCK)
         takes = (1, 4, 2, 1, 8, 2)
-        gives = (0, 0, 5, 0, 4, 8)  # the norm's result and attention's; the MLP's input to its activation; the rest
+        gives = (0, 0, 5, 0, 4, 8)  # norm and attention outputs; input of the MLP's activation function; the rest
         for module, (taken, given) in enumerate(zip(takes, gives, strict=True)):
             self._zero.use(first + module, forward=True)
             ledger.alloc("activations", taken * unit)
@@ -129,7 +133,7 @@ class _Step:
         layout, ledger = self._layout, self._ledger
         width, vocabulary, item = layout.model.n_embd, layout.model.vocab_size, layout.item
         head = width * vocabulary
-        ledger.alloc("activations", self._unit)  # the gradient of the final norm's result
+        ledger.alloc("activations", self._unit)  # the gradient of the final LayerNorm's output
         left, first = layout.tokens, True
         while left > 0:
             count = min(layout.loss_chunk_tokens, left) * vocabulary
@@ -139,7 +143,7 @@ class _Step:
                 ledger.free("logits", item * count + cast)
                 kept, rounded = 4 * count, item * count if item == 2 else 0
                 ledger.alloc("logits", rounded)
-            else:  # `training.kernels`: the logits, then their gradient beside them
+            else:  # `training.kernels`: the logits, then also their gradient
                 ledger.alloc("logits", 2 * item * count)
                 kept, rounded = 0, item * count
                 ledger.free("logits", rounded)
@@ -171,7 +175,7 @@ class _Step:
             if self._layout.recomputes(block):
                 self._forward_block(block, again=True)
             self._backward_block(block)
-        # The positions' gradient is summed over sequences; the tokens' joins that of the head.
+        # The gradient of wpe is summed over sequences; that of wte is added to the head's, which is tied to it.
         zero.use(1, forward=False)
         ledger.pass_through("activations", self._positions)
         self._gradients(1)
@@ -185,21 +189,21 @@ class _Step:
         ledger.free("activations", unit)
 
     def _backward_block(self, block: int) -> None:
-        """Each module's gradients of input and weights, then what was kept for them; the gradient of the residual
-        stream, one unit, is there all the time."""
+        """Replay the backward pass of a block: per module, allocate the gradients of input and weights, then free the
+        kept activations. The gradient of the residual stream, one unit, is held throughout."""
         first = 2 + block * len(BLOCK)
         self._backward_module(first + 5, taken=4, kept=4)
-        self._ledger.pass_through("activations", 4 * self._unit)  # of the activation function
+        self._ledger.pass_through("activations", 4 * self._unit)  # gradient of the activation function
         self._ledger.free("activations", 4 * self._unit)
         self._backward_module(first + 4, taken=1, kept=1, consumed=4)
         self._backward_module(first + 3, taken=1, kept=1, consumed=2, moments=True)
         self._backward_module(first + 2, taken=1, kept=0)
         layout, unit = self._layout, self._unit
-        if not layout.on_cpu:  # flash attention gathers the queries' gradient in fp32
+        if not layout.on_cpu:  # flash attention accumulates the queries' gradient in fp32
             self._ledger.pass_through("activations", 3 * unit + 4 * layout.tokens * layout.model.n_embd)
         self._ledger.alloc("activations", 3 * unit)
         self._ledger.free("activations", 2 * unit + 3 * unit + self._queries + self._logsumexp)
-        self._ledger.pass_through("activations", 3 * unit)  # the three of attention, put together
+        self._ledger.pass_through("activations", 3 * unit)  # gradients of query, key and value, concatenated
         self._backward_module(first + 1, taken=1, kept=1, consumed=3)
         self._backward_module(first, taken=1, kept=1, consumed=2, moments=True)
 

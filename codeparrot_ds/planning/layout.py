@@ -1,4 +1,4 @@
-"""What decides the memory of a rank, and the ledger in which it is counted."""
+"""The parameters that determine the memory of a rank, and the ledger that accounts for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.run.sections import Model
 
-# Of a block, in order: module, and rows and columns of its weight in widths of the model; 0 rows make it a vector.
+# Modules of a block in order: name, then rows and columns of the weight in units of n_embd; 0 rows denote a vector.
 BLOCK = (
     ("ln_1", 0, 1),
     ("attn.c_attn", 1, 3),
@@ -21,7 +21,7 @@ BLOCK = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A parameter: its elements, and whether it has two dimensions."""
+    """A parameter: its name, number of elements, and whether it is a matrix."""
 
     name: str
     elements: int
@@ -30,18 +30,18 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that decides what a rank holds.
+    """The settings that determine what a rank holds in memory.
 
     Attributes:
-        model: its shape, and which of its activations are computed again.
+        model: its shape, and which activations are recomputed.
         zero: DeepSpeed's `zero_optimization` section, resolved.
-        precision: of forward and backward: bf16, fp16 or fp32.
-        world_size: ranks.
-        micro_batch_size: sequences of a forward.
-        accumulation: micro-batches a step.
-        loss_chunk_tokens: tokens whose logits are there at once.
-        on_cpu: ranks compute on CPU cores, where gloo and some kernels copy what NCCL and CUDA's do not.
-        compiled: blocks are compiled by torch.compile.
+        precision: of the forward and backward pass: bf16, fp16 or fp32.
+        world_size: number of ranks.
+        micro_batch_size: sequences per forward pass.
+        accumulation: micro-batches per step.
+        loss_chunk_tokens: tokens whose logits are in memory at the same time.
+        on_cpu: ranks compute on CPU cores, where gloo and some kernels make copies that NCCL and CUDA kernels do not.
+        compiled: blocks are compiled with torch.compile.
     """
 
     model: Model
@@ -56,7 +56,7 @@ class Layout:
 
     @classmethod
     def of(cls, recipe: Recipe, ds_config: Mapping[str, Any], on_cpu: bool = False) -> "Layout":
-        """That of a recipe with its resolved DeepSpeed configuration."""
+        """Return the layout of a recipe with its resolved DeepSpeed configuration."""
         micro, accumulation = (
             int(ds_config[key]) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         )
@@ -74,26 +74,26 @@ class Layout:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """ZeRO stage."""
         return int(self.zero["stage"])
 
     @property
     def item(self) -> int:
-        """Bytes of a number in forward and backward."""
+        """Bytes per element in the forward and backward pass."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens per micro-batch on a rank."""
         return self.micro_batch_size * self.model.seq_len
 
     def offloads(self, what: str) -> str:
-        """Where "optimizer" or "param" lies, if not on the device: "cpu", "nvme", or nothing."""
+        """Return where "optimizer" or "param" is offloaded to: "cpu" or "nvme"; empty when it stays on the device."""
         device = str((self.zero.get(f"offload_{what}") or {}).get("device", "none"))
         return "" if device == "none" else device
 
     def recomputes(self, block: int) -> bool:
-        """Whether the backward pass makes this block's activations again."""
+        """Whether the backward pass recomputes the activations of this block."""
         mode = self.model.activation_checkpointing
         return mode == "full" or (mode == "selective" and block % 2 == 0)
 
@@ -104,12 +104,12 @@ class Layout:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """Each once."""
+        """All parameters, tied ones once."""
         return [tensor for module in self.modules[:-1] for tensor in module]
 
     @cached_property
     def groups(self) -> list[int]:
-        """Elements of the optimizer's two groups: with weight decay, and without."""
+        """Elements of the optimizer's two parameter groups: with and without weight decay."""
         matrices = sum(tensor.elements for tensor in self.parameters if tensor.matrix)
         return [matrices, sum(tensor.elements for tensor in self.parameters) - matrices]
 
@@ -129,13 +129,17 @@ def _modules(vocab_size: int, seq_len: int, n_layer: int, width: int) -> list[li
 
 @dataclass
 class Ledger:
-    """What is held, in bytes, part by part; remembers the most.
+    """Bytes held by each part, and their peak.
 
     Attributes:
-        held: now, on the device.
-        at_peak, peak_at: when the most was held, and in which phase.
-        phases: the most in each.
-        on_host: what lies in the host's memory instead, or on its NVMe.
+        held: bytes per part currently on the device.
+        total: sum of `held`.
+        at_peak: `held` at the peak.
+        peak: bytes held at the peak.
+        peak_at: phase of the peak.
+        phase: current phase.
+        phases: peak of each phase.
+        on_host: bytes per part in host memory or on NVMe.
     """
 
     held: dict[str, int] = field(default_factory=dict)
@@ -148,12 +152,12 @@ class Ledger:
     on_host: dict[str, int] = field(default_factory=dict)
 
     def begin(self, phase: str) -> None:
-        """What follows is part of `phase`."""
+        """Start `phase`."""
         self.phase = phase
         self.phases[phase] = self.total
 
     def alloc(self, part: str, count: float, on_host: bool = False) -> None:
-        """Count so many bytes more as `part` on the device, or for good on its host."""
+        """Add `count` bytes to `part` on the device, or permanently on its host."""
         if on_host:
             self.on_host[part] = self.on_host.get(part, 0) + int(count)
             return
@@ -165,10 +169,10 @@ class Ledger:
                 self.peak, self.peak_at, self.at_peak = self.total, self.phase, dict(self.held)
 
     def free(self, part: str, count: float) -> None:
-        """Count so many bytes less."""
+        """Subtract `count` bytes from `part` on the device."""
         self.alloc(part, -int(count))
 
     def pass_through(self, part: str, count: float) -> None:
-        """Allocated and freed at once."""
+        """Allocate `count` bytes of `part` and free them immediately."""
         self.alloc(part, count)
         self.free(part, count)

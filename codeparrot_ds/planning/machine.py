@@ -1,4 +1,4 @@
-"""What there is to run on: as a user says it, and for the rest this machine."""
+"""The hardware to plan for: as given by the user, with this machine as the default."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,21 @@ from codeparrot_ds.planning.scaling import Cluster
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.system.gpus import local_gpus, memory_bandwidth_of, peak_flops_of
 
-CPU_RANKS = 2  # without a GPU: as many as it takes to be a distributed run
+CPU_RANKS = 2  # without GPUs: the smallest distributed run
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on.
+    """The hardware to plan for.
 
     Attributes:
-        gpu: its name.
-        gpu_memory_bytes: for tensors. GPUs of "80GB" have 80 GiB: what lies between is left to CUDA, NCCL and holes.
-        cluster: how many, and what joins them.
-        host_memory_bytes: of each host; None if not known.
-        price_per_hour: of a GPU.
-        on_cpu: ranks compute on CPU cores, and share their host's memory.
+        gpu: name of the GPU model.
+        gpu_memory_bytes: available to tensors, per GPU. GPUs sold as "80GB" have 80 GiB; the difference is left to
+            CUDA, NCCL and fragmentation.
+        cluster: number of GPUs and their interconnect.
+        host_memory_bytes: per host; None if not known.
+        price_per_hour: per GPU.
+        on_cpu: ranks compute on CPU cores and share their host's memory.
     """
 
     gpu: str
@@ -35,21 +36,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What a user says of the machines; what is None is looked up on this one.
+    """Hardware as a user describes it; fields that are None are taken from this machine.
 
     Attributes:
-        gpus: how many, of all hosts.
-        gpu: name, e.g. "H100".
-        gpu_memory_bytes: for tensors, per GPU.
-        gpus_per_host: the most.
-        host_memory_bytes: per host; None if not known.
-        host_bytes_per_second: of all network cards of a host together, each way.
-        hosts: how many, where not all have the same number of GPUs.
-        mfu: share of the peak FLOP/s that forward and backward passes reach.
-        price_per_hour: per GPU.
+        gpus: number of GPUs on all hosts.
+        gpu: model name, e.g. "H100".
+        gpu_memory_bytes: memory for tensors per GPU.
+        gpus_per_host: maximum number of GPUs per host.
+        host_memory_bytes: memory per host; None if unknown.
+        host_bytes_per_second: bandwidth of all network cards of a host together, per direction.
+        hosts: number of hosts, if they do not all have the same number of GPUs.
+        mfu: fraction of the peak FLOP/s that the forward and backward passes reach.
+        price_per_hour: price of a GPU-hour.
         on_cpu: ranks compute on CPU cores.
 
-    Raises ConfigError for an MFU that is no share.
+    Raises:
+        ConfigError: when `mfu` is not in (0, 1].
     """
 
     gpus: int | None = None
@@ -65,13 +67,14 @@ class MachineSpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.mfu <= 1:
-            raise ConfigError(f"--mfu {self.mfu:g}: a share of the peak, above 0 and at most 1.")
+            raise ConfigError(f"--mfu {self.mfu:g}: must be a fraction of the peak FLOP/s, above 0 and at most 1.")
 
 
 def find_machine(recipe: Recipe, spec: MachineSpec | None = None) -> Machine:
-    """What is said, and for the rest this machine: its GPUs, or its CPU cores.
+    """Return the hardware given by `spec`; anything omitted is taken from this machine's GPUs or CPU cores.
 
-    Raises ConfigError when nobody says how many GPUs there are, and how large.
+    Raises:
+        ConfigError: when the number of GPUs or their memory is neither given nor found here.
     """
     spec = spec or MachineSpec()
     if spec.on_cpu:
@@ -81,17 +84,17 @@ def find_machine(recipe: Recipe, spec: MachineSpec | None = None) -> Machine:
     here = [] if spec.gpus and spec.gpu_memory_bytes and spec.gpu else local_gpus()
     if not (spec.gpus or here) or not (spec.gpu_memory_bytes or here):
         raise ConfigError(
-            "no GPU here, and nobody says what there will be. Say it, as in --gpus 16 --gpu-memory 80GB (or --hostfile "
-            "for --gpus); for CPU ranks set DS_ACCELERATOR=cpu."
+            "this machine has no GPU. Describe the GPUs to plan for, e.g. --gpus 16 --gpu-memory 80GB (--hostfile can "
+            "replace --gpus); for CPU ranks set DS_ACCELERATOR=cpu."
         )
     name = spec.gpu or (here[0][0] if here else "H100")
     peak = recipe.logging.peak_tflops * 1e12 if recipe.logging.peak_tflops else peak_flops_of(name)
     if peak is None or (recipe.engine.precision == "fp32" and not recipe.logging.peak_tflops):
         raise ConfigError(
-            f"{name}: how fast such a GPU is at most in {recipe.engine.precision} is not known here. Say it: "
-            "--set logging.peak_tflops=…, or another GPU: --gpu H100."
+            f"{name}: the peak FLOP/s of this GPU in {recipe.engine.precision} is not known. Set it with "
+            "--set logging.peak_tflops=…, or name another GPU, e.g. --gpu H100."
         )
-    # Of GPUs that are here all memory is known: 7 % of it are left, as those of "80GB" leave of their 80 GiB.
+    # Local GPUs report their total memory: reserve 7 % of it, as "80GB" does of 80 GiB.
     memory = spec.gpu_memory_bytes or int(0.93 * min(total for _, total in here))
     cluster = Cluster(
         spec.gpus or len(here),

@@ -1,7 +1,7 @@
-"""What a run takes of its machines, before it is started: memory, time, money, disk; and a better way to run it.
+"""Estimate the memory, time, cost and disk space of a run before it is started, and find a faster way to run it.
 
-Everything here is arithmetic over the recipe: no GPU is touched and PyTorch is not imported. Memory is that of
-`footprint.py`, time that of `scaling.py` at a stated MFU. `plan --measure` and `tune` hold it against real steps.
+Everything here is computed from the recipe: no GPU is used and PyTorch is not imported. `footprint.py` estimates
+memory, `scaling.py` time at a given MFU. `plan --measure` and `tune` compare the estimates with real steps.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from codeparrot_ds.run.ds_config import (
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.format import dtype_for
 
-RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> share of blocks
-_TOKENS_THAT_FILL_A_GPU = 16_384  # of a micro-batch: on an H200 xl has 47 % MFU with 8,192, and 51 % with 16,384
-_MOST_SEQUENCES = 64  # of a micro-batch that is tried
-_PROCESS_BYTES = 800_000_000  # resident in a rank of a small model on CPU cores: Python, PyTorch, DeepSpeed
+RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> fraction of blocks
+_TOKENS_THAT_FILL_A_GPU = 16_384  # per micro-batch: on an H200, xl reaches 47 % MFU with 8,192 and 51 % with 16,384
+_MOST_SEQUENCES = 64  # largest micro-batch that is tried
+_PROCESS_BYTES = 800_000_000  # resident memory of a rank with a small model on CPU cores: Python, PyTorch, DeepSpeed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run a recipe, which does not change what is trained."""
+    """Execution options of a recipe that do not change what is trained."""
 
     deepspeed: Path
     recompute: str
     micro_batch_size: int
 
     def overrides(self) -> list[str]:
-        """`--set` arguments."""
+        """Return the `--set` arguments that select these options."""
         return [
             f"engine.deepspeed={self.deepspeed}",
             f"model.activation_checkpointing={self.recompute}",
@@ -51,7 +51,7 @@ class Choice:
         ]
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe, run this way."""
+        """Return the recipe with these options."""
         return recipe.model_copy(
             update={
                 "engine": recipe.engine.model_copy(update={"deepspeed": self.deepspeed}),
@@ -63,15 +63,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a choice takes.
+    """Estimated resources of a choice.
 
     Attributes:
-        layout: of it.
-        memory: of a rank.
-        time: of an optimizer step.
-        host_bytes: of a host's memory, part by part.
-        nvme_bytes: of a host's disk, for what is offloaded there.
-        machine: on which.
+        choice: the options estimated for.
+        layout: what determines the memory under these options.
+        memory: device memory per rank.
+        time: per optimizer step.
+        host_bytes: memory per host, by part.
+        nvme_bytes: NVMe space per host for offloaded state.
+        machine: the hardware estimated for.
     """
 
     choice: Choice
@@ -84,31 +85,31 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Into GPUs and hosts."""
+        """Whether the run fits in the memory of the GPUs and of the hosts."""
         return not self.too_large
 
     @property
     def offloads(self) -> bool:
-        """Whether anything lies elsewhere than on the GPUs; `time` leaves its way there and back out."""
+        """Whether any state is offloaded from the GPUs; `time` does not include the transfers."""
         return bool(self.layout.offloads("optimizer") or self.layout.offloads("param"))
 
     @property
     def too_large(self) -> list[str]:
-        """A sentence for each memory that is too small."""
+        """Return one message for each kind of memory that is too small."""
         machine, found = self.machine, []
         if self.memory.peak_bytes > machine.gpu_memory_bytes:
             what = "a rank" if machine.on_cpu else "a GPU"
             found.append(
-                f"{what} would hold {gigabytes(self.memory.peak_bytes)} in the {self.memory.peak_at}, "
-                f"of {gigabytes(machine.gpu_memory_bytes)}"
+                f"{what} needs {gigabytes(self.memory.peak_bytes)} at the peak (in the {self.memory.peak_at}) "
+                f"but has {gigabytes(machine.gpu_memory_bytes)}"
             )
         host, needed = machine.host_memory_bytes, sum(self.host_bytes.values())
         if host is not None and not machine.on_cpu and needed > host:
-            found.append(f"a host would hold {gigabytes(needed)}, of {gigabytes(host)}")
+            found.append(f"a host needs {gigabytes(needed)} of memory but has {gigabytes(host)}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: bytes and seconds."""
+        """Return a dictionary for JSON, in bytes and seconds."""
         return {
             "deepspeed": str(self.choice.deepspeed),
             "zero_stage": self.layout.stage,
@@ -127,7 +128,7 @@ class Prediction:
 
 
 def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
-    """What a recipe takes when it is run that way. Raises ConfigError for what cannot be run at all."""
+    """Estimate the resources of a recipe with these options. Raises ConfigError for an invalid combination."""
     recipe, ranks = choice.applied(recipe), machine.cluster.gpus
     ds_config = resolve(load_ds_config(choice.deepspeed), recipe, ranks)
     layout = Layout.of(recipe, ds_config, machine.on_cpu)
@@ -149,7 +150,7 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
     if nvme:
         largest = max(tensor.elements for tensor in layout.parameters) // ranks
         host["buffers of the disk"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
-    if layout.stage < 3:  # each rank builds the model on its host, in fp32
+    if layout.stage < 3:  # each rank builds the model in host memory, in fp32
         building = 4 * sum(layout.groups) * ranks_here
         host["building the model"] = max(0, building - sum(host.values()) + host["processes"])
     return Prediction(choice, layout, memory, time, host, nvme, machine)
@@ -157,11 +158,13 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe on a machine.
+    """Estimates of a recipe on given hardware.
 
     Attributes:
-        own: as the recipe says.
-        others: every other way that was looked at, with and without room.
+        recipe: the recipe planned for.
+        machine: the hardware planned for.
+        own: estimate for the recipe's own options.
+        others: estimates for all other options, whether or not they fit.
     """
 
     recipe: Recipe
@@ -171,20 +174,20 @@ class Plan:
 
     @cached_property
     def advised(self) -> Prediction | None:
-        """The fastest way that fits, the larger micro-batch of two that are as fast; None when none fits."""
+        """The fastest choice that fits, preferring larger micro-batches among equals; None when none fits."""
         fitting = [each for each in (self.own, *self.others) if each.fits]
         return min(fitting, key=self._slowness, default=None)
 
     @staticmethod
     def _slowness(each: Prediction) -> tuple[bool, float, int, int]:
-        # To a thousandth: what is beyond depends on kernels, which like larger micro-batches.
+        # Three significant digits: smaller differences depend on kernels, which run faster with larger micro-batches.
         seconds = float(f"{each.time.no_overlap_seconds:.3g}")
         tokens = each.choice.micro_batch_size * each.layout.model.seq_len
         return (each.offloads, seconds, -min(tokens, _TOKENS_THAT_FILL_A_GPU), each.memory.peak_bytes)
 
     @cached_property
     def smallest_change(self) -> Prediction | None:
-        """The way that fits with the fewest keys changed, the fastest of those; None when none fits."""
+        """The choice that fits with the fewest changed keys, then the fastest; None when none fits."""
         own = self.own.choice
         return min(
             (each for each in self.others if each.fits),
@@ -194,43 +197,43 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of the run."""
+        """Optimizer steps of the run."""
         return self.recipe.schedule.last_step
 
     @property
     def tokens(self) -> int:
-        """Of the run."""
+        """Tokens trained on in the run."""
         return self.steps * self.tokens_per_step
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens per optimizer step, over all ranks."""
         return self.recipe.batch.global_batch_size * self.recipe.model.seq_len
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, all its files together."""
+        """Total size of the files of one checkpoint."""
         layout = self.own.layout
         return sum(checkpoint_bytes(self.recipe.model.parameters, layout.stage, layout.precision))
 
     @property
     def checkpoints_kept(self) -> int:
-        """At most, with the one that is being written."""
+        """Maximum number of checkpoints on disk, including the one being written."""
         keep = self.recipe.checkpoints
         for_good = self.steps // keep.keep_every_steps if keep.keep_every_steps else 0
         return min(keep.keep_last + 1, -(-self.steps // keep.every_steps)) + for_good
 
     @property
     def token_bytes(self) -> int:
-        """Of a token in shards."""
+        """Bytes per token in the shards."""
         return dtype_for(self.recipe.model.vocab_size).itemsize
 
     def hours(self, each: Prediction) -> tuple[float, float]:
-        """Of the run, all that can be sent while computing, and nothing; evaluations and checkpoints left out."""
+        """Hours of the run with full and with no overlap of communication; excludes evaluations and checkpoints."""
         return self.steps * each.time.overlap_seconds / 3600, self.steps * each.time.no_overlap_seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dictionary for JSON."""
         price = self.machine.price_per_hour
         hours = self.hours(self.own)
         return {
@@ -253,25 +256,25 @@ class Plan:
 
 
 def changes(one: Choice, other: Choice) -> list[str]:
-    """`--set` arguments that make the first the second."""
+    """Return the `--set` arguments that turn the first choice into the second."""
     return [new for old, new in zip(one.overrides(), other.overrides(), strict=True) if old != new]
 
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
-    """Look at a recipe on a machine, and at all other ways to run it there. Raises ConfigError."""
+    """Estimate a recipe on a machine with its own and all other options. Raises ConfigError if its own are invalid."""
     ranks = machine.cluster.gpus
     micro, _ = recipe.batch.micro_batch_and_accumulation(ranks)
     own = Choice(recipe.engine.deepspeed, recipe.model.activation_checkpointing, micro)
     others = []
     for each in choices(recipe, ranks):
         if each != own:
-            with contextlib.suppress(ConfigError):  # a DeepSpeed JSON beside the recipe's that is not for it
+            with contextlib.suppress(ConfigError):  # a DeepSpeed JSON that does not suit this recipe
                 others.append(predict(recipe, each, machine))
     return Plan(recipe, machine, predict(recipe, own, machine), others)
 
 
 def choices(recipe: Recipe, ranks: int) -> Iterator[Choice]:
-    """Every stage, recomputation and micro-batch: with the DeepSpeed JSON of the recipe, and those beside it."""
+    """Yield every ZeRO stage, recomputation and micro-batch, from the recipe's DeepSpeed JSON and those next to it."""
     share = recipe.batch.global_batch_size // ranks
     micros = [size for size in range(1, min(share, _MOST_SEQUENCES) + 1) if share % size == 0 and _round(size)]
     for deepspeed in _ds_configs(recipe):
@@ -281,7 +284,7 @@ def choices(recipe: Recipe, ranks: int) -> Iterator[Choice]:
 
 
 def _round(size: int) -> bool:
-    """Sizes worth trying: 1, 2, 3, 4, 6, 8, 12, 16, …"""
+    """Whether a size is worth trying: 1, 2, 3, 4, 6, 8, 12, 16, …"""
     while size % 2 == 0:
         size //= 2
     return size in (1, 3)
@@ -297,7 +300,7 @@ def _ds_configs(recipe: Recipe) -> list[Path]:
 
 
 def more_gpus(plan: Plan) -> int | None:
-    """How many GPUs the recipe would fit on as it is; None if no number up to 4,096 does."""
+    """Return the number of GPUs on which the recipe fits unchanged; None if it does not fit on up to 4,096."""
     cluster = plan.machine.cluster
     gpus = cluster.gpus * 2
     while gpus <= 4096 and plan.recipe.batch.global_batch_size % gpus == 0:
@@ -311,24 +314,24 @@ def more_gpus(plan: Plan) -> int | None:
 
 
 def require_fit(plan: Plan) -> None:
-    """Raise ConfigError, naming the smallest change that would make it fit, unless the recipe fits as it is."""
+    """Raise ConfigError, naming the smallest change that would make it fit, unless the recipe fits unchanged."""
     if plan.own.fits:
         return
     problem = f"does not fit: {' and '.join(plan.own.too_large)}"
     if plan.smallest_change is not None:
         change = plan.smallest_change
         arguments = " ".join(f"--set {each}" for each in changes(plan.own.choice, change.choice))
-        mend = f"The smallest change that fits: {arguments} ({gigabytes(change.memory.peak_bytes)})."
+        fix = f"The smallest change that fits: {arguments} ({gigabytes(change.memory.peak_bytes)})."
     else:
         gpus, least = more_gpus(plan), min(each.memory.peak_bytes for each in (plan.own, *plan.others))
-        mend = f"No other stage, recomputation or micro-batch fits either: the least is {gigabytes(least)}."
+        fix = f"No other ZeRO stage, recomputation or micro-batch fits either: the smallest needs {gigabytes(least)}."
         if gpus is not None:
-            mend += f" It would fit on {gpus} of these GPUs."
-    raise ConfigError(f"{plan.recipe.name} {problem}. {mend}")
+            fix += f" It would fit on {gpus} of these GPUs."
+    raise ConfigError(f"{plan.recipe.name} {problem}. {fix}")
 
 
 def compare_with(measured: dict[str, Any], predicted: Prediction) -> Sequence[tuple[str, int, int]]:
-    """(what, predicted bytes, measured bytes) for a trial of `predicted`."""
+    """Return (label, predicted bytes, measured bytes) rows for a trial of `predicted`."""
     memory = predicted.memory
     return [
         ("between steps", sum(memory.between_steps.values()), int(measured["between_steps_bytes"])),
@@ -337,5 +340,5 @@ def compare_with(measured: dict[str, Any], predicted: Prediction) -> Sequence[tu
 
 
 def gigabytes(count: float) -> str:
-    """For people: in GB, small ones in MB."""
+    """Format a byte count in GB, or in MB when small."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e7 or count == 0 else f"{count / 1e6:,.2f} MB"

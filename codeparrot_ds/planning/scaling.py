@@ -1,10 +1,10 @@
-"""How long an optimizer step takes on many GPUs: a model of what they compute and of what ZeRO has them send.
+"""Cost model for the duration of an optimizer step on many GPUs: computation, and ZeRO's communication.
 
-It is arithmetic, not a measurement: `benchmarks/scaling.py` holds what it says of traffic and time against real hosts.
-Collectives are rings, as NCCL's for large messages: of a tensor that all ranks have or need, each link carries
-(ranks - 1) / ranks of its bytes in a reduce-scatter or an all-gather, and twice that in an all-reduce; a host's network
-cards carry what one link does. Source of what is sent when: ZeRO (Rajbhandari et al., 2020), section 7, and DeepSpeed
-0.19.8's `bf16_optimizer.py`, `stage_1_and_2.py` and `stage3.py`.
+It is a calculation, not a measurement: `benchmarks/scaling.py` compares its traffic and times with real hosts.
+Collectives are rings, as in NCCL for large messages: each link carries (ranks - 1) / ranks of a tensor's bytes in a
+reduce-scatter or an all-gather, and twice that in an all-reduce; the network cards of a host carry as much as one link.
+Communication volumes follow ZeRO (Rajbhandari et al., 2020), section 7, and DeepSpeed 0.19.8's `bf16_optimizer.py`,
+`stage_1_and_2.py` and `stage3.py`.
 """
 
 import math
@@ -15,18 +15,19 @@ from codeparrot_ds.run.sections import Model
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs, and what joins them.
+    """GPUs and their interconnect.
 
     Attributes:
-        gpus: ranks.
-        host_bytes_per_second: of all network cards of a host together, each way.
-        gpus_per_host: the most; fewer where there are fewer in all.
-        hosts_named: how many, where not all have so many GPUs.
-        gpu_flops: peak FLOP/s of one, dense, at the precision used.
-        mfu: share of it that forward and backward passes reach.
-        memory_bytes_per_second: of one, read and written.
-        gpu_bytes_per_second: between the GPUs of a host, each way.
-        host_hop_seconds, gpu_hop_seconds: what passing on to the next rank of a ring takes beside the bytes.
+        gpus: number of ranks.
+        host_bytes_per_second: bandwidth of all network cards of a host together, per direction.
+        gpus_per_host: maximum per host; a smaller job uses fewer.
+        hosts_named: number of hosts, when not every host has `gpus_per_host` GPUs.
+        gpu_flops: peak dense FLOP/s per GPU at the precision used.
+        mfu: fraction of `gpu_flops` reached by forward and backward passes.
+        memory_bytes_per_second: memory bandwidth per GPU, reads and writes together.
+        gpu_bytes_per_second: bandwidth between the GPUs of a host, per direction.
+        host_hop_seconds: latency per ring hop between hosts.
+        gpu_hop_seconds: latency per ring hop between the GPUs of a host.
     """
 
     gpus: int
@@ -42,18 +43,18 @@ class Cluster:
 
     @property
     def hosts(self) -> int:
-        """How many hosts there are, or the GPUs fill."""
+        """Number of hosts: as named, or as many as the GPUs fill."""
         return self.hosts_named or math.ceil(self.gpus / self.gpus_per_host)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the ranks of a job exchange in an optimizer step.
+    """Communication of the ranks in one optimizer step.
 
     Attributes:
-        gathered_bytes: by all-gathers, of the tensors that every rank then has.
-        reduced_bytes: by reduce-scatters, of the tensors that every rank put in.
-        collectives: how many.
+        gathered_bytes: output size of all-gathers, i.e. of the full tensors.
+        reduced_bytes: input size of reduce-scatters, i.e. of the full tensors.
+        collectives: number of collectives.
     """
 
     gathered_bytes: float
@@ -61,44 +62,44 @@ class Traffic:
     collectives: int
 
     def link_bytes(self, ranks: int) -> float:
-        """What each rank sends to the next in a ring."""
+        """Bytes that each rank sends to its successor in the ring."""
         return (ranks - 1) / ranks * (self.gathered_bytes + self.reduced_bytes)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of an optimizer step. What is really reached lies between `overlap_seconds` and `no_overlap_seconds`."""
+    """Duration of an optimizer step. The actual one is between `overlap_seconds` and `no_overlap_seconds`."""
 
     compute_seconds: float
     communication_seconds: float
 
     @property
     def no_overlap_seconds(self) -> float:
-        """Seconds, when nothing is sent while anything is computed."""
+        """Seconds when communication does not overlap with computation."""
         return self.compute_seconds + self.communication_seconds
 
     @property
     def overlap_seconds(self) -> float:
-        """Seconds, when everything that can be is sent while something is computed."""
+        """Seconds when communication overlaps with computation as far as possible."""
         return max(self.compute_seconds, self.communication_seconds)
 
 
 def traffic(
     model: Model, zero_stage: int, accumulation: int, item_bytes: int = 2, bucket_elements: float = 5e7
 ) -> Traffic:
-    """What ZeRO exchanges in a step.
+    """Return ZeRO's communication in one optimizer step.
 
-    Stages 0 and 1 reduce gradients once a step, whole on every rank, which is an all-reduce: a reduce-scatter and an
-    all-gather. Stage 2 does so too in DeepSpeed 0.19.8, but for every micro-batch: each rank keeps its part of what it
-    then has. Stage 3 gathers the weights for every forward and every backward pass, and scatters the gradients of every
-    micro-batch. Stages 1 and 2 gather the weights after the step.
+    Stages 0 and 1 all-reduce the gradients once per step: a reduce-scatter and an all-gather. In DeepSpeed 0.19.8 stage
+    2 all-reduces them as well, but for every micro-batch; each rank then keeps its partition of the result. Stage 3
+    all-gathers the weights for every forward and every backward pass, and reduce-scatters the gradients of every
+    micro-batch. Stages 1 and 2 all-gather the weights after the step.
 
     Args:
-        model: its parameters and gradients are sent.
+        model: whose parameters and gradients are sent.
         zero_stage: 0 to 3.
-        accumulation: micro-batches a step.
-        item_bytes: of a parameter and of a gradient on their way.
-        bucket_elements: of a collective.
+        accumulation: micro-batches per step.
+        item_bytes: bytes per parameter and per gradient when sent.
+        bucket_elements: elements per collective.
     """
     whole = float(model.parameters * item_bytes)
     buckets = math.ceil(model.parameters / bucket_elements)
@@ -110,12 +111,11 @@ def traffic(
 
 
 def update_bytes(model: Model, zero_stage: int, accumulation: int, ranks: int) -> float:
-    """What a GPU reads and writes of its memory in a step to add gradients up, to clip them and to update weights. It
-    takes the same time however large a micro-batch is.
+    """Bytes that a GPU reads and writes per step to accumulate and clip gradients and to update the weights.
 
-    Adding a bf16 gradient to one in fp32 takes 10 bytes a parameter, 6 for the first of a step; the norm takes 4, AdamW
-    32, the cast of its weights 6 (counted by `tests/integration/test_step.py`). Stages 2 and 3 copy gradients into
-    buckets, and keep a share.
+    They do not depend on the size of a micro-batch. Adding a bf16 gradient to an fp32 one moves 10 bytes per parameter,
+    6 for the first of a step; the norm moves 4, AdamW 32, and casting its weights 6 (counted by
+    `tests/integration/test_step.py`). Stages 2 and 3 copy gradients into buckets and keep their own partition.
     """
     share = 1 / max(1, ranks) if zero_stage else 1.0
     a_micro_batch = 10.0 if zero_stage < 2 else 4 + 10 * share
@@ -130,18 +130,19 @@ def step_time(
     recomputed: float = 0.0,
     updated_bytes: float = 0.0,
 ) -> StepTime:
-    """The time of a step of `tokens_per_gpu` tokens on each GPU.
+    """Return the duration of a step with `tokens_per_gpu` tokens on each GPU.
 
     Args:
-        model: its FLOPs are computed.
-        sent: by ZeRO.
-        cluster: where.
-        tokens_per_gpu: of all micro-batches of a step.
-        recomputed: share of the forward pass that is done twice: all of it costs a third more, not counted in MFU.
-        updated_bytes: `update_bytes`.
+        model: determines the FLOPs.
+        sent: ZeRO's communication.
+        cluster: GPUs and interconnect.
+        tokens_per_gpu: tokens of all micro-batches of a step.
+        recomputed: fraction of the forward pass that is recomputed: 1 adds a third to the compute time. MFU does not
+            count it.
+        updated_bytes: result of `update_bytes`.
     """
     flops = model.flops_per_token * tokens_per_gpu * (3 + recomputed) / 3
-    # The slowest link decides; a ring leaves and enters each host once.
+    # The slowest link is the bottleneck; a ring leaves and enters each host once.
     slowest = cluster.gpu_bytes_per_second
     if cluster.hosts > 1:
         slowest = min(slowest, cluster.host_bytes_per_second)

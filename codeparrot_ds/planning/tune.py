@@ -1,4 +1,4 @@
-"""Real steps of a recipe on this machine: trials of one way to run it, or of all that may be the fastest."""
+"""Time real steps of a recipe on this machine: one trial, or one for each choice that may be the fastest."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from codeparrot_ds.hosts.launchers import find_deepspeed, ranks_here
 from codeparrot_ds.planning.plan import Choice, Plan, Prediction
 from codeparrot_ds.system.network import free_port
 
-_SECONDS = 1800.0  # for a trial; the first compiles operators
+_SECONDS = 1800.0  # limit per trial; the first compiles operators
 _GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A way that was tried.
+    """Result of trying one choice.
 
     Attributes:
-        prediction: what the plan says of it.
-        result: what `codeparrot_ds.trial` measured; None when it failed.
-        failure: why, unless it has run out of memory.
+        prediction: the plan's estimate for it.
+        result: measurements of `codeparrot_ds.trial`; None when it failed.
+        failure: error message of a failed trial; empty when it ran out of memory.
     """
 
     prediction: Prediction
@@ -38,7 +38,7 @@ class Trial:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks, without the first step; 0 when it did not fit."""
+        """Throughput of all ranks, excluding the first step; 0 for a failed trial."""
         if self.result is None:
             return 0.0
         seconds = self.result["step_seconds"][1:]
@@ -48,9 +48,13 @@ class Trial:
 def run_trial(
     recipe: Path, overrides: Sequence[str], choice: Choice | None, ranks: int, steps: int, on_cpu: bool
 ) -> dict[str, Any] | None:
-    """Take `steps` optimizer steps with `deepspeed` on this machine; None when it ran out of memory.
+    """Take `steps` optimizer steps with `deepspeed` on this machine.
 
-    Raises ClusterError when it fails otherwise.
+    Returns:
+        The result of `codeparrot_ds.trial`; None when it ran out of memory.
+
+    Raises:
+        ClusterError: when the trial fails for another reason or takes too long.
     """
     with tempfile.TemporaryDirectory(prefix="codeparrot-trial-") as directory:
         output, log = Path(directory) / "result.json", Path(directory) / "log"
@@ -73,14 +77,14 @@ def run_trial(
 
 
 def run_group(command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
-    """Run a command and all that it starts to its end, or for so long: its exit code, None when it was ended."""
+    """Run a command in its own process group for up to `seconds`. Returns its exit code, or None after a timeout."""
     with open(log, "ab") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # ranks have groups of their own, and end with their launcher
+        finally:  # ranks have their own process groups and exit with their launcher
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -90,13 +94,16 @@ def run_group(command: Sequence[str], environment: Mapping[str, str], log: Path,
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether an error of PyTorch, CUDA, NCCL or the kernel says that memory has run out."""
+    """Whether `text` contains an out-of-memory error of PyTorch, CUDA, NCCL or the kernel."""
     return re.search(r"out of memory|OutOfMemoryError|ALLOC_FAILED|can.t allocate memory|MemoryError", text) is not None
 
 
 def candidates(plan: Plan) -> list[Prediction]:
-    """What is worth timing, in this order: of each DeepSpeed JSON and recomputation the largest micro-batch that fits,
-    the fastest by the plan first; then the next smaller of each, and so on. Offload only where nothing else fits."""
+    """Return the choices worth timing, in order.
+
+    First the largest micro-batch that fits for each DeepSpeed JSON and recomputation, fastest by estimate first; then
+    the next smaller of each, and so on. Offload is included only where nothing else fits.
+    """
     fitting = [each for each in (plan.own, *plan.others) if each.fits]
     on_device = [each for each in fitting if not each.offloads]
     ways: dict[tuple[Path, str], list[Prediction]] = {}
@@ -108,8 +115,8 @@ def candidates(plan: Plan) -> list[Prediction]:
 
 
 def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: int) -> Iterator[Trial]:
-    """Try up to `most` of the candidates. A way whose smaller micro-batch was slower is not tried with still smaller
-    ones."""
+    """Try up to `most` candidates. When a smaller micro-batch was slower for a DeepSpeed JSON and recomputation, still
+    smaller ones are skipped."""
     machine, tried = plan.machine, 0
     best: dict[tuple[Path, str], float] = {}
     done: set[tuple[Path, str]] = set()
@@ -120,7 +127,7 @@ def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: i
             continue
         try:
             trial = Trial(prediction, run_trial(recipe, overrides, choice, machine.cluster.gpus, steps, machine.on_cpu))
-        except ClusterError as error:  # the others may do
+        except ClusterError as error:  # other candidates may still work
             trial = Trial(prediction, None, str(error))
         yield trial
         tried += 1
@@ -130,18 +137,18 @@ def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: i
 
 
 def winner(trials: Sequence[Trial]) -> Trial:
-    """The fastest. Raises ClusterError when none fitted."""
+    """Return the fastest trial. Raises ClusterError when all failed."""
     fastest = max(trials, key=lambda trial: trial.tokens_per_second, default=None)
     if fastest is None or fastest.result is None:
         reasons = [trial.failure for trial in trials if trial.failure]
         raise ClusterError(
-            reasons[0] if reasons else "no trial fitted into memory. See what `codeparrot-ds plan` says of this recipe."
+            reasons[0] if reasons else "no trial fit in memory. Run `codeparrot-ds plan` to see what this recipe needs."
         )
     return fastest
 
 
 def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials: Sequence[Trial], output: Path) -> None:
-    """The recipe with the fastest way in it, and what was measured as comments."""
+    """Write the recipe with the options of the fastest trial, and all measurements as comments."""
     import yaml
 
     from codeparrot_ds.run.recipe import load_recipe, read_recipe
@@ -150,7 +157,7 @@ def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials:
     choice = fastest.prediction.choice
     body = read_recipe(source, [*overrides, *choice.overrides()])
     result = fastest.result or {}
-    lines = [f"# {source.name}, tuned on {result['world_size']} x {result['device']}. Tokens a second:"]
+    lines = [f"# {source.name}, tuned on {result['world_size']} x {result['device']}. Tokens per second:"]
     for trial in sorted(trials, key=lambda trial: -trial.tokens_per_second):
         each = trial.prediction.choice
         speed = f"{trial.tokens_per_second:>13,.0f}" if trial.result else "failed" if trial.failure else "out of memory"

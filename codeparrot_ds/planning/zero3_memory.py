@@ -1,4 +1,4 @@
-"""What of a rank's memory is due to ZeRO-3, and which stage's account applies to a layout."""
+"""Memory that ZeRO-3 holds on a rank, and the choice of the memory model for a layout."""
 
 import bisect
 import itertools
@@ -13,7 +13,7 @@ from codeparrot_ds.planning.zero_memory import Zero, _Bucketed, _Stage1, _Stage1
 
 @dataclass
 class _Gathered:
-    """Parameters that are gathered together."""
+    """Parameters that are gathered in one all-gather."""
 
     tensors: list[Tensor]
     copied: bool = False
@@ -24,8 +24,10 @@ class _Gathered:
 
 
 class _Stage3(_Bucketed):
-    """Weights are partitioned too: gathered before they are needed, some ahead, and dropped behind that. Those of a
-    block are gathered together, and its gradients reduced together, when all of them are there."""
+    """Stage 3: weights are partitioned too, gathered before they are needed (some prefetched) and released after use.
+
+    The weights of a block are gathered together, and its gradients are reduced together once all are computed.
+    """
 
     def __init__(self, layout: Layout, ledger: Ledger) -> None:
         threshold = layout.zero.get("stage3_param_persistence_threshold", 1e5)
@@ -36,9 +38,9 @@ class _Stage3(_Bucketed):
         self._live = set(self._persistent)
         self._live_elements = sum(tensor.elements for tensor in layout.parameters if tensor.name in self._live)
         self._on_the_way: dict[str, _Gathered] = {}
-        self._place = self._queue = 0  # in the trace
-        self._stays: dict[str, int] = {}  # parameter -> place of the trace before which it is not dropped
-        self._of_block: list[Tensor] = []  # gradients that wait for the others of their block
+        self._place = self._queue = 0  # positions in the trace
+        self._stays: dict[str, int] = {}  # parameter -> position in the trace before which it is not released
+        self._of_block: list[Tensor] = []  # gradients waiting for the rest of their block
         super().__init__(layout, ledger)
 
     @property
@@ -47,7 +49,7 @@ class _Stage3(_Bucketed):
 
     @property
     def _copies(self) -> bool:
-        """Whether a gathered weight is another tensor than this rank's part of it."""
+        """Whether a gathered weight is a separate tensor from this rank's partition of it."""
         return self.layout.world_size > 1 or bool(self.layout.offloads("param"))
 
     def resident(self) -> None:
@@ -59,13 +61,13 @@ class _Stage3(_Bucketed):
         if offloaded != "nvme":
             self.ledger.alloc("optimizer", 12 * self.partition, on_host=bool(offloaded))
         self.ledger.alloc("gradients in fp32", 4 * self.partition, on_host=bool(offloaded))
-        if offloaded == "cpu":  # accumulated ones, and those that the optimizer reads
+        if offloaded == "cpu":  # the accumulated gradients, and those that the optimizer reads
             self.ledger.alloc("gradients in fp32", 4 * self.partition, on_host=True)
         self.ledger.alloc("communication", item * self.bucket_elements)
 
     @cached_property
     def _trace(self) -> list[list[Tensor]]:
-        """The parameters of each module in the order in which a micro-batch needs them."""
+        """The parameters of each module, in the order in which a micro-batch uses them."""
         layout = self.layout
         last, block = len(layout.modules) - 1, len(BLOCK)
         blocks = [2 + i * block for i in range(layout.model.n_layer)]
@@ -75,7 +77,7 @@ class _Stage3(_Bucketed):
         return [self._together(number)[0] for number in (*order, 1, 0)]
 
     def _together(self, number: int) -> tuple[list[Tensor], int, int]:
-        """The parameters that are gathered with those of a module, and the first and last module of these."""
+        """Return the parameters gathered together with those of a module, and the first and last of their modules."""
         blocks = range(2, 2 + self.layout.model.n_layer * len(BLOCK))
         if number not in blocks:
             return self.layout.modules[number], number, number
@@ -85,7 +87,7 @@ class _Stage3(_Bucketed):
 
     @cached_property
     def _uses(self) -> dict[str, list[int]]:
-        """Where in the trace each parameter is needed."""
+        """Positions in the trace at which each parameter is used."""
         uses: dict[str, list[int]] = {}
         for place, tensors in enumerate(self._trace):
             for tensor in tensors:
@@ -94,7 +96,7 @@ class _Stage3(_Bucketed):
 
     @cached_property
     def _passed(self) -> list[int]:
-        """Elements of all that comes before each place of the trace."""
+        """Total elements of the trace before each of its positions."""
         return list(
             itertools.accumulate((sum(each.elements for each in tensors) for tensors in self._trace), initial=0)
         )
@@ -114,7 +116,8 @@ class _Stage3(_Bucketed):
         self._gather(self._next())
 
     def _next(self) -> list[Tensor]:
-        """What to gather ahead. The queue is looked through once: what was there when its turn came stays till then."""
+        """Return the parameters to prefetch. The queue is scanned once: parameters already gathered when they are
+        reached stay gathered until their use."""
         room = min(self._most_live - self._live_elements, self._ahead)
         self._queue = max(self._queue, self._place)
         wanted: list[Tensor] = []
@@ -128,7 +131,7 @@ class _Stage3(_Bucketed):
         return wanted
 
     def _gather(self, tensors: list[Tensor]) -> None:
-        """Begin to gather parameters into one buffer."""
+        """Start gathering parameters into one buffer."""
         if not tensors:
             return
         gathered = _Gathered(tensors)
@@ -139,8 +142,11 @@ class _Stage3(_Bucketed):
             self._on_the_way.update(dict.fromkeys((tensor.name for tensor in tensors), gathered))
 
     def _wait(self, tensor: Tensor) -> None:
-        """All that came together is copied out of its buffer when the first of it is needed; the buffer goes when the
-        last of it has been. What came alone is not copied."""
+        """Wait for a gathered parameter.
+
+        Parameters gathered together are copied out of their buffer when the first of them is needed, and the buffer is
+        freed after the last has been. A parameter gathered alone is not copied.
+        """
         gathered = self._on_the_way.pop(tensor.name, None)
         if gathered is None or len(gathered.tensors) == 1:
             return
@@ -166,7 +172,7 @@ class _Stage3(_Bucketed):
                 continue
             uses = self._uses[tensor.name]
             later = bisect.bisect_left(uses, self._place)
-            # Needed again before so many other parameters have passed?
+            # Keep it if it is used again within the reuse distance.
             if later < len(uses) and self._passed[uses[later]] - self._passed[self._place] < self._reuse_distance:
                 continue
             self._drop(tensor)
@@ -199,7 +205,7 @@ class _Stage3(_Bucketed):
                 self._drop(tensor)
 
     def step(self) -> None:
-        if not self.layout.offloads("optimizer"):  # one group after the other, put together
+        if not self.layout.offloads("optimizer"):  # concatenated, one group at a time
             groups = (math.ceil(elements / self.layout.world_size) for elements in self.layout.groups)
             self.ledger.pass_through("gradients in fp32", 4 * min(max(groups), int(self._sub_group)))
 
@@ -209,9 +215,13 @@ class _Stage3(_Bucketed):
 
 
 def zero_of(layout: Layout, ledger: Ledger) -> Zero:
-    """The stage of a layout, with what is there all the time taken. Raises ConfigError for offload below stage 3."""
+    """Return the memory model of a layout's ZeRO stage, with its resident state allocated in `ledger`.
+
+    Raises:
+        ConfigError: for offload below stage 3.
+    """
     if layout.stage < 3 and (layout.offloads("optimizer") or layout.offloads("param")):
-        raise ConfigError(f"offload is estimated at ZeRO-3 only, and zero_optimization.stage is {layout.stage}.")
+        raise ConfigError(f"offload can be estimated at ZeRO-3 only, but zero_optimization.stage is {layout.stage}.")
     if layout.stage == 1:
         return (_Stage1InBf16 if layout.precision == "bf16" else _Stage1)(layout, ledger)
     return {0: Zero, 2: _Stage2, 3: _Stage3}[layout.stage](layout, ledger)

@@ -1,7 +1,7 @@
-"""What each stage of ZeRO holds in a rank's memory, and when, as DeepSpeed 0.19.8 does it.
+"""Memory that each ZeRO stage holds on a rank, and when, as implemented in DeepSpeed 0.19.8.
 
-Sources: its `bf16_optimizer.py`, `engine.py` (`allreduce_no_retain`), `zero/stage_1_and_2.py`, `zero/stage3.py`,
-`zero/partition_parameters.py` and `zero/partitioned_param_coordinator.py`.
+Sources: DeepSpeed's `bf16_optimizer.py`, `engine.py` (`allreduce_no_retain`), `zero/stage_1_and_2.py`,
+`zero/stage3.py`, `zero/partition_parameters.py` and `zero/partitioned_param_coordinator.py`.
 """
 
 import math
@@ -9,7 +9,7 @@ from functools import cached_property
 
 from codeparrot_ds.planning.layout import Layout, Ledger, Tensor
 
-_WHOLE_REDUCTION = 500_000_000  # elements of a bucket where whole gradients are reduced after a backward pass
+_WHOLE_REDUCTION = 500_000_000  # elements per bucket where all gradients are reduced after the backward pass
 
 
 def _padded(elements: int, multiple: int) -> int:
@@ -17,49 +17,50 @@ def _padded(elements: int, multiple: int) -> int:
 
 
 class Zero:
-    """What is common to all stages, and stage 0: everything is whole, on every rank, in fp32.
+    """Base class of all stages, and stage 0: every rank holds all state unpartitioned, in fp32.
 
-    A step tells it what happens: `use` and `leave` a module, `begin_backward`, each `gradient`, `end_backward`, `step`.
+    The walk through a step calls `use` and `leave` for each module, `begin_backward`, `gradient` for each gradient,
+    `end_backward` and `step`.
     """
 
     def __init__(self, layout: Layout, ledger: Ledger) -> None:
         self.layout, self.ledger = layout, ledger
-        self.first = self.last = True  # micro-batch of the step
+        self.first = self.last = True  # position of the micro-batch in the step
         self.bucket: list[Tensor] = []
         self.resident()
 
     @property
     def whole(self) -> list[int]:
-        """Elements of the optimizer's groups, padded so that ranks have equal parts."""
+        """Elements of each parameter group, padded so that all ranks have partitions of equal size."""
         return [_padded(elements, 2 * self.layout.world_size) for elements in self.layout.groups]
 
     @property
     def partition(self) -> int:
-        """Elements of this rank's part."""
+        """Elements in this rank's partition."""
         return sum(self.whole) // self.layout.world_size
 
     def resident(self) -> None:
-        """Take what is there all the time."""
+        """Allocate what is held for the whole run."""
         self.ledger.alloc("weights", 4 * sum(self.layout.groups))
         self.ledger.alloc("optimizer", 8 * sum(self.layout.groups))
 
     def use(self, number: int, forward: bool, leave: bool = True) -> None:
-        """Module `number` of `layout.modules` computes, and has then computed unless `leave` is called later."""
+        """Begin module `number` of `layout.modules`; with `leave`, also end it."""
 
     def leave(self, number: int, forward: bool) -> None:
-        """It has computed."""
+        """End module `number`: its computation is done."""
 
     def begin_backward(self, first: bool, last: bool) -> None:
-        """Of the `first`, the `last` micro-batch of a step, or one between."""
+        """Begin the backward pass of a micro-batch, which may be the `first` or the `last` of the step, or both."""
         self.first, self.last = first, last
 
     def gradient(self, tensor: Tensor) -> None:
-        """A gradient has been computed, and is held as one of "gradients"."""
-        if not self.first:  # added to what is there
+        """Account for a gradient that has just been computed and is held under "gradients"."""
+        if not self.first:  # accumulated into the existing one
             self.ledger.free("gradients", self.layout.item * tensor.elements)
 
     def end_backward(self) -> None:
-        """After the last gradient of a micro-batch: all are all-reduced, many together, copied into one tensor."""
+        """End a backward pass. After the last, gradients are copied into buckets and all-reduced."""
         if not self.last:
             return
         bucket: list[int] = []
@@ -70,17 +71,17 @@ class Zero:
                 bucket = []
 
     def step(self) -> None:
-        """The optimizer's."""
+        """Take the optimizer step."""
         self.ledger.free("gradients", self.layout.item * sum(self.layout.groups))
 
     def gather_weights(self) -> None:
-        """All ranks' parts after the step, in place; gloo gathers into a copy."""
+        """All-gather the updated partitions after the step, in place; gloo gathers into a copy."""
         if self.layout.on_cpu and self.layout.world_size > 1:
             self.ledger.pass_through("communication", self.layout.item * max(self.whole))
 
 
 class _Stage1InBf16(Zero):
-    """`training.zero1`: gradients are accumulated whole, in fp32, each as soon as it is there."""
+    """`training.zero1`: unpartitioned gradients are accumulated in fp32, each as soon as it is computed."""
 
     def resident(self) -> None:
         self.ledger.alloc("weights", self.layout.item * sum(self.whole))
@@ -88,7 +89,7 @@ class _Stage1InBf16(Zero):
         self.ledger.alloc("gradients in fp32", 4 * sum(self.whole))
 
     def gradient(self, tensor: Tensor) -> None:
-        if not self.first and self.layout.on_cpu:  # whose kernel adds tensors of one type only
+        if not self.first and self.layout.on_cpu:  # the CPU kernel only adds tensors of the same dtype
             self.ledger.pass_through("gradients in fp32", 4 * tensor.elements)
         self.ledger.free("gradients", self.layout.item * tensor.elements)
 
@@ -102,22 +103,22 @@ class _Stage1InBf16(Zero):
 
 
 class _Bucketed(Zero):
-    """Gradients leave through buckets as they come."""
+    """Base of the stages that reduce gradients in buckets during the backward pass."""
 
     in_bucket = 0  # elements
 
     def resident(self) -> None:
-        """Whole weights, and this rank's part of the optimizer."""
+        """Allocate the unpartitioned weights and this rank's partition of the optimizer state."""
         self.ledger.alloc("weights", self.layout.item * sum(self.whole))
         self.ledger.alloc("optimizer", 12 * self.partition)
 
     @cached_property
     def bucket_elements(self) -> int:
-        """Of a bucket. A larger tensor is reduced alone, where it is."""
+        """Capacity of a bucket in elements. A larger tensor is reduced on its own, without a copy."""
         return int(self.layout.zero.get("reduce_bucket_size", 5e8))
 
     def put(self, tensor: Tensor, part: str, item: int) -> None:
-        """Copy a gradient of `part` into the bucket, which is reduced before it overflows."""
+        """Copy a gradient (held under `part`, `item` bytes per element) into the bucket, reducing it first if full."""
         if self.bucket and self.in_bucket + tensor.elements > self.bucket_elements:
             self.empty(part, item)
         if tensor.elements <= self.bucket_elements:
@@ -126,7 +127,7 @@ class _Bucketed(Zero):
         self.in_bucket += tensor.elements
 
     def empty(self, part: str, item: int) -> None:
-        """Reduce what is in the bucket, and drop what was too large for it."""
+        """Reduce the bucket, and free the gradients that were too large to be copied into it."""
         self.reduce()
         for tensor in self.bucket:
             if tensor.elements > self.bucket_elements:
@@ -134,24 +135,24 @@ class _Bucketed(Zero):
         self.bucket, self.in_bucket = [], 0
 
     def reduce(self) -> None:
-        """Average the bucket over ranks; this rank keeps its part."""
+        """Average the bucket over ranks; this rank keeps its partition."""
         raise NotImplementedError
 
     @property
     def double_buffer(self) -> int:
-        """Elements of the buffers at stages 1 and 2."""
+        """Elements of the communication buffers at stages 1 and 2: doubled with `overlap_comm`."""
         return self.bucket_elements * (2 if self.layout.zero.get("overlap_comm") else 1)
 
     def take_norm(self) -> None:
-        """The norm of the gradients: one by one, in fp64."""
+        """Compute the gradient norm, one tensor at a time, in fp64."""
         largest = max(tensor.elements for tensor in self.layout.parameters)
         self.ledger.pass_through("norm of the gradients", 8 * min(largest, self.partition))
 
 
 class _Stage1(_Bucketed):
-    """Stage 1 in fp16 and fp32: gradients are accumulated whole, in fp32, and reduced with the last micro-batch's."""
+    """Stage 1 in fp16 and fp32: accumulate unpartitioned gradients in fp32, reduce them in the last backward pass."""
 
-    _kept = False  # this rank's part, for the optimizer
+    _kept = False  # whether this rank's partition is allocated, for the optimizer
 
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
@@ -176,16 +177,16 @@ class _Stage1(_Bucketed):
 
     def step(self) -> None:
         self.take_norm()
-        self.ledger.pass_through("gradients in fp32", 4 * self.partition)  # put together
+        self.ledger.pass_through("gradients in fp32", 4 * self.partition)  # concatenated
         self.ledger.free("communication", 4 * self.double_buffer)
         self.gather_weights()
         self.ledger.free("gradients in fp32", self.ledger.held["gradients in fp32"])
 
 
 class _Stage2(_Bucketed):
-    """Gradients are partitioned as they come, and accumulated in fp32."""
+    """Stage 2: gradients are partitioned as they are computed, and accumulated in fp32."""
 
-    _kept = False  # this rank's part of the micro-batch's gradients, or of all
+    _kept = False  # whether the partition of the micro-batch's gradients, or of the accumulated ones, is allocated
 
     def begin_backward(self, first: bool, last: bool) -> None:
         super().begin_backward(first, last)
@@ -196,10 +197,10 @@ class _Stage2(_Bucketed):
         self.put(tensor, "gradients", self.layout.item)
 
     def reduce(self) -> None:
-        if not self._kept:  # in fp32, those of a micro-batch are added to the others when all of them are there
+        if not self._kept:  # in fp32, a micro-batch's gradients are accumulated once all of them are computed
             self.ledger.alloc("gradients in fp32", 4 * self.partition)
             self._kept = True
-        if self.layout.item == 2:  # cut into pieces for this rank's gradients in fp32, and put together again
+        if self.layout.item == 2:  # sliced for this rank's fp32 gradients, and concatenated again
             self.ledger.pass_through("communication", self.layout.item * self.in_bucket)
 
     def end_backward(self) -> None:
@@ -210,7 +211,7 @@ class _Stage2(_Bucketed):
 
     def step(self) -> None:
         self.take_norm()
-        if self.layout.item == 4:  # put together
+        if self.layout.item == 4:  # concatenated
             self.ledger.pass_through("gradients in fp32", 4 * self.partition)
         self.ledger.free("gradients in fp32", 4 * self.partition)
         self.gather_weights()

@@ -1,1 +1,1 @@
-"""Shards to checkpoints with DeepSpeed."""
+"""Training with DeepSpeed: from shards to checkpoints."""

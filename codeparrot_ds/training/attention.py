@@ -1,7 +1,7 @@
-"""Causal attention over whole sequences, which is all that training needs: no mask, no padding, no cache.
+"""Causal attention over full sequences for training: no mask, no padding, no KV cache.
 
-transformers passes a [batch, 1, seq_len, seq_len] mask whenever torch.compile traces the model, and PyTorch then has
-neither its flash nor its cuDNN kernel for it; in eager mode it waits for the device to see whether it needs one.
+transformers passes a [batch, 1, seq_len, seq_len] mask whenever torch.compile traces the model, which rules out
+PyTorch's flash and cuDNN kernels; in eager mode it synchronizes with the device to see whether it needs a mask.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ CAUSAL = "codeparrot_ds_causal"  # `attn_implementation` of a transformers confi
 
 
 def register() -> None:
-    """Make `CAUSAL` known to transformers. Without a mask function of the same name, it makes no masks for it."""
+    """Register `CAUSAL` with transformers. Without a mask function of that name, transformers builds no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(CAUSAL, causal_attention)
@@ -29,28 +29,41 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[batch, heads, seq_len, head_dim] each, to [batch, seq_len, heads, head_dim].
+    """Compute causal attention; an attention function of transformers.
 
-    Raises ValueError for what training never asks for, rather than leaving a mask out.
+    Args:
+        module: the attention layer.
+        query: [batch, heads, seq_len, head_dim], as are key and value.
+        key: see `query`.
+        value: see `query`.
+        attention_mask: must be None.
+        dropout: dropout probability.
+        scaling: factor on the logits; None for 1 / sqrt(head_dim).
+
+    Returns:
+        Output [batch, seq_len, heads, head_dim], and no attention weights.
+
+    Raises:
+        ValueError: for a mask or a KV cache, which must not be ignored silently.
     """
     if attention_mask is not None or query.shape != key.shape:
-        raise ValueError("the training network takes whole sequences only: no attention mask and no key-value cache")
+        raise ValueError("the training network takes full sequences only: no attention mask and no key-value cache")
     scale = getattr(module, "query_scale", None)
-    if scale is not None:  # in fp32: bf16 has no third
+    if scale is not None:  # in fp32: bf16 is too coarse for factors such as 1/3
         query = (query.float() * scale).to(query.dtype)
     attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     return attended.transpose(1, 2), None
 
 
 def share_scale(network: Any, device: torch.device) -> None:
-    """Take what makes the attention scale of a block its own out of a number and put it into a tensor.
+    """Move the per-block factor of the attention scale from a Python number to a tensor.
 
-    torch.compile makes a graph for each value of a number that it meets, one for all values of a tensor. With
-    `scale_attn_by_inverse_layer_idx` each block has another scale: 1 / sqrt(head_dim) / (block + 1).
+    torch.compile builds a graph for each value of a number, but a single one for all values of a tensor. With
+    `scale_attn_by_inverse_layer_idx` each block has a different scale: 1 / sqrt(head_dim) / (block + 1).
     """
     if not network.config.scale_attn_by_inverse_layer_idx:
         return
     for number, block in enumerate(network.transformer.h, start=1):
         block.attn.scaling = network.transformer.h[0].attn.scaling
-        # No buffer: DeepSpeed would round it to bf16 with the weights.
+        # Not a buffer: DeepSpeed would cast it to bf16 with the weights.
         block.attn.query_scale = torch.tensor(1 / number, dtype=torch.float32, device=device)

@@ -1,12 +1,12 @@
 """Saving, publishing and resuming. A checkpoint becomes visible only when every rank's files are on disk.
 
-The protocol: (1) all ranks save into `step-N.tmp`; (2) each flushes and hashes its files, while training goes on;
-(3) all meet, which they do only if all went well; (4) rank 0 writes the manifest; (5) renames the directory;
-(6) replaces `latest`; (7) removes old ones.
+The protocol: (1) all ranks save into `step-N.tmp`; (2) each rank flushes and hashes its files, while training
+continues; (3) all ranks synchronize, and proceed only if none has failed; (4) rank 0 writes the manifest, (5) renames
+the directory, (6) replaces `latest` and (7) removes old checkpoints.
 DeepSpeed's own `latest` is never written: rank 0 would publish it before the other ranks' files are on disk.
 
-Where hosts keep what their ranks write each on its own disk, one rank of each does what rank 0 does here, with the
-same manifest of all files, and all meet again between (4) and (5): see disks.py.
+Where each host stores its ranks' files on its own disk, one rank per disk takes the role of rank 0 with the same
+manifest of all files, and all ranks synchronize again between (4) and (5): see disks.py.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from codeparrot_ds.training.ranks import Ranks
 
 @dataclass(frozen=True)
 class Saving:
-    """A checkpoint whose files are on their way to disk: `publish` it when no rank is `busy` any more.
+    """A checkpoint whose files are being written. Call `publish` once no rank is `busy`.
 
     Attributes:
-        engine: DeepSpeed's, with our writer.
-        run: where it goes.
-        checkpoint: its manifest, still without files.
-        ranks: all of them must publish.
+        engine: the DeepSpeed engine, with our `CheckpointWriter`.
+        run: the run directory to save in.
+        checkpoint: the manifest, without its list of files.
+        ranks: of the run; all of them must publish.
     """
 
     engine: Any
@@ -58,21 +58,26 @@ class Saving:
         background: bool = False,
         last: bool = False,
     ) -> "Saving":
-        """Save into a directory that is not yet a checkpoint; all ranks must call, and publish it before the next.
+        """Start saving into a temporary directory. Collective: all ranks must call, and publish before the next save.
 
         Args:
-            background: copy what is to be written to host memory, and return. Training may go on.
-            last: the engine is of no more use afterwards: what is on NVMe is moved into the checkpoint.
+            engine: the DeepSpeed engine to save.
+            run: the run directory to save in.
+            checkpoint: the manifest, without its list of files.
+            ranks: of the run.
+            background: only copy the state to host memory before returning, so that training can continue.
+            last: the engine is not used afterwards, so state on NVMe is moved into the checkpoint.
 
-        Raises CheckpointError on a rank that could not write: its end makes the launcher end the others, which may be
-        waiting in DeepSpeed's own barrier.
+        Raises:
+            CheckpointError: on a rank that could not write. When that rank exits, the launcher kills the others, which
+                may be waiting in DeepSpeed's own barrier.
         """
         saving = cls(engine, run, checkpoint, ranks)
         if ranks.is_fs_leader:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in run.checkpoints.glob("step-*.tmp"):  # of a crash, at this step or at another
+            for leftover in run.checkpoints.glob("step-*.tmp"):  # left by a crash, at this step or another
                 shutil.rmtree(leftover, ignore_errors=True)
-        ranks.gather(None)  # nobody writes before the place is cleared
+        ranks.gather(None)  # no rank writes until leftovers are removed
         with saving._explained():
             engine.checkpoint_engine.begin(background)
             state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen}
@@ -87,13 +92,18 @@ class Saving:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return bool(self.engine.checkpoint_engine.busy)
 
     def publish(self, keep_last: int, keep_every_steps: int | None = None) -> None:
-        """Wait for the files of all ranks, give the checkpoint its name, and remove old ones. All ranks must call.
+        """Wait for the files of all ranks, publish the checkpoint and remove old ones. Collective: all ranks must call.
 
-        Raises CheckpointError on all ranks when one could not write. Older checkpoints are then untouched.
+        Args:
+            keep_last: number of newest checkpoints to keep.
+            keep_every_steps: also keep every checkpoint whose step is a multiple of this.
+
+        Raises:
+            CheckpointError: on all ranks, when any could not write. Older checkpoints are then untouched.
         """
         files: dict[str, dict[str, Any]] = {}
         failure: CheckpointError | None = None
@@ -117,13 +127,13 @@ class Saving:
                     _prepare(checkpoint, self._unfinished, [name for files in here for name in files])
             except CheckpointError as error:
                 failure = error
-        self.ranks.agree(failure)  # no disk has it under its name before all have the manifest
+        self.ranks.agree(failure)  # no disk publishes it until all have the manifest
         if self.ranks.is_fs_leader:
             self.run.publish(self.checkpoint.step)
-        if self.ranks.on_many_disks:  # no disk removes its part of an old one before all have this one
+        if self.ranks.on_many_disks:  # no disk removes an old one until all have published this one
             self.ranks.gather(None)
         if self.ranks.is_fs_leader:
-            # DeepSpeed's own converters: they load pickles, and nothing here runs them.
+            # DeepSpeed copies its converter scripts here. They load pickles and are never used.
             for script in self.run.checkpoints.glob("zero_to_*.py"):
                 script.unlink()
             for old in self.run.checkpoint_directories()[:-keep_last]:
@@ -146,7 +156,7 @@ class Saving:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a published checkpoint: a crash leaves it whole, or under a name that the next save clears away."""
+    """Remove a published checkpoint. A crash leaves it complete, or under a name that the next save removes."""
     doomed = directory.with_name(f"{directory.name}.removed.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
@@ -154,7 +164,7 @@ def _remove(directory: Path) -> None:
 
 
 def abandon_after(run: RunDirectory, newest: Path) -> None:
-    """Remove the checkpoints that are later than `newest`, from which the run goes another way. For one rank a disk."""
+    """Remove the checkpoints after `newest`, to which the run is rewound. To be called by one rank per disk."""
     run.point_latest_at(newest)
     for directory in reversed(run.checkpoint_directories()):
         if step_of(directory) > step_of(newest):
@@ -170,7 +180,7 @@ def _save_engine(engine: Any, directory: Path, state: dict[str, Any], rank: int,
     if swapper is None or not last:
         save_engine()
         return
-    # DeepSpeed copies the files on NVMe, which are nearly all of the checkpoint. Let it see none, and move them.
+    # DeepSpeed would copy the files on NVMe, most of the checkpoint. Show it an empty directory and move them instead.
     swapped = Path(swapper.swap_folder)
     with tempfile.TemporaryDirectory(dir=swapped.parent) as empty:
         swapper.swap_folder = empty
@@ -181,14 +191,14 @@ def _save_engine(engine: Any, directory: Path, state: dict[str, Any], rank: int,
 
 
 def _prepare(checkpoint: Checkpoint, unfinished: Path, here: Collection[str]) -> None:
-    """Write the manifest. Raises CheckpointError when one of the files that must be `here` did not arrive."""
+    """Write the manifest. Raises CheckpointError when any of the files that must be `here` is missing."""
     absent = [name for name in here if not (unfinished / name).is_file()]
     if absent:
         raise CheckpointError(
             list_problems(
                 str(unfinished),
-                [f"{name} was written by another host and is not here" for name in absent],
-                "Put the run directory on a disk that all hosts share.",
+                [f"{name} was written by another host and is not visible here" for name in absent],
+                "Put the run directory on a disk shared by all hosts.",
             )
         )
     checkpoint.write(unfinished)
@@ -197,7 +207,7 @@ def _prepare(checkpoint: Checkpoint, unfinished: Path, here: Collection[str]) ->
 
 
 def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Size and digest of the files that this rank wrote, which are then on disk. Those `digested` are there already."""
+    """Return size and digest of the files this rank wrote, and fsync them; entries of `digested` are reused."""
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -210,22 +220,23 @@ def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]
 
 
 def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
-    """Raise CheckpointError unless `checkpoint` is of the `wanted` model, data, …: `Recipe.identity`."""
+    """Raise CheckpointError unless the checkpoint's model, data, etc. match `wanted`, a `Recipe.identity`."""
     saved = checkpoint.identity
     problems = [
         f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
     ]
     if problems:
-        mend = "Go on with what it was saved with, or start under another name (--set name=…)."
+        mend = "Resume with the settings it was saved with, or start a run under another name (--set name=…)."
         raise CheckpointError(list_problems(str(checkpoint.path), problems, mend))
 
 
 def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:
-    """Load weights and optimizer state; nothing that could run code is unpickled. All ranks must call.
+    """Load weights and optimizer state. No pickle that could run code is loaded. Collective: all ranks must call.
 
-    `like` is what this run would save: a checkpoint of another ZeRO stage, number of ranks, precision or place of
-    the optimizer's state is read by parameter. So is any whose optimizer is on NVMe: DeepSpeed 0.19.8 copies its files
-    back, but not AdamW's step, forgets its moments, and leaves groups below 1 MiB as they were initialised.
+    `like` describes what this run would save. A checkpoint with a different ZeRO stage, world size, precision or
+    location of the optimizer state is loaded parameter by parameter, and so is any with optimizer state on NVMe:
+    DeepSpeed 0.19.8 copies its files back, but does not restore AdamW's step, drops its moments, and leaves groups
+    below 1 MiB as initialized.
     """
     layout = ("zero_stage", "world_size", "precision", "offload")
     differing = [name for name in layout if getattr(checkpoint, name) != getattr(like, name)]
@@ -249,4 +260,4 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
     with silence_prints():
         path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if path is None or state["samples_seen"] != checkpoint.samples_seen:
-        raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it. Remove it to go on from an older one.")
+        raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it. Remove it to resume from an older one.")

@@ -1,5 +1,5 @@
-// Counts what PyTorch's tensors hold in host memory, as torch.cuda.max_memory_allocated does for a GPU.
-// PyTorch's profiler cannot: it misses what gloo's threads give back.
+// Counts host memory held by PyTorch tensors, as torch.cuda.max_memory_allocated does for a GPU.
+// PyTorch's profiler cannot, because it misses memory freed by gloo's threads.
 #include <c10/core/CPUAllocator.h>
 
 #include <atomic>
@@ -10,9 +10,9 @@ std::atomic<int64_t> held{0};
 std::atomic<int64_t> most{0};
 c10::Allocator* theirs = nullptr;
 
-// Lies before each block that we hand out, and keeps its alignment.
+// Precedes each allocated block and preserves its alignment.
 struct alignas(64) Header {
-  void* context;  // of their allocator, with the function that frees it
+  void* context;  // of the original allocator, which `free` releases
   c10::DeleterFnPtr free;
   int64_t bytes;
 };

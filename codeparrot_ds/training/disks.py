@@ -1,11 +1,12 @@
-"""Which checkpoint to resume from, whose files lie on one disk, or on those of several hosts.
+"""Choice of the checkpoint to resume from, with its files on one disk or distributed over the disks of several hosts.
 
 Without a shared disk, each host has the files that its own ranks wrote.
 
-Every disk has the same manifest, of all files; which of them are there is seen by looking. A directory gets its name
-only after every disk has the manifest, so what one disk has published is whole somewhere: what a crash has left
-without its name on another can still be given it. A checkpoint is whole when the disks of the hosts that are now there
-hold all its files between them; what a rank needs and its own disk lacks is then sent from one that has it.
+Every disk has the same manifest of all files, and is scanned for those it holds. A disk publishes a checkpoint (renames
+its directory) only after every disk has the manifest, so a checkpoint published on one disk was completely written; a
+directory that a crash left unpublished on another disk can still be published. A checkpoint is complete when the disks
+of the current hosts together hold all its files; files that a rank needs and its own disk lacks are then sent from a
+disk that has them.
 """
 
 import contextlib
@@ -32,12 +33,13 @@ _PIECE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class _Copy:
-    """What one disk has of a checkpoint.
+    """The files of a checkpoint on one disk.
 
     Attributes:
-        digest: of the manifest.
-        good: names of the files that are there as they were written.
-        problems: of those that are there and are not.
+        checkpoint: its manifest.
+        digest: digest of the manifest file.
+        good: names of the files that are present and undamaged.
+        problems: name -> problem, for files that are present but damaged.
     """
 
     checkpoint: Checkpoint
@@ -47,7 +49,7 @@ class _Copy:
 
     @classmethod
     def look(cls, run: RunDirectory, step: int) -> "_Copy | None":
-        """Read every file of it that this disk has; None when it has not even a manifest."""
+        """Verify every file of the checkpoint that this disk has; None without a readable manifest."""
         for path in (run.checkpoint(step), run.unfinished(step)):
             try:
                 checkpoint = Checkpoint.read(path)
@@ -60,11 +62,15 @@ class _Copy:
 
 
 def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.inf) -> Checkpoint | None:
-    """The newest checkpoint that is whole on all disks together, or None when no disk has any. All ranks must call.
+    """Return the newest checkpoint that is complete over all disks, or None if there is none at all.
 
-    Every file is read and compared with its digest. Newer checkpoints that are damaged are reported, passed over, and
-    set aside on every disk so that retention never counts them. Only those of up to `last_step` steps are looked at.
-    Raises CheckpointError on all ranks when there are some and none is whole: a run never starts silently from step 0.
+    Collective: all ranks must call. Every file is read and compared with its digest. Newer checkpoints that are damaged
+    are reported, skipped, and set aside on every disk so that retention does not count them. Only checkpoints of up to
+    `last_step` steps are considered.
+
+    Raises:
+        CheckpointError: on all ranks, when checkpoints exist but none is complete. A run never silently restarts from
+            step 0.
     """
     looks, passed_over = ranks.is_fs_leader, dict[int, list[str]]()
     here = ({step_of(path) for path in run.checkpoint_directories(whole=False)}, run.prepared_steps())
@@ -73,10 +79,10 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
         copies: list[_Copy | None] = ranks.gather(_Copy.look(run, step) if looks else None)
         chosen, problems = _choose(copies)
         if chosen is None:
-            if step in named:  # else its saving was never finished anywhere
+            if step in named:  # otherwise no disk finished saving it
                 passed_over[step] = problems
                 if ranks.rank == 0:
-                    mend = "Training goes on from the checkpoint before it."
+                    mend = "Training resumes from the checkpoint before it."
                     log.warning("%s", list_problems(str(run.checkpoint(step)), problems, mend))
             continue
         failure = None
@@ -90,9 +96,9 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
         ranks.agree(failure)
         return Checkpoint.read(run.checkpoint(step))
     if passed_over:
-        mend = "Restore one from a copy, or remove them all to start again from step 0."
+        mend = "Restore one from a backup, or remove them all to restart from step 0."
         if ranks.on_many_disks:
-            mend = "Start with the hosts that have those files, in any order and number. Or: " + mend
+            mend = "Run on the hosts that have those files, in any order and number. Otherwise: " + mend
         raise CheckpointError(
             list_problems(
                 f"{run.checkpoints}: no undamaged checkpoint is left ({len(passed_over)} damaged)",
@@ -104,9 +110,10 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
 
 
 def _choose(copies: Sequence[_Copy | None]) -> tuple[_Copy | None, list[str]]:
-    """A copy of the checkpoint that is whole on all disks together, or what is wrong with all.
+    """Return a copy of the checkpoint if it is complete over all disks, or else the problems of all copies.
 
-    Copies with another manifest are of another run, or of another attempt at the step. What most disks have counts.
+    Copies with different manifests are from different runs or attempts at the step. The most common manifest is tried
+    first.
     """
     by_manifest = defaultdict[str, list[_Copy]](list)
     for copy in copies:
@@ -124,14 +131,14 @@ def _choose(copies: Sequence[_Copy | None]) -> tuple[_Copy | None, list[str]]:
             missing[files[name].get("host")].append(name)
         problems += [f"{name} is missing" for name in sorted(missing.pop(None, []))]  # written to a shared disk
         problems += [
-            f"{len(names)} files that {host} wrote are on none of these hosts, such as {min(names)}"
+            f"{len(names)} files written by {host} are on none of these hosts, e.g. {min(names)}"
             for host, names in sorted(missing.items(), key=str)
         ]
-    return None, problems or ["no readable manifest, so this is no complete checkpoint"]
+    return None, problems or ["no readable manifest, so the checkpoint is incomplete"]
 
 
 def _complete(run: RunDirectory, chosen: _Copy, mine: _Copy | None) -> None:
-    """Have this disk's copy under its name, without what is damaged."""
+    """Publish this disk's copy if necessary, and remove its damaged files."""
     step = chosen.checkpoint.step
     if mine is None or mine.digest != chosen.digest:
         run.set_aside(run.checkpoint(step))
@@ -147,9 +154,11 @@ def _complete(run: RunDirectory, chosen: _Copy, mine: _Copy | None) -> None:
 
 
 def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None:
-    """Have the files that this rank has `needed` on its own disk. All ranks must call, each with its own names.
+    """Fetch the `needed` files that are not on this rank's disk. Collective: all ranks must call, each with its own
+    names.
 
-    Raises CheckpointError on all ranks when one could not be read or written.
+    Raises:
+        CheckpointError: on all ranks, when a file could not be read or written.
     """
     there = {name for name in checkpoint.files if (checkpoint.path / name).is_file()}
     everyone = ranks.gather((there, set(needed) - there))
@@ -157,7 +166,7 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
     lacking_here = set().union(*(lacking for rank, (_, lacking) in enumerate(everyone) if ranks.shares_disk(rank)))
     try:
         needed_bytes = sum(checkpoint.files[name]["bytes"] for name in lacking_here)
-        require_free_space(checkpoint.path, needed_bytes, "what other hosts have of this checkpoint")
+        require_free_space(checkpoint.path, needed_bytes, "the part of this checkpoint on other hosts")
     except ConfigError as error:
         failure = CheckpointError(str(error))
     ranks.agree(failure)
@@ -174,14 +183,15 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
 
 
 def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, wanted: bool) -> str | None:
-    """Send one file from the rank `source` to all disks, and keep it if it is `wanted`. What went wrong, if anything.
+    """Broadcast one file from rank `source` to all disks, and store it here if `wanted`.
 
-    Each takes part to the end, whatever goes wrong: the others would wait.
+    Every rank participates to the end even after an error, because the others would wait for it. Returns the error
+    message, or None.
     """
     path, entry = checkpoint.path / name, checkpoint.files[name]
     beside, digest, failure = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), None
     file: Any = None
-    with contextlib.suppress(OSError):  # a file that was not read does not arrive as it was written, and is refused
+    with contextlib.suppress(OSError):  # after a read error the digest does not match, and the file is refused
         if wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = beside.open("wb")
@@ -205,7 +215,7 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
         if not wanted:
             return None
         if failure is None and (file is None or digest.hexdigest() != entry["xxh3_128"]):
-            failure = f"{path}: could not be written here, or not be read there"
+            failure = f"{path}: could not be written here, or could not be read on its source host"
         if failure is None:
             flush_to_disk(beside)
             beside.rename(path)

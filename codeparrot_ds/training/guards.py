@@ -1,6 +1,6 @@
-"""What keeps a run from going on wrongly, or from not going on: requests to stop, hangs, skipped steps, loss spikes.
+"""Guards of a run: stop requests, hangs, skipped steps, loss spikes and diverging replicas.
 
-Every decision that ends or turns a run is taken by all ranks at the same step.
+Every decision that stops or rewinds a run is taken by all ranks at the same step.
 """
 
 import faulthandler
@@ -24,17 +24,18 @@ from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import LAUNCHER, Ranks
 
 _POLL_SECONDS = 1.0
-_FIRST_STEP = 3.0  # times the limit: the first compiles, allocates, and waits for slow disks
+_FIRST_STEP = 3.0  # factor on the limit: the first step compiles, allocates, and waits for slow disks
 _KEPT_LOSSES, _FEWEST_LOSSES = 64, 16
-_DIGEST_WORDS = 1 << 22  # at a time: 32 MB as int64
+_DIGEST_WORDS = 1 << 22  # hashed at a time: 32 MB as int64
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """SIGTERM, SIGUSR1, a file named `stop` in the run directory, the supervisor's word, or the end of whatever started
-    the launcher.
+    """Requests to save a checkpoint and exit cleanly.
 
-    Each asks for a checkpoint and a clean end. What one rank has heard, all ranks learn at the end of the same step.
+    Sources are SIGTERM, SIGUSR1, a file named `stop` in the run directory, a message of the supervisor, and the exit of
+    the process that started the launcher. A request that reaches one rank is known to all ranks at the end of the same
+    step.
     """
 
     def __init__(self, stop_file: Path, ranks: Ranks, lifeline: Lifeline) -> None:
@@ -43,9 +44,9 @@ class StopRequests:
         self._exchange: Callable[[], list[int]] | None = None
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
-        if ranks.rank == 0 and not lifeline.connected:  # else `launch` has done so, once for all its attempts
-            stop_file.unlink(missing_ok=True)  # of an earlier run, which it has stopped
-        # A supervisor's connection says more, and an ssh session that was lost is no reason to stop.
+        if ranks.rank == 0 and not lifeline.connected:  # otherwise `launch` has removed it, once for all its attempts
+            stop_file.unlink(missing_ok=True)  # left over from a run that it has stopped
+        # With a supervisor, its connection is authoritative: losing an ssh session is no reason to stop.
         self._launcher = None if lifeline.connected else _launcher()
         self._grandparent = self._launcher.ppid() if self._launcher else None
 
@@ -58,7 +59,7 @@ class StopRequests:
         if self._reason is None and self._ranks.rank == 0 and self._stop_file.exists():
             self._reason = f"the file {self._stop_file}"
         if self._reason is None and self._launcher is not None:
-            # DeepSpeed's runner may die without a word to the launcher and the ranks below it.
+            # DeepSpeed's runner may die without notifying its launcher and ranks.
             try:
                 orphaned = self._launcher.ppid() != self._grandparent
             except psutil.NoSuchProcess:
@@ -67,13 +68,13 @@ class StopRequests:
                 self._reason = "the end of the command that started the launcher"
 
     def begin_exchange(self, save_now: bool = False, writing: bool = False) -> None:
-        """Tell the other ranks, while they and this one compute, whether to stop or to save after this step, and
-        whether this one still writes a checkpoint."""
+        """Start telling the other ranks, concurrently with computation, whether to stop or save after this step, and
+        whether this rank is still writing a checkpoint."""
         self._look()
         self._exchange = self._ranks.begin_max([int(self._reason is not None), int(save_now), int(writing)])
 
     def finish_exchange(self) -> tuple[bool, bool, bool]:
-        """(stop, save now, writing) where it holds for any rank: the same on all ranks."""
+        """Return (stop, save now, writing), each true if true on any rank: the same result on all ranks."""
         assert self._exchange is not None
         stop, save_now, writing = self._exchange()
         self._exchange = None
@@ -91,10 +92,11 @@ def _launcher() -> psutil.Process | None:
 
 
 class Watchdog:
-    """Ends this rank when it makes no progress: every thread's stack goes to `file`, and the launcher ends the rest.
+    """Kills this rank when it makes no progress. The stack of every thread goes to `file`; the launcher kills the other
+    ranks.
 
-    A Python thread does it, which can say why and tell the status file; where it cannot run, because some library
-    holds the interpreter's lock, a thread of `faulthandler` does the same a quarter of the time later.
+    A Python thread does so, and can log the reason and update the status file. When it cannot run because a library
+    holds the GIL, a thread of `faulthandler` kills the rank after another quarter of the time limit.
     """
 
     def __init__(self, seconds: float | None, file: TextIO, on_hang: Callable[[str], None]) -> None:
@@ -107,7 +109,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, what: str, times: float = 1.0) -> None:
-        """This rank makes progress: it begins `what`, for which it has `times` the limit."""
+        """Report progress: this rank begins `what`, and may take `times` the limit for it."""
         self.doing = what
         if self._seconds is None:
             return
@@ -116,7 +118,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(1.25 * allowed + 2 * _POLL_SECONDS, file=self._file, exit=True)
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
@@ -125,7 +127,7 @@ class Watchdog:
         while not self._stopped.wait(min(_POLL_SECONDS, self._seconds / 4)):
             if time.monotonic() <= self._deadline:
                 continue
-            message = f"hung in {self.doing}: no progress within guards.hang_seconds; the stacks of its threads follow"
+            message = f"hung in {self.doing}: no progress within guards.hang_seconds; thread stacks follow"
             log.error("%s", message)
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()
@@ -136,38 +138,38 @@ class Watchdog:
 
 
 class SkippedSteps:
-    """Raises the alarm when the engine skips a step, for gradients that are not finite, and ends a run of them."""
+    """Warns when the engine skips a step because of non-finite gradients, and ends a run with too many in a row."""
 
     def __init__(self, most: int, so_far: int) -> None:
         self._most, self._total, self._in_a_row = most, so_far, 0
 
     def look(self, step: int, total: int) -> bool:
-        """Whether optimizer step `step` was skipped, given the engine's count so far. Raises TrainingError when too
-        many were in a row."""
+        """Return whether optimizer step `step` was skipped, given the engine's `total` so far. Raises TrainingError
+        when too many steps in a row were skipped."""
         skipped, self._total = total > self._total, total
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if skipped:
             log.warning(
-                "step %d: skipped, its gradients are not finite (%d in a row, %d in all)", step, self._in_a_row, total
+                "step %d: skipped, gradients are not finite (%d in a row, %d in total)", step, self._in_a_row, total
             )
         if self._in_a_row > self._most:
             raise TrainingError(
-                f"step {step}: {self._in_a_row} steps in a row were skipped, for gradients that are not finite; "
-                f"guards.max_skipped_steps is {self._most}. None of them changed a weight. Lower the learning rate, "
-                "or look at the data of these steps: `codeparrot-ds shards inspect`."
+                f"step {step}: {self._in_a_row} steps in a row were skipped because of non-finite gradients; "
+                f"guards.max_skipped_steps is {self._most}. Skipped steps change no weights. Lower the learning rate, "
+                "or inspect the data of these steps: `codeparrot-ds shards inspect`."
             )
         return skipped
 
 
 class SpikeDetector:
-    """Finds a loss far above the recent ones."""
+    """Detects a loss far above the recent ones."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
         self._recent: deque[float] = deque(maxlen=_KEPT_LOSSES)
 
     def look(self, loss: float) -> float | None:
-        """The median (nats) that `loss` lies too far above, or None. A spike does not count among the recent."""
+        """Return the recent median (nats) if `loss` is a spike, else None. Spikes do not enter the median."""
         if len(self._recent) >= _FEWEST_LOSSES:
             median = statistics.median(self._recent)
             if not loss <= median + self._threshold:
@@ -177,16 +179,18 @@ class SpikeDetector:
 
 
 def replicas_differ(network: torch.nn.Module, ranks: Ranks) -> list[int]:
-    """Ranks whose weights differ, bit for bit, from those of most ranks; below ZeRO-3, where each holds all of them.
-    All ranks must call."""
+    """Return the ranks whose weights are not bitwise equal to those of the majority; all ranks if there is none.
+
+    Only for stages below ZeRO-3, where every rank holds all weights. Collective: all ranks must call.
+    """
     total = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for number, parameter in enumerate(network.parameters(), start=1):
         word = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
         for part in parameter.detach().flatten().view(word).split(_DIGEST_WORDS):
-            # Odd weights by place, so that two changes do not cancel out; sums wrap, on every rank alike.
+            # Odd factors that depend on position, so that two changes do not cancel out. Sums wrap alike on all ranks.
             places = torch.arange(1, 2 * len(part), 2, device=part.device)
             total += (part.long() * places).sum() * (2 * number + 1)
     digests = ranks.gather(int(total))
     most = max(digests, key=digests.count)
     different = [rank for rank, digest in enumerate(digests) if digest != most]
-    return different if 2 * len(different) < len(digests) else list(range(len(digests)))  # nobody knows who is right
+    return different if 2 * len(different) < len(digests) else list(range(len(digests)))  # no majority

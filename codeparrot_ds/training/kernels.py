@@ -1,4 +1,4 @@
-"""Kernels for GPUs that do at once what PyTorch's operators do in several passes over memory: by torch.compile."""
+"""Fused GPU kernels, built with torch.compile, that replace several passes over memory by PyTorch's operators."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 def available(device: torch.device) -> bool:
-    """Whether there are any: on a GPU, with a compiler for C, which Triton needs."""
+    """Whether the kernels can be used: they need a GPU, and a C compiler for Triton."""
     return device.type == "cuda" and _has_compiler()
 
 
@@ -20,8 +20,17 @@ def _has_compiler() -> bool:
 def loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of logits [tokens, vocab] and targets [tokens, 1] int64: the sum of losses [] fp32, and with `needs_gradient` its
-    gradient in the logits' type, [tokens, vocab]. It is not divided by the number of tokens: fp16 would lose it."""
+    """Compute the summed cross-entropy of a chunk, and optionally its gradient.
+
+    Args:
+        logits: [tokens, vocab].
+        targets: [tokens, 1] int64.
+        needs_gradient: whether to compute the gradient.
+
+    Returns:
+        The sum of losses, [] fp32, and its gradient, [tokens, vocab] in the logits' dtype, or None. The gradient is not
+        divided by the number of tokens, because fp16 would underflow.
+    """
     for tensor in (logits, targets):
         torch._dynamo.mark_dynamic(tensor, 0)  # the last chunk may be shorter
     return _compiled()(logits, targets, needs_gradient)
@@ -44,5 +53,5 @@ def _loss_and_gradient(
     if not needs_gradient:
         return loss, None
     probability = (wide - normalizer).exp()
-    wanted = torch.arange(logits.shape[1], device=logits.device) == targets  # [tokens, vocab], never in memory
+    wanted = torch.arange(logits.shape[1], device=logits.device) == targets  # [tokens, vocab], never materialized
     return loss, (probability - wanted.float()).to(logits.dtype)

@@ -32,22 +32,24 @@ from codeparrot_ds.training.guards import (
 from codeparrot_ds.training.metrics import Instant, Metrics, Step, log, peak_memory_bytes, read_tensors
 from codeparrot_ds.training.ranks import Ranks
 
-_GO_BACK_STEPS = 8  # before a spike whose samples may have caused it
+_GO_BACK_STEPS = 8  # steps up to a spike whose samples may have caused it
 _MOST_GO_BACKS = 5
 
 
 @dataclass
 class Trainer:
-    """A run under way. `step` is its whole position.
+    """State of a run in progress. Its position is determined by `step` alone.
 
     Attributes:
-        engine: DeepSpeed's.
-        data: its digest goes into checkpoints, so that a resumed run is held to the same data.
+        engine: the DeepSpeed engine.
+        data: the shards. Their digest is stored in checkpoints, so that a run can only resume on the same data.
+        parameters: number of model parameters.
         metrics: on rank 0 only.
-        offload: where the optimizer's state lives: "none", "cpu" or "nvme".
+        offload: location of the optimizer state: "none", "cpu" or "nvme".
         step: optimizer steps taken.
-        skipped_ranges: stretches of the order that are not trained on.
-        on_published: told the step of each checkpoint that is published; on rank 0 only.
+        skipped_ranges: ranges of the sample order that are not trained on.
+        on_published: called with the step of each published checkpoint; on rank 0 only.
+        loss_valid: latest validation loss, nats per token; None before the first evaluation.
     """
 
     recipe: Recipe
@@ -78,16 +80,16 @@ class Trainer:
 
     @property
     def samples_seen(self) -> int:
-        """Sequences trained on: the position in the order, without what is left out of it."""
+        """Number of sequences trained on: the position in the order, not counting skipped ranges."""
         return self.step * self.recipe.batch.global_batch_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens per optimizer step, over all ranks."""
         return self.recipe.batch.global_batch_size * self.recipe.model.seq_len
 
     def fit(self) -> bool:
-        """Train to the recipe's last step, evaluating, logging and saving on the way. False when asked to stop."""
+        """Train to the recipe's last step, with evaluation, logging and checkpoints. False when stopped on request."""
         recipe, last = self.recipe, self.recipe.schedule.last_step
         if self.step == 0:
             self.evaluate()
@@ -110,19 +112,19 @@ class Trainer:
             if save_now:
                 self.save(last=done or stop)
             if stop and not done:
-                log.warning("step %d: saved and stopped, as asked by %s", self.step, self.stop_requests.reason)
+                log.warning("step %d: saved and stopped. Reason: %s", self.step, self.stop_requests.reason)
                 return False
         return True
 
     def train_step(self) -> Step:
-        """One optimizer step over the global batch, of which this rank takes its slice."""
+        """Take one optimizer step on this rank's slice of the global batch."""
         started, started_on_host = Instant(self.ranks.device), time.perf_counter()
         self.watchdog.beat(f"step {self.step}")
         engine, batch = self.engine, self.recipe.batch
         rate = self.recipe.optimizer.learning_rate * self.recipe.schedule.ratio(self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        if self.recipe.model.dropout:  # a function of the position, so that a resumed run draws the same
+        if self.recipe.model.dropout:  # seeded by position, so that a resumed run draws the same masks
             words = np.random.SeedSequence([self.recipe.seed, self.step, self.ranks.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]) >> 1)
         micro, accumulation = batch.micro_batch_and_accumulation(self.ranks.world_size)
@@ -132,46 +134,46 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         for number, ids in enumerate(self._on_device(mine).view(accumulation, micro, -1), start=1):
             micro_loss = self.loss(ids)
-            engine.backward(micro_loss)  # divides by the accumulation steps itself
+            engine.backward(micro_loss)  # divides by the number of accumulation steps itself
             loss += micro_loss.detach() / accumulation
             if number == accumulation:
                 self._check_replicas()
                 writing = self._saving is not None and self._saving.busy
                 self.stop_requests.begin_exchange(self._checkpoint_is_old(), writing)
-            engine.step()  # acts on the last micro-batch only
+            engine.step()  # updates the weights only after the last micro-batch
         norm, skipped = engine.get_global_grad_norm(), engine.skipped_so_far()
         return Step(self.step, loss, digest, rate, norm, skipped, started, Instant(self.ranks.device), data_seconds)
 
     def _on_device(self, ids: np.ndarray) -> torch.Tensor:
-        """A copy, for which a GPU's host does not wait: it is made from memory that is pinned."""
+        """Copy `ids` to the device. On a GPU the copy is asynchronous, from pinned memory."""
         on_host = torch.from_numpy(ids)
         if self.ranks.device.type == "cuda":
             on_host = on_host.pin_memory()
         return on_host.to(self.ranks.device, non_blocking=True)
 
     def sequences(self, step: int) -> np.ndarray:
-        """Numbers of the training sequences of optimizer step `step`, [global_batch_size] int64."""
+        """Return the indices of the training sequences of optimizer step `step`, [global_batch_size] int64."""
         return self._order.at(self._places(step))
 
     def _places(self, step: int) -> np.ndarray:
         return places_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64, on the device."""
+        """Return the mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64, on the device."""
         loss: torch.Tensor = self.engine(input_ids=ids[:, :-1], targets=ids[:, 1:])
         return loss
 
     def write_log(self) -> tuple[int, float, float] | None:
-        """Sum the steps not yet logged over ranks and write a row each. All ranks must call.
+        """Reduce the steps not yet logged over ranks, and write one row per step. Collective: all ranks must call.
 
-        Returns step, loss and median of the first loss spike among them, the same on all ranks. Raises TrainingError,
-        with all samples listed, when too many steps in a row were skipped.
+        Returns step, loss and median of the first loss spike among them, the same on all ranks. Raises TrainingError
+        when too many steps in a row were skipped, after listing their samples.
         """
         steps, self._unlogged = self._unlogged, []
         if not steps:
             return None
         summed = self.ranks.sum(torch.stack([step.loss for step in steps]).double())
-        # The only wait for the device: all that is to be read of these steps is read at once.
+        # The only synchronization with the device: everything needed from these steps is read in one transfer.
         read = read_tensors([*summed, *(s.gradient_norm for s in steps), *(s.skipped_steps for s in steps)])
         losses = [value / self.ranks.world_size for value in read[: len(steps)]]
         for step, norm, skipped in zip(steps, read[len(steps) : 2 * len(steps)], read[2 * len(steps) :], strict=True):
@@ -183,7 +185,7 @@ class Trainer:
         spike = None
         if self.recipe.guards.spike != "ignore":
             for step, loss in zip(steps, losses, strict=True):
-                if step.skipped:  # it has done no harm
+                if step.skipped:  # it changed no weights
                     continue
                 median = self._spikes.look(loss)
                 if median is not None and spike is None:
@@ -191,14 +193,14 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.steps(steps, losses, digests, memory, self.ranks)
             skipped = [step.step for step in steps if step.skipped]
-            if skipped and self.recipe.engine.precision != "fp16":  # which skips steps as it looks for its scale
-                self._name_samples(skipped, "skipped: gradients that are not finite")
+            if skipped and self.recipe.engine.precision != "fp16":  # where skips come from the loss scale search
+                self._name_samples(skipped, "skipped: non-finite gradients")
         if too_many is not None:
             raise too_many
         return spike
 
     def _look_for_skips(self, steps: Sequence[Step]) -> TrainingError | None:
-        """Note which steps were skipped; returns why to end the run when there were too many in a row."""
+        """Mark the skipped steps. Returns the error that ends the run when too many in a row were skipped."""
         too_many = None
         for step in steps:
             try:
@@ -208,55 +210,53 @@ class Trainer:
         return too_many
 
     def answer_spike(self, step: int, loss: float, median: float) -> bool:
-        """Name the samples of a loss spike and do what the recipe says; whether the run went back. All ranks call.
+        """List the samples of a loss spike and apply `guards.spike`. Collective: all ranks must call.
 
-        Raises TrainingError where the run is to stop.
+        Returns whether the run went back to an earlier checkpoint. Raises TrainingError when the run must stop.
         """
         policy = self.recipe.guards.spike
         first = max(0, step - _GO_BACK_STEPS + 1)
-        message = f"step {step}: loss {loss:.4f} is {loss - median:.2f} above the median of the steps before it"
+        message = f"step {step}: loss {loss:.4f} is {loss - median:.2f} above the median of the preceding steps"
         log.warning("%s; its samples are listed in %s", message, self.run.incidents)
         suspects = range(first, step + 1)
         if self.metrics is not None:
             self._name_samples(suspects, f"loss {loss:.4f} at step {step}")
         if policy == "warn":
             return False
-        mend = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
+        listed = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
         if policy == "stop":
             raise TrainingError(
-                f"{message}. Stopped without saving, as guards.spike says, and so it will be again. {mend} "
-                "To go on, set guards.spike=go_back, which leaves them out, or guards.spike=warn."
+                f"{message}. Stopped without saving, as set by guards.spike; a rerun would stop here again. {listed} "
+                "To continue, set guards.spike=go_back, which skips them, or guards.spike=warn."
             )
         self.publish()
         checkpoint = self._newest_checkpoint_up_to(first)
         self._go_backs += 1
         if checkpoint is None or self._go_backs > _MOST_GO_BACKS:
-            why = "there is no checkpoint from before it" if checkpoint is None else f"it is spike {self._go_backs}"
-            raise TrainingError(f"{message}. Cannot go back: {why}. {mend}")
+            why = "there is no earlier checkpoint" if checkpoint is None else f"this is spike number {self._go_backs}"
+            raise TrainingError(f"{message}. Cannot go back: {why}. {listed}")
         places = np.concatenate([self._places(each) for each in suspects])
         self.skipped_ranges = [*self.skipped_ranges, (int(places.min()), int(places.max()) + 1)]
         if self.ranks.is_fs_leader:
             checkpoints.abandon_after(self.run, checkpoint.path)
-        self.ranks.gather(None)  # nobody is to go on from those, with the list
+        self.ranks.gather(None)  # no rank may resume from a removed checkpoint once the list is written
         if self.ranks.is_fs_leader:
             write_json(self.run.skipped_ranges_file, self.skipped_ranges)
         if self.metrics is not None:
             self.metrics.go_back(checkpoint.step)
-        log.warning(
-            "going back to step %d, and leaving the samples of steps %d to %d out", checkpoint.step, first, step
-        )
+        log.warning("going back to step %d, skipping the samples of steps %d to %d", checkpoint.step, first, step)
         self.load(checkpoint)
         return True
 
     def _newest_checkpoint_up_to(self, step: int) -> Checkpoint | None:
-        """The newest undamaged checkpoint of at most `step` steps, if there is one. All ranks must call."""
+        """Return the newest undamaged checkpoint of at most `step` steps, or None. Collective: all ranks must call."""
         try:
             return disks.find_resume_point(self.run, self.ranks, step)
         except CheckpointError:
             return None
 
     def _name_samples(self, steps: Iterable[int], reason: str) -> None:
-        """List in the run directory where the samples of `steps` come from. On rank 0 alone."""
+        """Record the source documents of the samples of `steps` in the run directory. Rank 0 only."""
         numbers = {step: self.sequences(step).tolist() for step in steps}
         described = describe_sequences(self.data, itertools.chain.from_iterable(numbers.values()))
         with open(self.run.incidents, "a") as file:
@@ -265,7 +265,7 @@ class Trainer:
                 file.write(json.dumps({"step": step, "reason": reason, "samples": samples}) + "\n")
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`. All ranks must call."""
+        """Resume from `checkpoint`. Collective: all ranks must call."""
         self.watchdog.beat(f"loading {checkpoint.path.name}", 10.0)
         checkpoints.load(self.engine, checkpoint, self.checkpoint(), self.ranks)
         self.step = self._saved_step = checkpoint.step
@@ -275,7 +275,7 @@ class Trainer:
             self._spikes.look(loss)  # as if the run had not been interrupted
 
     def evaluate(self) -> None:
-        """Validation loss over the fixed validation sequences, the same at any world size. All ranks must call."""
+        """Evaluate the fixed validation sequences, the same at any world size. Collective: all ranks must call."""
         numbers = validation_sequences(len(self.data.valid), self.recipe.evaluation.sequences)
         micro, _ = self.recipe.batch.micro_batch_and_accumulation(self.ranks.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # sum of losses, sequences
@@ -283,13 +283,13 @@ class Trainer:
         with torch.no_grad():
             for start in range(0, len(numbers), micro * self.ranks.world_size):
                 self.watchdog.beat(f"the evaluation after step {self.step}", 3.0)
-                # Every rank must take part in every ZeRO-3 forward: one without a share repeats a sequence, unweighted.
+                # Every rank must join every ZeRO-3 forward: one without a share repeats a sequence with weight 0.
                 block = numbers[start : start + micro * self.ranks.world_size]
                 mine = block[self.ranks.rank :: self.ranks.world_size]
                 loss = self.loss(self._on_device(self.data.valid.batch(mine if len(mine) else block[:1])))
                 total[0] += loss.double() * len(mine)
                 total[1] += len(mine)
-            with torch.compiler.set_stance("force_eager"):  # every length would be another graph
+            with torch.compiler.set_stance("force_eager"):  # every length would compile another graph
                 samples = [self.sample(int(number)) for number in numbers[: self.recipe.evaluation.samples]]
         self.engine.train()
         loss_sum, sequences = self.ranks.sum(total).tolist()
@@ -302,10 +302,10 @@ class Trainer:
                 self.metrics.samples(self.step, texts)
 
     def sample(self, number: int) -> tuple[int, np.ndarray]:
-        """What the model writes after the first half of a validation sequence, one most likely token after another.
+        """Complete the first half of a validation sequence by greedy decoding.
 
-        Returns the length of what was given, and all ids. All ranks must call: each takes the same steps, as ZeRO-3
-        asks for.
+        Collective: all ranks must call and take the same steps, which ZeRO-3 requires. Returns the length of the
+        prompt, and the ids of prompt and completion, [tokens] int64.
         """
         seq_len, wanted = self.recipe.model.seq_len, self.recipe.evaluation.sample_tokens
         given = max(1, min(seq_len // 2, seq_len - wanted))
@@ -324,11 +324,11 @@ class Trainer:
             numbers = ", ".join(map(str, different))
             from_whom = "those on the other ranks"
             if len(different) == self.ranks.world_size:
-                from_whom = "one another, and there is no majority to tell which are right"
+                from_whom = "one another, with no majority to tell which are correct"
             raise TrainingError(
-                f"step {self.step}: the weights on rank {numbers} differ from {from_whom}. That must never be: memory "
-                "or a link of such a device is likely to be faulty. Take its host out and run the same command again, "
-                "which goes on from the newest checkpoint."
+                f"step {self.step}: the weights on rank {numbers} differ from {from_whom}. The memory or a "
+                "link of such a device is probably faulty. Remove its host and run the same command again to resume "
+                "from the newest checkpoint."
             )
 
     def _checkpoint_is_old(self) -> bool:
@@ -336,7 +336,7 @@ class Trainer:
         return minutes is not None and self.ranks.rank == 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint of this step, without its files."""
+        """Return the manifest of a checkpoint of this step, without files."""
         evaluated = self.step % self.recipe.evaluation.every_steps == 0 or self.step == self.recipe.schedule.last_step
         return Checkpoint(
             path=self.run.checkpoint(self.step),
@@ -353,11 +353,12 @@ class Trainer:
         )
 
     def save(self, last: bool = False) -> None:
-        """Save this step, unless that was done. All ranks must call, and train no more after the `last`.
+        """Save a checkpoint of this step, unless it is saved already. Collective: all ranks must call.
 
-        Training waits for a copy in host memory, not for the disk, unless it is the last, or the copy cannot be made.
+        Training waits only for a copy to host memory, unless no copy can be made. With `last`, it waits for the disk,
+        and the engine must not train afterwards.
         """
-        self.publish()  # one at a time
+        self.publish()  # only one checkpoint is written at a time
         if self._saved_step == self.step and self.step > 0:
             return
         self.watchdog.beat(f"saving after step {self.step}", 3.0)
@@ -371,7 +372,7 @@ class Trainer:
             self.publish()
 
     def publish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and publish it. All ranks must call."""
+        """Wait for the checkpoint that is being written, if any, and publish it. Collective: all ranks must call."""
         if self._saving is None:
             return
         started, keep, step = time.monotonic(), self.recipe.checkpoints, self._saving.checkpoint.step

@@ -1,4 +1,4 @@
-"""The projection to logits and its loss, some tokens at a time: the logits of a micro-batch are never all there."""
+"""Chunked output projection and loss, so that the logits of a whole micro-batch are never in memory."""
 
 from typing import Any
 
@@ -10,23 +10,24 @@ from codeparrot_ds.training import kernels
 
 
 class LossHead(nn.Linear):
-    """The projection to logits, which can give the mean loss without ever holding all logits.
+    """Projection to logits that can compute the mean loss without holding all logits in memory.
 
-    At 8 sequences of 1,024 tokens and 32,768 token ids the logits take 1.1 GB in fp32, and so does their gradient.
+    For 8 sequences of 1,024 tokens and a vocabulary of 32,768, the logits take 1.1 GB in fp32, and so does their
+    gradient.
 
     Attributes:
-        chunk_tokens: logits are made for so many tokens at a time.
-        fused: the loss and its gradient are made from a chunk's logits in one kernel that reads them twice and writes
-            the gradient once: 12 bytes a logit with the three matrix products, in bf16, instead of 34. None for
-            wherever there is that kernel.
+        chunk_tokens: number of tokens whose logits are computed at a time.
+        fused: compute the loss and its gradient from a chunk's logits in one kernel, which reads them twice and writes
+            the gradient once: 12 bytes per logit in bf16, with the three matrix products, instead of 34. None uses the
+            kernel wherever it is available.
     """
 
     chunk_tokens = 4096
     fused: bool | None = None
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [batch, seq_len, n_embd] to logits [batch, seq_len, vocab], or with `targets` [batch, seq_len]
-        int64 to their mean loss [] in nats per token."""
+        """Project hidden [batch, seq_len, n_embd] to logits [batch, seq_len, vocab]; with `targets` [batch, seq_len]
+        int64, return their mean loss [] in nats per token instead."""
         if targets is None:
             return super().forward(hidden)
         fused = kernels.available(hidden.device) if self.fused is None else self.fused
@@ -37,15 +38,17 @@ class LossHead(nn.Linear):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a projection, some tokens at a time: gradients are made in the forward pass, while a
-    chunk's logits are there, so that no logits are kept and none are made twice. Source of the idea: Liger Kernel's
-    fused linear cross-entropy (Hsu et al., 2024)."""
+    """Mean cross-entropy of a projection, chunk by chunk.
+
+    Gradients are computed in the forward pass, while a chunk's logits are in memory, so no logits are stored or
+    recomputed. After Liger Kernel's fused linear cross-entropy (Hsu et al., 2024).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, fused: bool
     ) -> torch.Tensor:
-        """hidden [tokens, n_embd], weight [vocab, n_embd], targets [tokens] int64, loss [] fp32."""
+        """Compute the loss [] fp32 from hidden [tokens, n_embd], weight [vocab, n_embd] and targets [tokens] int64."""
         needs_gradient = any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
@@ -53,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_and_gradient = kernels.loss_and_gradient if fused else in_passes
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            # Nothing here holds the logits, so that what follows can drop them.
+            # No reference to the logits is kept here, so that the callee can free them.
             loss, gradient = loss_and_gradient(F.linear(part, weight), wanted, needs_gradient)
             total += loss
             if hidden_gradient is None or gradient is None:
@@ -65,7 +68,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_gradient.addmm_(gradient.T, part)
             else:
                 weight_gradient += gradient.T @ part
-            del gradient  # or it would stay while the next chunk's is made
+            del gradient  # frees it before the next chunk's gradient is computed
         if hidden_gradient is not None:
             ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.tokens, ctx.weight_type = len(hidden), weight.dtype
@@ -73,7 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """The kept gradients times that of the loss."""
+        """Scale the stored gradients by the gradient of the loss."""
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0] / ctx.tokens
         return (
@@ -88,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def in_passes(
     logits: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `kernels.loss_and_gradient` gives, by an operator after another."""
+    """Compute the same as `kernels.loss_and_gradient` with a sequence of PyTorch operators."""
     dtype = logits.dtype
     log_probabilities = F.log_softmax(logits, 1, dtype=torch.float32)
     del logits

@@ -1,4 +1,4 @@
-"""What tensors hold on a rank's device, now and at most: on GPUs as PyTorch counts it, on CPU cores as we do."""
+"""Current and peak tensor memory of a rank: counted by PyTorch on GPUs, and by our own allocator on CPU."""
 
 import ctypes
 import shutil
@@ -13,11 +13,11 @@ _SOURCE = Path(__file__).with_name("cpu_allocator.cpp")
 
 
 class DeviceMemory:
-    """Of a GPU, by PyTorch's allocator.
+    """Memory of a GPU, as counted by PyTorch's allocator.
 
     Attributes:
-        name: of the device.
-        total_bytes: that it has.
+        name: name of the device.
+        total_bytes: total memory of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,32 +27,32 @@ class DeviceMemory:
 
     @property
     def held_bytes(self) -> int:
-        """By tensors, now."""
+        """Bytes held by tensors now."""
         return int(torch.cuda.memory_allocated(self._device))
 
     @property
     def peak_bytes(self) -> int:
-        """By tensors, the most since `reset_peak`."""
+        """Peak bytes held by tensors since `reset_peak`."""
         return int(torch.cuda.max_memory_allocated(self._device))
 
     @property
     def reserved_bytes(self) -> int:
-        """Taken from the device for tensors, the most since `reset_peak`."""
+        """Peak bytes reserved by the allocator since `reset_peak`."""
         return int(torch.cuda.max_memory_reserved(self._device))
 
     def reset_peak(self) -> None:
-        """Begin to look for the most anew."""
+        """Reset the peak counters."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all queued work."""
         torch.cuda.synchronize(self._device)
 
 
 class HostMemory(DeviceMemory):
-    """Of CPU ranks: counts the tensors that are made after it. Compiled in seconds, once a machine.
+    """Memory of a CPU rank: counts tensors allocated after its construction.
 
-    Raises ConfigError when there is no compiler.
+    The allocator is compiled once per machine, which takes seconds. Raises ConfigError without a compiler.
     """
 
     def __init__(self) -> None:
@@ -71,27 +71,27 @@ class HostMemory(DeviceMemory):
 
     @property
     def held_bytes(self) -> int:
-        """By tensors, now."""
+        """Bytes held by tensors now."""
         return int(self._library.held_bytes())
 
     @property
     def peak_bytes(self) -> int:
-        """By tensors, the most since `reset_peak`."""
+        """Peak bytes held by tensors since `reset_peak`."""
         return int(self._library.peak_bytes())
 
     @property
     def reserved_bytes(self) -> int:
-        """The same: nothing is taken in advance."""
+        """Same as `peak_bytes`: nothing is reserved in advance."""
         return self.peak_bytes
 
     def reset_peak(self) -> None:
-        """Begin to look for the most anew."""
+        """Reset the peak counters."""
         self._library.reset_peak()
 
     def synchronize(self) -> None:
-        """Nothing runs behind the back of a CPU rank."""
+        """Do nothing: work on a CPU rank is synchronous."""
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """That of a rank."""
+    """Return the memory counters of a rank's device."""
     return HostMemory() if device.type == "cpu" else DeviceMemory(device)

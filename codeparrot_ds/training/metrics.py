@@ -1,4 +1,4 @@
-"""What a run reports: one log file a rank, metrics.jsonl and TensorBoard from rank 0, plain lines for the user."""
+"""Reporting of a run: a log file per rank, and metrics.jsonl, TensorBoard and console output from rank 0."""
 
 import json
 import logging
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from codeparrot_ds.training.ranks import Ranks
 
-_SHOWN_CHARACTERS = 200  # of what a sample was given
+_SHOWN_CHARACTERS = 200  # of a sample's prompt
 
 log = logging.getLogger("codeparrot_ds")
 
 
 def open_log(run: RunDirectory, rank: int) -> None:
-    """Send this rank's log to its own file, and rank 0's to the user as well."""
+    """Write this rank's log to its own file; rank 0 also logs to stderr, other ranks only their errors."""
     run.logs.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -45,27 +45,27 @@ def open_log(run: RunDirectory, rank: int) -> None:
 
 @dataclass
 class Step:
-    """One optimizer step as this rank saw it; summed over ranks only when it is logged."""
+    """Measurements of one optimizer step on this rank; reduced over ranks only when logged."""
 
     step: int
-    loss: "torch.Tensor"  # [] mean over this rank's tokens, on the device: reading it would wait for the device
-    digest: int  # of the ids this rank fed
+    loss: "torch.Tensor"  # [] mean over this rank's tokens, on the device: reading it would synchronize
+    digest: int  # of this rank's token ids
     learning_rate: float
     gradient_norm: Any
-    skipped_steps: Any  # so far, by the engine, for gradients that are not finite
+    skipped_steps: Any  # total so far, by the engine, because of non-finite gradients
     started: "Instant"
     ended: "Instant"
-    data_seconds: float  # of them, until the batch was there
-    skipped: bool = False  # this one, once that has been looked at
+    data_seconds: float  # of the step, until the batch was loaded
+    skipped: bool = False  # whether this step was skipped, once known
 
     @property
     def seconds(self) -> float:
-        """That the step took on the device. To be read when the device has done it."""
+        """Seconds that the step took on the device. Read it only after the device has finished the step."""
         return self.ended.seconds_since(self.started)
 
 
 class Instant:
-    """When the device comes to this point of what it was given to do; on CPU ranks, now."""
+    """Time at which the device reaches this point of its queue; on CPU ranks, the current time."""
 
     def __init__(self, device: "torch.device") -> None:
         self._event: Any = None
@@ -77,14 +77,14 @@ class Instant:
             self._event.record()
 
     def seconds_since(self, earlier: "Instant") -> float:
-        """Between two that the device has come to."""
+        """Seconds since `earlier`; the device must have reached both."""
         if self._event is None:
             return self._now - earlier._now
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 def read_tensors(values: Sequence[Any]) -> list[Any]:
-    """`values` with every [] tensor among them read, all in one wait for the device."""
+    """Return `values` with every [] tensor among them as a float, read with a single device synchronization."""
     import torch
 
     tensors = [value.detach().reshape(()).double() for value in values if isinstance(value, torch.Tensor)]
@@ -93,10 +93,10 @@ def read_tensors(values: Sequence[Any]) -> list[Any]:
 
 
 class Metrics:
-    """Writes rows to metrics.jsonl, TensorBoard, Weights & Biases and the log. Only rank 0 has one."""
+    """Writes metrics to metrics.jsonl, TensorBoard, Weights & Biases and the log. Exists on rank 0 only."""
 
     def __init__(self, run: RunDirectory, recipe: Recipe, first_step: int) -> None:
-        """Append to what is there, after dropping the rows of steps that will be taken again. Raises ConfigError."""
+        """Append to existing files, after dropping the rows of steps that will be repeated. Raises ConfigError."""
         self._run, self._recipe = run, recipe
         self._peak_flops: float | None = None
         self._open(first_step)
@@ -113,14 +113,14 @@ class Metrics:
             self._board.add_text("recipe", f"```yaml\n{self._recipe.to_yaml()}```")
 
     def go_back(self, step: int) -> None:
-        """The run goes back to `step`: the rows of steps that will be taken again go."""
+        """Rewind to `step`: drop the rows of steps that will be repeated."""
         self._file.close()
         if self._board is not None:
             self._board.close()
         self._open(step)
 
     def losses(self) -> list[float]:
-        """Loss of each step so far that has one and was not skipped."""
+        """Return the losses of all steps so far, except skipped ones and those without a finite loss."""
         found, skipped_before = [], 0
         for row in read_metrics(self._run.metrics):
             if row["kind"] == "train":
@@ -132,14 +132,14 @@ class Metrics:
     def steps(
         self, steps: Sequence[Step], losses: Sequence[float], digests: Sequence[int], memory: int, ranks: "Ranks"
     ) -> None:
-        """Rows of optimizer steps, in order, and a line about the last of them.
+        """Write one row per optimizer step, and log a line about the last.
 
         Args:
-            steps: as this rank saw them.
-            losses: of each, the mean over ranks.
-            digests: of the ids of each, summed over ranks, modulo 2^64.
-            memory: most bytes that any rank has held so far.
-            ranks: all of them.
+            steps: this rank's measurements, in order.
+            losses: mean over ranks, per step.
+            digests: of the token ids, summed over ranks modulo 2^64, per step.
+            memory: peak bytes held by any rank so far.
+            ranks: of the run.
         """
         batch_size, model = self._recipe.batch.global_batch_size, self._recipe.model
         tokens_per_step = batch_size * model.seq_len
@@ -171,29 +171,29 @@ class Metrics:
         )
 
     def evaluation(self, step: int, loss_valid: float, perplexity_valid: float) -> None:
-        """One evaluation of the weights after `step` optimizer steps."""
+        """Write an evaluation of the weights after `step` optimizer steps."""
         row = {"step": step, "loss_valid": loss_valid, "perplexity_valid": perplexity_valid}
         self._write({"kind": "valid", **row}, step)
         log.info("step %d: validation loss %.4f, perplexity %.1f", step, loss_valid, perplexity_valid)
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """What the model has written: (what it was given, how it went on)."""
+        """Log (prompt, completion) pairs generated by the model."""
         for number, (given, written) in enumerate(texts):
             log.info("step %d: sample %d: %s[...]%s", step, number, given[-_SHOWN_CHARACTERS:], written)
             if self._board is not None:
-                # Four spaces make a block of code in Markdown, whatever the text holds.
+                # Indenting by four spaces makes a Markdown code block for any text.
                 block = "".join(f"    {line}\n" for line in f"{given}[...]{written}".splitlines())
                 self._board.add_text(f"sample/{number}", block, step)
 
     def mfu(self, flops_per_second: float, ranks: "Ranks") -> float | None:
-        """Model FLOPs utilisation: the share of the devices' peak; None where that is not known."""
+        """Return the model FLOPs utilization, the fraction of the devices' peak; None where the peak is not known."""
         if self._peak_flops is None:
             given = self._recipe.logging.peak_tflops
             self._peak_flops = given * 1e12 if given else known_peak_flops(ranks.device, self._recipe.engine.precision)
         return flops_per_second / (self._peak_flops * ranks.world_size) if self._peak_flops else None
 
     def _write(self, row: dict[str, Any], step: int) -> None:
-        # JSON has no infinity: a perplexity that overflows is null.
+        # JSON has no infinity: an overflowed perplexity becomes null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -209,7 +209,7 @@ class Metrics:
             self._wandb.log({**numbers, "step": step})
 
     def close(self) -> None:
-        """Flush and close the files, and file the run under its hyperparameters."""
+        """Close all outputs, and record the run's hyperparameters in TensorBoard."""
         rows = [row for row in read_metrics(self._run.metrics) if row["kind"] == "valid"]
         self._file.close()
         if self._board is not None:
@@ -225,7 +225,7 @@ class Metrics:
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"n_layer": 2}} as {"model.n_layer": 2}."""
+    """Flatten {"model": {"n_layer": 2}} to {"model.n_layer": 2}."""
     flat = {}
     for key, each in value.items():
         flat.update(_flatten(each, f"{prefix}{key}.") if isinstance(each, dict) else {f"{prefix}{key}": each})
@@ -233,7 +233,7 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
-    """A Weights & Biases run, which a resumed run goes on with. Its settings come from the environment (WANDB_*)."""
+    """Start a Weights & Biases run, or continue it in a resumed run. Settings come from WANDB_* variables."""
     try:
         import wandb  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -245,14 +245,14 @@ def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
         resume="allow",
         dir=str(run.path),
         config=recipe.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True),  # our own lines say all that it would
+        settings=wandb.Settings(console="off", silent=True),  # our own log has the same information
     )
-    started.define_metric("*", step_metric="step")  # steps taken again are written again
+    started.define_metric("*", step_metric="step")  # repeated steps are logged again
     return started
 
 
 def known_peak_flops(device: "torch.device", precision: str) -> float | None:
-    """Peak FLOP/s of one device in half precision; None for others, and for fp32, where tensor cores may take part."""
+    """Return a GPU's peak half-precision FLOP/s; None for other devices, and for fp32, which may use tensor cores."""
     if device.type != "cuda" or precision == "fp32":
         return None
     import torch
@@ -261,7 +261,7 @@ def known_peak_flops(device: "torch.device", precision: str) -> float | None:
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """Most memory that this rank has held so far: on its device, or resident in the host's where it computes there."""
+    """Return the peak memory of this rank so far: allocated on its GPU, or resident on the host for CPU ranks."""
     if device.type == "cuda":
         import torch
 
@@ -270,7 +270,7 @@ def peak_memory_bytes(device: "torch.device") -> int:
 
 
 def _drop_rows_from(path: Path, first_step: int) -> None:
-    """Keep what happened before the weights of `first_step`: those steps will be taken again."""
+    """Drop the rows of `first_step` and later steps, which will be repeated; keep the evaluation of its weights."""
     kept = [
         row
         for row in read_metrics(path)

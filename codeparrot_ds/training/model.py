@@ -1,4 +1,4 @@
-"""GPT-2 with weights that are a function of seed and names alone, at every ZeRO stage and world size."""
+"""GPT-2 whose initial weights depend only on the seed and parameter names, at every ZeRO stage and world size."""
 
 import math
 from collections.abc import Mapping
@@ -30,21 +30,24 @@ def build_model(
     from_checkpoint: bool = False,
     draw_on: torch.device | None = None,
 ) -> nn.Module:
-    """A `transformers.GPT2LMHeadModel`, initialised, its embeddings tied, that also computes its loss.
+    """Build an initialized `transformers.GPT2LMHeadModel` with tied embeddings that also computes its loss.
 
-    `network(input_ids, targets=...)` is the mean loss; without targets it is transformers' own forward.
+    `network(input_ids, targets=...)` returns the mean loss; without targets it is transformers' own forward.
 
     Args:
-        model: the recipe's section.
-        eos_id: goes into its configuration.
-        seed: of the weights, unless the recipe has them loaded (`model.init_from`).
-        ds_config: resolved DeepSpeed configuration; at stage 3 each rank then only ever holds its partition.
+        model: the recipe's `model` section.
+        eos_id: end-of-sequence id for the model's configuration.
+        seed: for the initial weights, unless they are loaded (`model.init_from`).
+        ds_config: resolved DeepSpeed configuration; at stage 3 each rank only ever holds its partition.
         loss_chunk_tokens: see `LossHead`.
-        from_checkpoint: all weights will be loaded afterwards, so `model.init_from` may be gone.
-        draw_on: a device, for weights that are drawn there. They are not those of training, but made in no time.
+        from_checkpoint: all weights will be loaded afterwards, so `model.init_from` need not exist any more.
+        draw_on: device on which to draw random weights. This is fast, but the weights differ from those of training.
+
+    Returns:
+        The network, with activation checkpointing set up as in `model`.
 
     Raises:
-        CheckpointError: `model.init_from` is no GPT-2 directory of this shape.
+        CheckpointError: `model.init_from` is not a GPT-2 directory of this shape.
     """
     import deepspeed
     from transformers import GPT2Config
@@ -55,14 +58,14 @@ def build_model(
         **model.hugging_face_config(eos_id),
         use_cache=False,
         attn_implementation=attention.CAUSAL,
-        # GPT-2's own, in one kernel: "gelu_new" makes it of seven, and keeps their results for the backward pass.
+        # GPT-2's activation in one kernel: "gelu_new" takes seven, and keeps their outputs for the backward pass.
         activation_function="gelu_pytorch_tanh",
     )
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
             network = make(config)
     else:
-        with torch.device("meta"):  # allocate once, and leave the initialisation to us
+        with torch.device("meta"):  # allocate once, without transformers' initialization
             network = make(config)
         network.to_empty(device=draw_on or "cpu")
     network.tie_weights()
@@ -78,13 +81,15 @@ def build_model(
 
 
 def recompute_activations(network: Any, mode: str) -> None:
-    """Have blocks drop their activations after the forward pass and make them again in the backward pass.
+    """Make blocks discard their activations after the forward pass and recompute them in the backward pass.
 
-    mode: "none" of them, "full" for all, or "selective" for every second.
+    Args:
+        network: GPT-2 of transformers.
+        mode: "none", "full" for all blocks, or "selective" for every second block.
     """
     if mode == "none" and not any(block.gradient_checkpointing for block in network.transformer.h):
         return
-    # transformers renamed it in 5; the old name goes in 6.
+    # Renamed in transformers 5; the old name is removed in 6.
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for number, block in enumerate(network.transformer.h):
@@ -92,11 +97,11 @@ def recompute_activations(network: Any, mode: str) -> None:
 
 
 def compile_blocks(network: Any, device: torch.device, backend: Any = "inductor") -> None:
-    """torch.compile for each block. All blocks are one graph, or two where some recompute their activations, compiled
-    once for each shape of a micro-batch.
+    """Compile each block with torch.compile.
 
-    What is recomputed is in the graph, so that only what the backward pass needs is made again. The hooks with which
-    ZeRO-3 gathers a block's weights stay outside of it: `gather_whole_blocks`.
+    All blocks share one graph, or two where only some recompute their activations, compiled once per micro-batch shape.
+    Recomputation is part of the graph, so that only what the backward pass needs is recomputed. The hooks with which
+    ZeRO-3 gathers a block's weights stay outside the graph: see `gather_whole_blocks`.
     """
     attention.share_scale(network, device)
     for block in network.transformer.h:
@@ -114,7 +119,7 @@ def _recomputed(block: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def gather_whole_blocks(network: Any) -> None:
-    """Have ZeRO-3 gather the weights of a block at once, not module by module: a twelfth of its hooks, in Python."""
+    """Make ZeRO-3 gather weights per block instead of per module, which needs a twelfth of its Python hooks."""
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(network, [type(network.transformer.h[0])])
@@ -122,7 +127,7 @@ def gather_whole_blocks(network: Any) -> None:
 
 @lru_cache(maxsize=1)
 def _class_with_loss() -> Any:
-    """transformers' GPT-2 with our head; made on first use, for importing transformers takes seconds."""
+    """Return transformers' GPT-2 with our head. Defined on first use, because importing transformers takes seconds."""
     from transformers import GPT2LMHeadModel
 
     class GPT2WithLoss(GPT2LMHeadModel):
@@ -143,11 +148,11 @@ def _class_with_loss() -> Any:
 
 
 class TokenEmbedding(nn.Embedding):
-    """Whose gradient is summed in fp32 on CPU cores too, as CUDA's kernel does it. In bf16 a frequent token would lose
-    what is added last."""
+    """Embedding whose gradient is accumulated in fp32 on CPU too, as in CUDA's kernel. In bf16, late contributions to
+    the gradient of a frequent token would be rounded away."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input [batch, seq_len] int64, result [batch, seq_len, n_embd]."""
+        """Look up input [batch, seq_len] int64; returns [batch, seq_len, n_embd]."""
         if input.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and torch.is_grad_enabled():
             embedded: torch.Tensor = _EmbeddingSummedInFp32.apply(self.weight, input)
             return embedded
@@ -169,21 +174,21 @@ class _EmbeddingSummedInFp32(torch.autograd.Function):
 
 
 def initialise(network: nn.Module, model: Model, seed: int) -> None:
-    """Set every parameter to `initial_value`, partitioned or not.
+    """Set every parameter to its `initial_value`, whether or not it is partitioned.
 
-    transformers' own initialisation sees empty partitions under ZeRO-3, and one generator for all parameters
-    would tie each weight to the order in which modules were built.
+    transformers' own initialization sees empty partitions under ZeRO-3, and a single generator for all parameters
+    would make each weight depend on the order in which modules are built.
     """
     import deepspeed
 
     for name, parameter in network.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
-            if parameter.numel() > 0:  # gathered: rank 0's values reach the others on leaving
+            if parameter.numel() > 0:  # gathered: rank 0's values are broadcast on exit
                 parameter.copy_(initial_value(name, parameter.shape, model.n_layer, seed))
 
 
 def _draw(network: nn.Module) -> None:
-    """Set every parameter to something like its initial value, where it is."""
+    """Initialize every parameter on its device: from the default generator, and without depth scaling."""
     import deepspeed
 
     for name, parameter in network.named_parameters():
@@ -197,11 +202,11 @@ def _draw(network: nn.Module) -> None:
 
 
 def load_pretrained(network: nn.Module, directory: Path) -> None:
-    """Set every parameter to that of a Hugging Face GPT-2 directory, partitioned or not. Raises CheckpointError."""
+    """Load every parameter from a Hugging Face GPT-2 directory, whether or not partitioned. Raises CheckpointError."""
     import deepspeed
     from safetensors import SafetensorError, safe_open
 
-    where: dict[str, Path] = {}  # tensor name, as ours, to its file
+    where: dict[str, Path] = {}  # our parameter name -> file that contains it
     try:
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -219,11 +224,11 @@ def load_pretrained(network: nn.Module, directory: Path) -> None:
         with safe_open(where[name], "pt") as file:
             found = file.get_slice(_key_in(file, name)).get_shape()
         if list(shape) != list(found):
-            problems.append(f"{name}: its shape is {list(found)}, the recipe's model makes it {list(shape)}")
+            problems.append(f"{name}: its shape is {list(found)}, but the recipe's model needs {list(shape)}")
     if problems:
         shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])]
-        mend = "Name a Hugging Face GPT-2 directory with safetensors, and set the recipe's model section to its shape."
-        raise CheckpointError(list_problems(f"{directory} (model.init_from)", shown, mend))
+        fix = "Use a Hugging Face GPT-2 directory with safetensors, and set the recipe's model section to its shape."
+        raise CheckpointError(list_problems(f"{directory} (model.init_from)", shown, fix))
     for name, parameter in parameters.items():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
             if parameter.numel() > 0:
@@ -232,31 +237,31 @@ def load_pretrained(network: nn.Module, directory: Path) -> None:
 
 
 def _key_in(file: Any, name: str) -> str:
-    """How the file calls the parameter `name`: bare GPT2Model directories leave the first part out."""
+    """Return the key of parameter `name` in the file: files of a bare GPT2Model omit the `transformer.` prefix."""
     return name if name in file.keys() else name.removeprefix("transformer.")  # noqa: SIM118 (not a dict)
 
 
 def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> torch.Tensor:
-    """The fp32 value of one parameter at step 0, on the CPU. Source of the scales: GPT-2, section 2.3."""
+    """Return the fp32 value of one parameter at step 0, on the CPU. Scales from the GPT-2 paper, section 2.3."""
     if ".ln_" in name:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    # Each block adds two projections to the residual stream: scaled so that its variance does not grow with depth.
+    # Each block adds two projections to the residual stream. Scaling keeps its variance independent of depth.
     std = _INIT_STD / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else _INIT_STD
     generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}".encode()) >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in fp32, nats per token. logits [batch, seq_len, vocab], targets [batch, seq_len] int64."""
+    """Mean cross-entropy in fp32, nats per token, of logits [batch, seq_len, vocab], targets [batch, seq_len] int64."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay for matrices and embeddings, none for biases and layer norms.
+    """Return AdamW's parameter groups: weight decay for matrices and embeddings, none for biases and layer norms.
 
-    The number of dimensions decides, which no renaming can break; a ZeRO-3 partition keeps its own in `ds_shape`.
+    Grouping is by number of dimensions, so it does not depend on names; a ZeRO-3 partition has its shape in `ds_shape`.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

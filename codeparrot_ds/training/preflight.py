@@ -1,4 +1,4 @@
-"""All that can be refused before anything is allocated: recipe, DeepSpeed JSON, shards, operators, room on disks."""
+"""Checks before anything is allocated: recipe, DeepSpeed JSON, shards, operators, precision and disk space."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.ds_config import required_ops
 from codeparrot_ds.run.recipe import Recipe
 
-if TYPE_CHECKING:  # resolving needs no torch, so bad input is refused before anything is imported or allocated
+if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is refused before it is loaded
     pass
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that has passed every check that needs no other rank and no memory."""
+    """A run that has passed every check that needs neither other ranks nor memory."""
 
     recipe: Recipe
     ds_config: dict[str, Any]
@@ -53,7 +53,7 @@ class CheckedRun:
 
 
 def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> CheckedRun:
-    """Check all that this host can know before training: recipe, DeepSpeed JSON, shards, compiler, run directory."""
+    """Check recipe, DeepSpeed JSON, shards, compiler and run directory on this host. Raises UserError."""
     check_launch_command()
     recipe = load_recipe(recipe_path, overrides)
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
@@ -65,20 +65,20 @@ def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Check
 
 
 def check_shards(recipe: Recipe) -> Dataset:
-    """The recipe's shards, whose sizes are checked. Raises DataError or ConfigError."""
+    """Open the recipe's shards and check their sizes. Raises DataError or ConfigError."""
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
-    data.order(recipe.seed)  # weights that cannot be dealt are told now
+    data.order(recipe.seed)  # fails now if the blend weights are invalid
     manifest = data.manifests[0]
     if manifest.vocab_size != recipe.model.vocab_size:
         raise ConfigError(
-            f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, model.vocab_size is "
-            f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or name the right shards."
+            f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, but model.vocab_size is "
+            f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or use matching shards."
         )
     return data
 
 
 def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int) -> None:
-    """Raise ConfigError unless this host's disks have room for what the run will write from `step` on."""
+    """Raise ConfigError unless this host's disks have enough space for the files that the run writes from `step` on."""
     recipe = checked.recipe
     swap = swap_directory(checked.ds_config)
     needs: list[tuple[Path, int, str]] = []
@@ -86,7 +86,7 @@ def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int)
         to_come = checkpoints_to_come(recipe, step, len(checked.run.checkpoint_directories()))
         is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
         if is_last and recipe.checkpoints.every_minutes is None and offload_device(checked.ds_config) == "nvme":
-            # The last moves there from NVMe, which takes no room on the same disk.
+            # The last checkpoint is moved from NVMe, which takes no extra space on the same disk.
             to_come -= swap is not None and swap.stat().st_dev == checked.run.path.stat().st_dev
         writers = Fraction(sum(map(ranks.shares_disk, range(ranks.world_size))), ranks.world_size)
         zero_stage = checked.ds_config["zero_optimization"]["stage"]
@@ -99,7 +99,7 @@ def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int)
             needs.append((checked.run.path, exports * bytes_each, f"{exports} exported models"))
     if swap is not None and ranks.local_rank == 0:
         share = parameters * local_world_size(ranks.world_size) // ranks.world_size
-        needs.append((swap, share * swap_bytes_per_parameter(checked.ds_config), "what is offloaded"))
+        needs.append((swap, share * swap_bytes_per_parameter(checked.ds_config), "the offloaded state"))
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for need in needs:
         by_disk.setdefault(need[0].stat().st_dev, []).append(need)
@@ -108,12 +108,12 @@ def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int)
 
 
 def check_compiler(ds_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError when DeepSpeed must compile operators, and lacks a C++ compiler, ninja or libaio for it."""
+    """Raise ConfigError when DeepSpeed must compile operators but a C++ compiler, ninja or libaio is missing."""
     ops = required_ops(ds_config)
     if not ops:
         return
     compiler = _find_compiler()
-    needed = {  # and the Debian package that has it
+    needed = {  # tool -> (Debian package, whether it is found)
         "g++": ("g++", compiler),
         "ninja": ("ninja-build", shutil.which("ninja")),
         "libaio": ("libaio-dev", "async_io" not in ops or (compiler and _has_libaio(compiler))),
@@ -121,21 +121,21 @@ def check_compiler(ds_config: Mapping[str, Any]) -> None:
     missing = {name: package for name, (package, found) in needed.items() if not found}
     if missing:
         raise ConfigError(
-            f"DeepSpeed compiles {' and '.join(ops)} for this configuration, and {' and '.join(missing)} cannot be "
+            f"DeepSpeed compiles {' and '.join(ops)} for this configuration, but {' and '.join(missing)} cannot be "
             f"found. Install it (Debian or Ubuntu: `apt-get install {' '.join(missing.values())}`), or use a "
             "configuration without offload, such as ds_configs/zero3.json."
         )
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError when DeepSpeed cannot compute in this precision on the device at hand."""
+    """Raise ConfigError when DeepSpeed does not support this precision on the current device."""
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
     supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}
     if precision in supported and not supported[precision]():
         raise ConfigError(
-            f"engine.precision: {precision} is not supported on {device.device_name()} devices like these. "
+            f"engine.precision: {precision} is not supported on {device.device_name()} devices of this type. "
             f"Use {'bf16' if precision == 'fp16' and device.is_bf16_supported() else 'fp32'}."
         )
 
@@ -145,8 +145,8 @@ def _find_compiler() -> str | None:
 
 
 def _has_libaio(compiler: str) -> bool:
-    """Whether a program that uses libaio can be built, its headers included: the library alone is not enough."""
-    flags = [shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "LDFLAGS")]  # where DeepSpeed looks as well
+    """Whether a program that uses libaio can be compiled and linked: the library without headers is not enough."""
+    flags = [shlex.split(os.environ.get(name, "")) for name in ("CFLAGS", "LDFLAGS")]  # DeepSpeed uses them too
     source = "#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }"
     with tempfile.TemporaryDirectory() as directory:
         command = [compiler, *flags[0], "-x", "c++", "-", *flags[1], "-laio", "-o", f"{directory}/probe"]

@@ -1,4 +1,4 @@
-"""What a rank knows of itself and the others, and the few collectives that training needs beside DeepSpeed's."""
+"""Identity of a rank, setup of the process group, and the collectives that training needs besides DeepSpeed's."""
 
 import logging
 import os
@@ -25,17 +25,17 @@ LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and th
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of a run.
+    """This process's view of the ranks of a run.
 
     Attributes:
         rank: 0 .. world_size - 1.
-        world_size: processes, one a GPU.
+        world_size: number of processes, one per GPU.
         local_rank: rank on this host.
-        device: where this rank computes.
-        control: process group over the CPU, whose collectives wait for no device and mix with none of DeepSpeed's.
-        disk_of: for every rank, the lowest rank that sees the same run directory as it does: it sees to that disk.
-            All zeros where hosts share one; empty means the same.
-        disks: process group, over the CPU, of those that see to a disk, where there are several.
+        device: device of this rank.
+        control: CPU process group for collectives that neither wait for a device nor interleave with DeepSpeed's.
+        disk_of: for every rank, the lowest rank that sees the same run directory and therefore manages that disk. All
+            zeros, or empty, where all hosts share one disk.
+        disks: CPU process group of the ranks that manage a disk; None with a single disk.
     """
 
     rank: int
@@ -48,35 +48,39 @@ class Ranks:
 
     @property
     def is_fs_leader(self) -> bool:
-        """Whether this rank alone makes, names and removes what lies in the run directory that it sees."""
+        """Whether this rank manages (creates, renames, removes) the files in the run directory that it sees."""
         return self.rank == (self.disk_of[self.rank] if self.disk_of else 0)
 
     @property
     def on_many_disks(self) -> bool:
-        """Whether hosts keep what their ranks write each on its own disk."""
+        """Whether hosts store their ranks' files on separate disks."""
         return any(self.disk_of)
 
     def shares_disk(self, rank: int) -> bool:
-        """Whether what that rank writes is seen by this one."""
+        """Whether this rank sees the files that `rank` writes."""
         return not self.disk_of or self.disk_of[rank] == self.disk_of[self.rank]
 
     def slice(self, share: int) -> slice:
-        """This rank's part of a global array dealt out `share` items a rank, in rank order."""
+        """Return this rank's slice of a global array that is split into `share` items per rank, in rank order."""
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; all ranks must call. int64 sums wrap modulo 2^64."""
+        """Sum over ranks, in place. Collective: all ranks must call. int64 sums wrap modulo 2^64."""
         dist.all_reduce(values)
         return values
 
     def sum_on_host(self, values: Sequence[int]) -> list[int]:
-        """Sum of each of `values`, int64, over ranks; all ranks must call. Sums wrap modulo 2^64; no device waits."""
+        """Sum each of the int64 `values` over ranks, modulo 2^64, on the CPU. Collective: all ranks must call."""
         tensor = torch.tensor(values)
         dist.all_reduce(tensor, group=self.control)
         return [int(value) for value in tensor.tolist()]
 
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
-        """Begin to take the largest of each of `values` over ranks; all ranks must call. What is returned waits."""
+        """Start an all-reduce of the maximum of each of `values`. Collective: all ranks must call.
+
+        Returns:
+            A function that waits for the result and returns it.
+        """
         tensor = torch.tensor(values)
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
 
@@ -87,7 +91,7 @@ class Ranks:
         return finish
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable `value`, in rank order; all ranks must call."""
+        """Return every rank's picklable `value`, in rank order. Collective: all ranks must call."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -121,20 +125,20 @@ class Ranks:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel end this rank when DeepSpeed's launcher dies: its SIGKILL would leave orphans that train on."""
+    """Have the kernel kill this rank when DeepSpeed's launcher dies: after a SIGKILL its ranks would keep training."""
     parent = psutil.Process(os.getppid())
     if LAUNCHER in parent.cmdline():
         kill_with_parent(parent.pid)
 
 
 def join() -> Ranks:
-    """Join the process group through DeepSpeed, and keep its and transformers' harmless notes from the user."""
+    """Join the process group through DeepSpeed, and silence harmless messages of DeepSpeed and transformers."""
     _quieten_libraries()
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", free_port())
     on_this_host = local_world_size(1)
-    # Our checkpoints hold tensors and plain values; what could run code is refused everywhere.
+    # Our checkpoints hold only tensors and plain values, so pickles that could run code are refused everywhere.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -146,7 +150,7 @@ def join() -> Ranks:
         device = torch.device("cpu")
     else:
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-            # Segments that grow leave no holes between activations of different sizes.
+            # Expandable segments avoid fragmentation by activations of different sizes.
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
@@ -157,8 +161,8 @@ def join() -> Ranks:
 
 
 def _choose_interface() -> None:
-    """Have gloo use the interface towards rank 0. It would take that of this host's own name, which on many machines
-    stands for the loopback address."""
+    """Make gloo use the network interface that routes to rank 0. By default it resolves this host's name, which on many
+    machines is the loopback address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
         probe.connect((os.environ["MASTER_ADDR"], 9))
         own = probe.getsockname()[0]
@@ -168,22 +172,25 @@ def _choose_interface() -> None:
 
 
 def _prepare_cpu(ranks: int) -> None:
-    """Settings for ranks that compute on CPU cores."""
+    """Configure threads and operators for ranks that compute on CPU cores."""
     import deepspeed
 
     if "OMP_NUM_THREADS" not in os.environ:
-        # One thread a core: ranks that each take all cores wait for one another.
+        # One thread per core: ranks that each use all cores slow each other down.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    # This op is for inference only, but DeepSpeed would build it here: about 100 s and a compiler, for nothing.
+    # DeepSpeed would compile this inference-only op here, which takes about 100 s and needs a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def find_disks(ranks: Ranks, directory: Path) -> Ranks:
-    """`ranks`, which know then who shares `directory` with whom. All ranks must call, and raise ClusterError when one
-    cannot write there."""
+    """Return `ranks` with `disk_of` and `disks` set by which ranks share `directory`. Collective: all ranks must call.
+
+    Raises:
+        ClusterError: on all ranks, when a host cannot write to `directory`.
+    """
     token, failure = None, None
     if ranks.local_rank == 0:
-        token = directory / f".seen-by-{secrets.token_hex(8)}"  # a new name: no cache of a file server answers for it
+        token = directory / f".seen-by-{secrets.token_hex(8)}"  # a unique name, which no file server has cached
         try:
             token.touch()
         except OSError as error:
@@ -204,7 +211,7 @@ def find_disks(ranks: Ranks, directory: Path) -> Ranks:
 
 
 def leave() -> None:
-    """Leave the process group, so that no rank ends while another still waits for it."""
+    """Leave the process group after a barrier, so that no rank exits while another waits for it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

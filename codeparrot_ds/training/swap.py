@@ -1,7 +1,7 @@
-"""What a run offloads to NVMe: where a host keeps it, and what the host must allow.
+"""NVMe offload: the swap directory of a host, and the limit on locked memory.
 
-The directory is one run's alone, empty at its start and gone at its end. DeepSpeed 0.19.8 writes into the files that it
-finds, never shortens them, and copies all of them into every checkpoint.
+The directory belongs to a single run, is empty at its start and removed at its end: DeepSpeed 0.19.8 overwrites
+existing files without truncating them, and copies all files of the directory into every checkpoint.
 """
 
 import contextlib
@@ -15,15 +15,16 @@ from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.ds_config import swap_buffer_bytes
 from codeparrot_ds.system.files import exclusive_lock, make_directory
 
-_CAP_IPC_LOCK = 14  # linux/capability.h: may lock any amount of memory
-_OF_DEEPSPEED = "zero_stage_3"  # the directory that it makes
+_CAP_IPC_LOCK = 14  # linux/capability.h: permits locking any amount of memory
+_OF_DEEPSPEED = "zero_stage_3"  # the directory that DeepSpeed creates
 
 
 @contextlib.contextmanager
 def hold_swap_directory(path: Path) -> Iterator[None]:
-    """Keep `path` for one run: what another has left there goes at once, the rest when the block has ended well.
+    """Reserve `path` for one run: leftovers are removed on entry, the whole directory when the block ends normally.
 
-    Raises ConfigError when another run uses it, or when it cannot be written to.
+    Raises:
+        ConfigError: when another run uses the directory, or it is not writable.
     """
     make_directory(path)
     busy = f"{path}: another run offloads to this directory. Stop it, or use another --set engine.nvme=…"
@@ -34,12 +35,15 @@ def hold_swap_directory(path: Path) -> Iterator[None]:
 
 
 def check_locked_memory(ds_config: Mapping[str, Any], share: int, largest: int) -> None:
-    """Raise ConfigError when this rank may not lock the memory that DeepSpeed's buffers take: it would abort.
+    """Check that this rank may lock the memory of DeepSpeed's buffers, without which DeepSpeed would abort.
 
     Args:
-        ds_config: resolved.
-        share: parameters of this rank.
-        largest: parameters of this rank in the model's largest tensor.
+        ds_config: resolved DeepSpeed configuration.
+        share: number of parameters in this rank's partition.
+        largest: number of those in the model's largest tensor.
+
+    Raises:
+        ConfigError: when the limit on locked memory is too low.
     """
     needed_bytes = swap_buffer_bytes(ds_config, share, largest)
     if not needed_bytes:
@@ -49,9 +53,9 @@ def check_locked_memory(ds_config: Mapping[str, Any], share: int, largest: int) 
     if hard in (resource.RLIM_INFINITY, -1) or hard >= needed_bytes or _may_lock_any_amount():
         return
     raise ConfigError(
-        f"DeepSpeed's buffers for NVMe offload lock up to {needed_bytes / 1e6:,.0f} MB of memory a rank, and a process "
-        f"may lock {hard / 1e6:,.0f} MB here. Raise `memlock` in /etc/security/limits.conf (in a container: "
-        "`docker run --ulimit memlock=-1`) and log in again, or use ds_configs/zero3_offload.json."
+        f"DeepSpeed's buffers for NVMe offload lock up to {needed_bytes / 1e6:,.0f} MB of memory per rank, but a "
+        f"process may lock only {hard / 1e6:,.0f} MB here. Raise `memlock` in /etc/security/limits.conf (in a "
+        "container: `docker run --ulimit memlock=-1`) and log in again, or use ds_configs/zero3_offload.json."
     )
 
 

@@ -1,7 +1,7 @@
-"""How a rank's files of a checkpoint get to disk: beside training, from a copy in host memory.
+"""Asynchronous writing of a rank's checkpoint files, from a copy in host memory while training continues.
 
-DeepSpeed 0.19.8 has such a writer too, but cannot load again what it has saved. Ours only takes the place of the call
-that writes a file, so the files are the same.
+DeepSpeed 0.19.8 has such a writer too, but cannot load the checkpoints it saves. Ours only replaces the call that
+writes a file, so the files are the same.
 """
 
 import copy
@@ -18,14 +18,14 @@ from codeparrot_ds.system.files import flush_to_disk
 from codeparrot_ds.system.launched import local_world_size
 from codeparrot_ds.system.memory import available_bytes
 
-_SPARE_MEMORY = 0.25  # of what is available: to be left by a copy
+_SPARE_MEMORY = 0.25  # fraction of available memory that a copy must leave free
 
 
 class CheckpointWriter(TorchCheckpointEngine):
-    """Takes the place of `engine.checkpoint_engine`, which writes a file at each call of `save`.
+    """Replaces `engine.checkpoint_engine`, which writes a file at each call of `save`.
 
     Attributes:
-        files: path -> size and digest of each file that is down, since the last `begin`.
+        files: path -> size and digest of each file fsynced since the last `begin`.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -37,24 +37,24 @@ class CheckpointWriter(TorchCheckpointEngine):
         self._error: BaseException | None = None
 
     def begin(self, background: bool) -> None:
-        """What is saved from now on belongs to a new checkpoint. With `background`, it is written after `start`."""
+        """Begin a new checkpoint. With `background`, files are copied on `save` and written after `start`."""
         assert self._thread is None
         self.files, self._waiting, self._background, self._error = {}, [], background, None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a file, or copy what goes into it. Where memory is too short for a copy, it is written at once."""
-        # All ranks of a host copy at once.
+        """Copy a file's contents for background writing, or write it immediately if memory is too low for a copy."""
+        # All ranks of a host copy at the same time.
         room = (1 - _SPARE_MEMORY) * available_bytes() / local_world_size(1)
         if self._background and tensor_bytes(state_dict) < room:
             self._waiting.append((copy_to_host(state_dict), Path(path)))
         elif self._error is None:
             try:
                 self._write(state_dict, Path(path))
-            except OSError as error:  # told by `wait`: the other ranks are about to wait in DeepSpeed's own barrier
+            except OSError as error:  # raised by `wait`: the other ranks are about to enter DeepSpeed's barrier
                 self._error = error
 
     def start(self) -> None:
-        """Begin to write what has been copied."""
+        """Start writing the copied files."""
         self._thread = threading.Thread(target=self._write_all, name="checkpoint writer", daemon=True)
         self._thread.start()
 
@@ -92,7 +92,7 @@ class CheckpointWriter(TorchCheckpointEngine):
 
 
 class _DigestingFile:
-    """A file that is written from its beginning to its end, and its digest, which then need not be read back."""
+    """A file that is written sequentially and hashed on the way, so that it need not be read back."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -106,7 +106,7 @@ class _DigestingFile:
         return self._file.write(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Flush buffered data to the operating system."""
         self._file.flush()
 
     def __enter__(self) -> "_DigestingFile":
@@ -117,7 +117,7 @@ class _DigestingFile:
 
 
 def copy_to_host(state: Any) -> Any:
-    """`state` with every tensor copied to host memory; those that share memory, as tied weights do, go on so."""
+    """Return `state` with every tensor copied to host memory. Tensors that share memory, as tied weights, still do."""
     copies: dict[Any, torch.Tensor] = {}
 
     def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def copy_to_host(state: Any) -> Any:
 
 
 def tensor_bytes(state: Any) -> int:
-    """Of all tensors in `state`."""
+    """Return the total bytes of all tensors in `state`."""
     total = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ def tensor_bytes(state: Any) -> int:
 
 
 def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor], copy_rest: bool = True) -> Any:
-    """`value` with `change` done to its tensors. Containers keep their types, for they are part of what is saved."""
+    """Apply `change` to the tensors in `value`. Containers keep their types, because checkpoints store them."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):

@@ -352,7 +352,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
     assert "Traceback" not in done.output
     status = run.status()
     assert status["state"] == "failed" and "3 steps in a row" in status["error"]
-    assert "step 1: skipped, its gradients are not finite (1 in a row, 1 in all)" in done.output
+    assert "step 1: skipped, gradients are not finite (1 in a row, 1 in total)" in done.output
 
     rows, batch = run.rows(), run.recipe.batch.global_batch_size
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
@@ -367,7 +367,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
     held = ZeroCheckpoint(run.directory.newest_checkpoint())
     assert held.step == 2  # of AdamW: the skipped one is not in it
     assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
-    expect_named(run, {1, 3, 4, 5}, "skipped: gradients that are not finite")
+    expect_named(run, {1, 3, 4, 5}, "skipped: non-finite gradients")
 
 
 def expect_named(run: Run, steps: set[int], reason: str) -> None:
@@ -451,7 +451,7 @@ def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kill
         run = new_spiky_run("go_back", "whole")
         done = run.train(SPIKE)
         assert done.returncode == 0, done.output
-        assert "going back to step 12, and leaving the samples of steps 13 to 20 out" in done.output
+        assert "going back to step 12, skipping the samples of steps 13 to 20" in done.output
         expect_named(run, SUSPECTS, "at step 20")
         return run
 

@@ -62,7 +62,7 @@ def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_t
     """A shared disk that one host has not mounted: the files of its ranks would be lost."""
     launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
-    assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: is another directory than on the host of rank 0" in (
+    assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: not the same directory as on rank 0's host" in (
         launched.output
     )
     assert "checkpoints.shared_disk=false" in launched.output and "Traceback" not in launched.output
@@ -141,7 +141,7 @@ def test_what_a_host_took_with_it_is_named(
     directory = files_on(real_hosts, 0, run.checkpoint(3))
     without = run_deepspeed(real_hosts, recipe, tmp_path, hosts=(0, 2))
     assert without.returncode != 0
-    assert f"files that {real_hosts.hosts[1]} wrote are on none of these hosts" in without.output
+    assert f"files written by {real_hosts.hosts[1]} are on none of these hosts" in without.output
     assert "Traceback" not in without.output
     # Nothing was changed: with that host they are complete again, also for half as many ranks.
     assert files_on(real_hosts, 0, run.checkpoint(3)) == directory

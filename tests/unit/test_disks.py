@@ -30,7 +30,7 @@ def test_a_damaged_part_is_taken_from_another_disk_or_named() -> None:
 def test_the_host_of_a_missing_part_is_named() -> None:
     chosen, problems = disks._choose([copy("part-a"), copy("part-c")])
     assert chosen is None
-    assert problems == ["1 files that host-b wrote are on none of these hosts, such as part-b"]
+    assert problems == ["1 files written by host-b are on none of these hosts, e.g. part-b"]
 
 
 def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
@@ -41,7 +41,7 @@ def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
 
 
 def test_a_disk_without_any_manifest_has_nothing() -> None:
-    assert disks._choose([None, None]) == (None, ["no readable manifest, so this is no complete checkpoint"])
+    assert disks._choose([None, None]) == (None, ["no readable manifest, so the checkpoint is incomplete"])
 
 
 def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
