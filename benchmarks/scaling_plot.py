@@ -1,4 +1,4 @@
-"""Draw what benchmarks/scaling.py projects, from its JSON on standard input. Usage: python scaling_plot.py FILE.svg"""
+"""Plot the projection of benchmarks/scaling.py from its JSON on stdin. Usage: python scaling_plot.py FILE.svg"""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "codeparrot-ds"  # the same figures give the same bytes
+matplotlib.rcParams["svg.hashsalt"] = "codeparrot-ds"  # the same figures produce the same bytes
 import matplotlib.pyplot as plt  # noqa: E402
 
 rows = json.load(sys.stdin)["projected"]
