@@ -108,7 +108,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
         assert done.returncode == EXIT_PREEMPTED, done.output
         assert (run.newest(), run.status()["state"]) == (step, "preempted")
         assert run.status()["reason"] == number.name
-    job = run.start_supervised("pause:0:3", supervised=QUICK)  # now two launches at once
+    job = run.start_supervised("pause:0:3", supervised=QUICK)  # now with a second signal
     job.wait_for("paused")
     for _ in range(2):
         job.process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What training really writes is what `compare` reads."""
+"""`compare` reads the files that training really writes."""
 
 from collections.abc import Callable
 
