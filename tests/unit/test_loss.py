@@ -1,4 +1,4 @@
-"""Losses that hosts have found of their slices, put together."""
+"""Merging the losses that hosts computed on their slices."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What `codeparrot-ds status` says of a run."""
+"""Output of `codeparrot-ds status`."""
 
 from pathlib import Path
 
