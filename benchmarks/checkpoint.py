@@ -119,9 +119,9 @@ def main() -> None:
         shutil.rmtree(directory, ignore_errors=True)
     raw = statistics.median(disk)
     size = beside["checkpoint_bytes"]
-    print(f"\nZeRO-{options.stage}, {beside['parameters'] / 1e6:.1f} M parameters, {size / 1e9:.2f} GB a checkpoint")
-    print(f"{'':34}{'whole s':>9}{'training waited s':>19}{'of the disk':>13}{'step s':>9}")
-    for name, row in (("written while training goes on", beside), ("training waits", waiting)):
+    print(f"\nZeRO-{options.stage}, {beside['parameters'] / 1e6:.1f} M parameters, {size / 1e9:.2f} GB per checkpoint")
+    print(f"{'':34}{'total s':>9}{'training waited s':>19}{'of disk time':>13}{'step s':>9}")
+    for name, row in (("written in the background", beside), ("training waits", waiting)):
         share = f"{row['waited_seconds'] / raw:.2f}"
         print(f"{name:34}{row['seconds']:9.2f}{row['waited_seconds']:19.2f}{share:>13}{row['step_seconds']:9.2f}")
     print(f"{'the same bytes, flushed':34}{raw:9.2f}   {size / raw / 1e6:,.0f} MB/s")

@@ -178,7 +178,7 @@ def measure_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
     shards = options.shards or make_shards(work, VOCAB_SIZE)
     model = Model.model_validate(MODEL)
     rows = []
-    print("stage  hosts  link Mb/s  tokens/s  of one host's  sent a step  model  predicted tokens/s", flush=True)
+    print("stage  hosts  link Mb/s  tokens/s  of one host's  sent per step  model  predicted tokens/s", flush=True)
     with make_hosts(work / "hosts") as hosts, equal_shares(hosts) as cores:
         for stage in options.stages:
             unlimited: dict[int, Measured] = {}
@@ -247,7 +247,7 @@ def project() -> list[dict[str, Any]]:
 def print_projection(rows: list[dict[str, Any]]) -> None:
     """Print the fraction of a step in which GPUs compute, one table per stage."""
     for stage in (1, 2, 3):
-        print(f"\nZeRO-{stage}: share of a step that computes, nothing overlapped to all overlapped")
+        print(f"\nZeRO-{stage}: fraction of a step spent computing, from no overlap to full overlap")
         print("GPUs  micro x acc  " + "".join(f"{gbits:>7} Gb/s  " for gbits in GBITS))
         for gpus in GPUS:
             found = [row for row in rows if (row["gpus"], row["stage"]) == (gpus, stage)]

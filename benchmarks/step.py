@@ -366,7 +366,7 @@ def compare(options: argparse.Namespace, pipelines: Pipelines) -> dict[str, list
             timed[name].append(one)
             wall, cpu, others = (one.median(field) for field in ("loop_seconds", "cpu_seconds", "others_share"))
             print(
-                f"round {number + 1} of {options.rounds}: {name:<10} {wall * 1e3:8.1f} ms a step, CPU "
+                f"round {number + 1} of {options.rounds}: {name:<10} {wall * 1e3:8.1f} ms per step, CPU "
                 f"{cpu * 1e3:8.1f} ms; {len(one.loop_seconds)} blocks, others took {others:.1%} of the cores",
                 file=sys.stderr,
                 flush=True,

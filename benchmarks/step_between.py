@@ -97,7 +97,7 @@ def main() -> None:
         for case in old:
             found.setdefault(case, []).append((old[case], new[case]))
         print(f"round {number + 1}", {case: f"{new[case] / old[case]:.3f}" for case in old}, flush=True)
-    print("\n| | old, CPU ms a step | new | new : old, median | lowest | highest |\n|---|---|---|---|---|---|")
+    print("\n| | old, CPU ms per step | new | new : old, median | lowest | highest |\n|---|---|---|---|---|---|")
     for case, pairs in found.items():
         ratios = [new / old for old, new in pairs]
         old_ms, new_ms = (1e3 * statistics.median(each) for each in zip(*pairs, strict=True))

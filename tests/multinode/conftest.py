@@ -33,7 +33,7 @@ mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
 mount --bind "$2" /etc/hosts
 "$3" -D -e -f "$4" &
-while :; do wait; sleep 1; done  # it goes on when its sshd is stopped
+while :; do wait; sleep 1; done  # keeps running when its sshd is stopped
 """
 
 SSHD_CONFIG = """
