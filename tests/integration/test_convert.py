@@ -1,4 +1,4 @@
-"""Conversion of real checkpoints: verification passes for correct ones and fails for the right reason otherwise."""
+"""Conversion of real checkpoints: proofs that hold, and proofs that fail for what is wrong."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_certificate_says_what_transformers_computes(baseline: Trained, conv
     assert certificate["engine"]["not_compared"] is None
     assert abs(forward["loss_written"] - certificate["engine"]["loss_valid"]) < 1e-4
     assert certificate["engine"]["loss_valid"] == baseline.valid_losses()[6]
-    # Streamed layer by layer, the loss equals that of the whole model.
+    # Streamed, layer by layer, it is the loss that the whole model has.
     recipe = load_recipe(baseline.run.recipe)
     whole = validation_loss(converted, recipe.data.sources, recipe.evaluation.sequences)
     assert whole.sequences == forward["sequences"]
@@ -108,7 +108,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not in the certificate"):
         check(added)
 
-    # The certificate's digests of files were rewritten, but not those of tensors.
+    # Somebody has rewritten the certificate's digests of files, but not those of tensors.
     forged = copy("forged")
     file = sorted(forged.glob("*.safetensors"))[0]
     tensors = load_file(file)
@@ -125,7 +125,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
 def test_a_writer_that_errs_leaves_no_directory(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One element of one tensor is corrupted between checkpoint and file: verification names it."""
+    """One element of one tensor goes wrong between checkpoint and file: the proof names it."""
     right = writing._bytes
     calls: list[int] = []
 
@@ -145,7 +145,7 @@ def test_a_writer_that_errs_leaves_no_directory(
 def test_a_model_that_computes_something_else_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if transformers interpreted the tensors differently from the engine."""
+    """As if transformers took the tensors for something else than the engine did."""
     right = converting._reader
 
     def wrong(weights: Any) -> Any:
@@ -161,7 +161,7 @@ def test_a_model_that_computes_something_else_is_refused(
 def test_a_model_that_is_not_what_the_engine_trained_is_refused(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are bit-exact, but the configuration makes transformers compute something else."""
+    """Every bit of the weights is right, but its configuration has transformers compute something else."""
     right = Model.hugging_face_config
 
     def wrong(self: Model, eos_id: int) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(
     begun = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - begun
-    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the default cap
+    assert 0 < check(output)["peak_memory_bytes"] < 1.5 * GB  # the cap where none is given
     whole = {file.name: file.read_bytes() for file in output.iterdir() if file.name != CERTIFICATE}
     assert whole == {file.name: file.read_bytes() for file in converted.iterdir() if file.name != CERTIFICATE}
     for number in range(kills):
@@ -257,7 +257,7 @@ def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: 
     said = trained.run.log(0).read_text()
     assert TOKEN not in said
     exported = sorted(path.name for path in trained.run.exports.iterdir())
-    # The first may still be running when the second is due.
+    # The first may still go on when the second is due.
     if "not exported, for the export before it still goes on" in said:
         assert exported == ["step-00000003"]
     else:

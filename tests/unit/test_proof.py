@@ -701,7 +701,7 @@ def test_verification_against_the_input_finds_ids_that_no_check_saw(
     monkeypatch.setattr(building, "_REFEREE_EVERY", 1 << 100)
     break_encoder(monkeypatch, "n_5 = 1\n")
     manifest = make(data, inputs, tmp_path / "shards")
-    verify(tmp_path / "shards", deep=True)  # complete but wrong
+    verify(tmp_path / "shards", deep=True)  # whole, and yet wrong
     with pytest.raises(DataError, match=r"does not hold o/r1 5\.py of the input"):
         verify_against_corpus(manifest)
 
