@@ -1,4 +1,4 @@
-"""`codeparrot-ds launch` with ranks that run tests/faults/probe_train.py and its faults.
+"""`codeparrot-ds launch`, whose ranks run tests/faults/probe_train.py with its faults.
 
 Usage: probe_launch.py --fault NAME:RANK:STEP ... --marks DIRECTORY launch RECIPE ...
 """
@@ -16,7 +16,7 @@ MODULE = ["--module", "codeparrot_ds.train"]
 
 
 def main() -> None:
-    """Replace the training module with the probe, and run."""
+    """Put the probe in the place of the module, and go."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fault", action="append", default=[])
     parser.add_argument("--marks", required=True)

@@ -1,4 +1,4 @@
-"""`codeparrot-ds launch` supervises a job: crashes are restarted, user errors are not."""
+"""`codeparrot-ds launch` supervises a job: what died is restarted, what a user must fix is not."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ QUICK = ("--restart-delay", "0.2")
 
 
 def attempts(run: Run) -> list[dict[str, Any]]:
-    """Rows of launches.jsonl."""
+    """What `codeparrot-ds launch` has noted."""
     return [json.loads(line) for line in run.directory.launches.read_text().splitlines()]
 
 
@@ -38,7 +38,7 @@ def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
     run = new_run("mended", 1, "checkpoints.every_steps=1")
     job = run.start_supervised("once:1:2", "pause:0:4", supervised=QUICK)
     job.wait_for("paused")
-    job.launcher().kill()  # deepspeed then exits with 0
+    job.launcher().kill()  # deepspeed then ends with 0, as if all were well
     job.unpause()
     done = job.end()
     assert done.returncode == 0, done.output
@@ -87,7 +87,7 @@ def test_when_the_supervisor_is_killed_all_end_and_the_next_goes_on(
     assert "another `codeparrot-ds launch` is already supervising this run" in second.output
     assert len(job.family()) >= 4
     job.process.kill()
-    third = run.start_supervised(supervised=QUICK)  # immediately, while the old ranks may still be running
+    third = run.start_supervised(supervised=QUICK)  # at once, while the old ranks may still live
     assert until(lambda: not job.family(), 30), job.family()
     done = third.end()
     assert done.returncode == 0, done.output
@@ -108,7 +108,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
         assert done.returncode == EXIT_PREEMPTED, done.output
         assert (run.newest(), run.status()["state"]) == (step, "preempted")
         assert run.status()["reason"] == number.name
-    job = run.start_supervised("pause:0:3", supervised=QUICK)  # now with a second signal
+    job = run.start_supervised("pause:0:3", supervised=QUICK)  # and now twice
     job.wait_for("paused")
     for _ in range(2):
         job.process.send_signal(signal.SIGINT)
@@ -123,7 +123,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
 def test_a_rank_that_is_stopped_is_killed_and_the_job_goes_on(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
-    """Fault 9. It reacts only to SIGKILL, which deepspeed sends after 30 s."""
+    """Fault 9. It answers to nothing but SIGKILL, and deepspeed gives it 30 s."""
     run = new_run("stopped", 1, "checkpoints.every_steps=1", "guards.hang_seconds=6")
     job = run.start_supervised("pause:1:2", supervised=QUICK)
     job.wait_for("paused")

@@ -1,4 +1,4 @@
-"""Run by ranks: have DeepSpeed itself load a universal checkpoint, and save the state of its engine.
+"""Run by ranks: have DeepSpeed itself load a universal checkpoint, and save what its engine then holds.
 
 Usage: probe_universal.py RECIPE DS_CONFIG UNIVERSAL OUT
 """

@@ -1,4 +1,4 @@
-"""`compare` reads the files that training really writes."""
+"""What training really writes is what `compare` reads."""
 
 from collections.abc import Callable
 

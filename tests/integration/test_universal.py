@@ -1,4 +1,4 @@
-"""Universal checkpoints: ours are bit-exact and DeepSpeed loads them; those of DeepSpeed's script can be read."""
+"""Universal checkpoints: ours hold every bit and DeepSpeed loads them; DeepSpeed's own are read."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ PROBE = ROOT / "tests" / "integration" / "probe_universal.py"
 
 @pytest.fixture(scope="module")
 def universal(baseline: Trained, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Universal checkpoint of the newest one of `baseline`: ZeRO-3, two ranks."""
+    """Of the newest checkpoint of `baseline`: ZeRO-3, two ranks."""
     return to_universal(source_checkpoint(baseline.run.path), tmp_path_factory.mktemp("universal") / "made", 8 * GB)
 
 
@@ -65,7 +65,7 @@ def test_deepspeed_loads_every_bit(
 def test_training_goes_on_from_it(
     baseline: Trained, train_tiny: Callable[..., Trained], tiny_recipe: dict[str, Any]
 ) -> None:
-    """With another stage and number of ranks, the remaining steps have the same losses."""
+    """Another stage and another number of ranks: the steps that are left have the losses that they had."""
     place = Path(tiny_recipe["runs"]) / "moved" / "checkpoints" / "step-00000003"
     to_universal(Checkpoint.read(baseline.run.checkpoint(3)), place, 8 * GB)
     moved = train_tiny("moved", ranks=1, stage=1)

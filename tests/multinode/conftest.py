@@ -1,4 +1,4 @@
-"""Three real hosts on one machine, each with its own network, host name, processes, `/etc/hosts` and sshd."""
+"""Three real hosts on one machine: network, host name, processes, `/etc/hosts` and sshd of each are its own."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched
 
 TOOLS = ("ip", "tc", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip are not on everyone's PATH
-ADDRESSES = ("192.0.2.1", "192.0.2.2", "192.0.2.3")  # RFC 5737: reserved for documentation, so no real machine has them
+ADDRESSES = ("192.0.2.1", "192.0.2.2", "192.0.2.3")  # RFC 5737: for documentation, so they stand for no real machine
 LINK_RATE = "200mbit"
-SET_UP_TIMEOUT = 30  # seconds; takes about one
+SET_UP_TIMEOUT = 30  # seconds; it takes about one
 
-# Runs as the first process of a host, in its own namespaces: mounts are not visible outside and disappear with the
-# host. sshd needs an empty directory in /run, which the machine has only after its own sshd has started.
+# Runs as the first process of a host, in namespaces of its own: nothing mounted here is seen outside, and all of it
+# ends with the host. sshd wants an empty directory in /run, which the machine has only once its own sshd has started.
 FIRST_PROCESS = """
 set -e
 hostname "$1"
@@ -33,7 +33,7 @@ mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
 mount --bind "$2" /etc/hosts
 "$3" -D -e -f "$4" &
-while :; do wait; sleep 1; done  # keeps running when its sshd is stopped
+while :; do wait; sleep 1; done  # it goes on when its sshd is stopped
 """
 
 SSHD_CONFIG = """
@@ -63,13 +63,13 @@ LogLevel ERROR
 
 @dataclass(frozen=True)
 class RealHosts:
-    """Hosts that reach each other by name over `eth0`, as root with a temporary key. They share all files.
+    """Hosts that reach each other by name over `eth0`, as root with a throw-away key. They share all files.
 
     Attributes:
-        hosts: their names, also the names of their network namespaces.
-        addresses: IP addresses of their `eth0`.
-        ssh_config: for `ssh -F`; `run` passes it to pdsh.
-        first_processes: process id of each host's first process, in this machine's namespace.
+        hosts: their names, which are also those of their network namespaces.
+        addresses: of their `eth0`.
+        ssh_config: for `ssh -F`; `run` hands it to pdsh.
+        first_processes: process id of each host's first process, as this machine sees it.
     """
 
     hosts: tuple[str, ...]
@@ -78,9 +78,9 @@ class RealHosts:
     first_processes: tuple[int, ...]
 
     def processes(self, host: int) -> list[psutil.Process]:
-        """Processes of a host except its first process, its sshd, and zombies."""
+        """All that runs on a host but its first process, its sshd, and what is about to be reaped."""
         found = []
-        if not psutil.pid_exists(self.first_processes[host]):  # its exit ended all others
+        if not psutil.pid_exists(self.first_processes[host]):  # its end was that of all others
             return []
         for process in psutil.Process(self.first_processes[host]).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -89,7 +89,7 @@ class RealHosts:
         return found
 
     def ranks(self, host: int) -> list[psutil.Process]:
-        """Rank processes on a host."""
+        """The ranks on a host."""
         found = []
         for process in self.processes(host):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,12 +98,12 @@ class RealHosts:
         return found
 
     def set_link(self, host: int, state: str) -> None:
-        """Set a host's link: `down` disconnects it, `up` reconnects it."""
+        """`down`: cut the host off; `up`: connect it again."""
         _set_up(["ip", "-n", self.hosts[host], "link", "set", "eth0", state])
 
     @contextlib.contextmanager
     def without_sshd(self, host: int) -> Iterator[None]:
-        """Leave ssh connections to a host unanswered during the block."""
+        """Nobody answers ssh on a host while the block lasts."""
         sshd = [each for each in psutil.Process(self.first_processes[host]).children() if each.name() == "sshd"]
         assert len(sshd) == 1
         command = sshd[0].cmdline()
@@ -111,7 +111,7 @@ class RealHosts:
         try:
             yield
         finally:
-            # sshd has changed its title to "sshd: PATH -D -e -f CONFIG [listener] …"
+            # Its title is that of sshd now: "sshd: PATH -D -e -f CONFIG [listener] …"
             words = " ".join(command).split()
             again = [words[1], "-D", "-e", "-f", words[words.index("-f") + 1]]
             self.start(again, host=host)
@@ -125,7 +125,7 @@ class RealHosts:
         cwd: Path = Path("/"),
         output: IO[str] | int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        """Start a command on the first host (or `host`), with `env` added to this environment."""
+        """Start a command on the first host (or `host`) with `env` added to this environment."""
         environment = {
             **os.environ,
             "PATH": TOOLS_PATH,
@@ -140,16 +140,16 @@ class RealHosts:
         )
 
     def run(self, command: Sequence[str | Path], *, timeout: float, **how: Any) -> Launched:
-        """`start` a command and wait for it.
+        """`start` a command and wait for its end.
 
-        If it takes more than `timeout` seconds, everything on the hosts except sshd is killed and the test fails.
+        When it takes more than `timeout` seconds, everything on the hosts but sshd is killed and the test fails.
         """
-        # A file, because a pipe would stay open as long as a grandchild outlives the command.
+        # A file, for a pipe would stay open as long as any grandchild that outlives the command.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             process = self.start(command, output=output, **how)
             try:
                 process.wait(timeout)
-            except BaseException as error:  # also on Ctrl-C, since the command has no terminal that would end it
+            except BaseException as error:  # Ctrl-C too: the command has no terminal that would end it
                 self.end_commands(process)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
@@ -160,9 +160,9 @@ class RealHosts:
             return Launched(process.returncode, output.read())
 
     def end_commands(self, entered: subprocess.Popen[bytes]) -> None:
-        """Kill everything on the hosts except their first processes and sshd, whatever state a test has left.
+        """Kill all that runs on the hosts but their first processes and sshd, whatever state a test has left.
 
-        Uses SIGKILL: on SIGTERM `deepspeed` would run `pkill -f` with its launcher's name on each host.
+        By SIGKILL: at SIGTERM `deepspeed` would have each host `pkill -f` the name of its launcher.
         """
         doomed = [process for host in range(len(self.hosts)) for process in self.processes(host)]
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -183,7 +183,7 @@ def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
 
 @contextlib.contextmanager
 def make_hosts(directory: Path) -> Iterator[RealHosts]:
-    """Three hosts with an sshd each, removed afterwards, also if the setup fails."""
+    """Three hosts with an sshd each. Nothing of them is left afterwards, nor when setting them up fails."""
     if os.geteuid() != 0:
         unavailable("only root can make network namespaces")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=TOOLS_PATH) is None]
@@ -194,7 +194,7 @@ def make_hosts(directory: Path) -> Iterator[RealHosts]:
 
 
 def unavailable(reason: str) -> NoReturn:
-    """Skip the test; in CI, where a skip would go unnoticed, fail it."""
+    """Skip the test; in CI, where a skipped test would go unseen, fail it."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"hosts cannot be made here: {reason}")
     pytest.skip(f"hosts cannot be made here: {reason}")
@@ -208,7 +208,7 @@ def run_deepspeed(
     hosts: Sequence[int] = (0, 1),
     slots: int = 1,
 ) -> Launched:
-    """Run `deepspeed` on the first of `hosts` with `slots` ranks on each; hostfile and home are in `directory`."""
+    """Run `deepspeed` on the first of `hosts` for `slots` ranks on each, with hostfile and home in `directory`."""
     hostfile = directory / "hostfile"
     hostfile.write_text("".join(f"{real_hosts.hosts[host]} slots={slots}\n" for host in hosts))
     environment = {
@@ -218,7 +218,7 @@ def run_deepspeed(
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
     }
-    # sshd gives the ranks a minimal environment; DeepSpeed adds the variables in this file.
+    # sshd gives the ranks a bare environment; DeepSpeed hands them what this file says.
     home = directory / "home"
     home.mkdir(exist_ok=True)
     (home / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
@@ -240,14 +240,14 @@ def run_deepspeed(
 
 
 def _start_hosts(directory: Path, undo: contextlib.ExitStack) -> RealHosts:
-    """Create the hosts and wait until each answers by name; their cleanup is registered with `undo`."""
+    """Make the hosts and wait until each answers by its name; `undo` gets what ends them."""
     identity = secrets.token_hex(3)
     names = tuple(f"ds-{identity}-{letter}" for letter in "abc")
     _write_ssh_files(directory, names)
     _make_network(names, undo)
     started = [_start_sshd(directory, name, undo) for name in names]
     hosts = RealHosts(names, ADDRESSES, directory / "ssh_config", tuple(started))
-    # Each must answer from where the test will connect, and with its own name, which shows that ssh reaches it.
+    # Each must answer from where the test will call it, and under its own name: proof that ssh arrives there.
     for name in names:
         _wait_for_answer(hosts, name, directory)
     return hosts
@@ -265,16 +265,16 @@ def _write_ssh_files(directory: Path, names: tuple[str, ...]) -> None:
 
 
 def _make_network(names: tuple[str, ...], undo: contextlib.ExitStack) -> None:
-    """Connect each host's `eth0` to a switch."""
+    """Each host's `eth0` is a cable to a switch."""
     switch = f"{names[0]}-switch"
     for name in (switch, *names):
         done = _call(["ip", "netns", "add", name])
-        if done.returncode != 0:  # e.g. in a container without CAP_SYS_ADMIN
+        if done.returncode != 0:  # as in a container without CAP_SYS_ADMIN
             unavailable(f"ip netns add: {done.stdout.strip()}")
         undo.callback(_call, ["ip", "netns", "delete", name])
     _set_up(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
     _set_up(["ip", "-n", switch, "link", "set", "bridge", "up"])
-    # Both ends are created in their namespaces, so the machine never has a second eth0 and both vanish with them.
+    # Both ends are made where they belong: the machine itself never has a second eth0, and they go with the namespaces.
     for number, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
         port = f"port{number}"
         _set_up(["ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch])
@@ -282,18 +282,18 @@ def _make_network(names: tuple[str, ...], undo: contextlib.ExitStack) -> None:
         _set_up(["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"])
         _set_up(["ip", "-n", name, "link", "set", "lo", "up"])
         _set_up(["ip", "-n", name, "link", "set", "eth0", "up"])
-        # Slow enough that load from other tests on the same cores does not make one link slower than the others.
+        # Slow enough that no other test, busy on the same cores, makes one link slower than the others.
         shaper = ["root", "tbf", "rate", LINK_RATE, "burst", "256kb", "latency", "50ms"]
         _set_up(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *shaper])
 
 
 def _start_sshd(directory: Path, name: str, undo: contextlib.ExitStack) -> int:
-    """Start a host's sshd in its own process, mount and UTS namespaces and return its process id.
+    """Start a host's sshd in process, mount and UTS namespaces of its own and return its process id.
 
-    It is the first process of its process namespace, so the kernel kills all others there with it. setpriv kills it
-    together with pytest, in case pytest is killed before it can clean up.
+    It is the first process of its process namespace, so the kernel ends all others there with it. setpriv ends it
+    with pytest, should pytest be killed before it can clean up.
     """
-    sshd = shutil.which("sshd", path=TOOLS_PATH) or "sshd"  # sshd requires an absolute path
+    sshd = shutil.which("sshd", path=TOOLS_PATH) or "sshd"  # sshd insists on an absolute path
     command = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", name]
     command += ["unshare", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
     command += ["sh", "-c", FIRST_PROCESS, "host", name, str(directory / "hosts"), sshd, str(directory / "sshd_config")]
@@ -311,7 +311,7 @@ def _start_sshd(directory: Path, name: str, undo: contextlib.ExitStack) -> int:
 
 
 def _end_host(process: subprocess.Popen[bytes]) -> None:
-    """Kill a host and wait for all its processes: `unshare` exits after its child, which exits last."""
+    """End a host and wait until all its processes are gone: `unshare` ends only after its child, and that only last."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children():
             child.kill()

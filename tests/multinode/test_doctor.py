@@ -1,4 +1,4 @@
-"""`codeparrot-ds doctor` on three real hosts (see conftest.py), with faults on one of them."""
+"""`codeparrot-ds doctor` over three real hosts (see conftest.py), with something wrong on one of them."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ Doctor = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def doctor(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -> Doctor:
-    """Check all three hosts; returns the exit code and the JSON."""
+    """Exit code and JSON of a look at all three hosts."""
     recipe = save_recipe({**tiny_recipe, "batch": {"global_batch_size": 6}}, tmp_path / "tiny.yaml")
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts))
@@ -43,7 +43,7 @@ def doctor(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 
 
 def red(report: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Failed checks, by position of the host."""
+    """What is red, by the place of the host."""
     return {number: each["red"] for number, each in enumerate(report["hosts"]) if each["red"]}
 
 
@@ -61,7 +61,7 @@ def test_three_good_hosts_are_green_within_half_a_minute(doctor: Doctor, real_ho
 def test_what_is_wrong_with_one_host_is_named(
     doctor: Doctor, real_hosts: RealHosts, data: Path, tmp_path: Path
 ) -> None:
-    """A different version, different shards, no space, a loopback host name and a port in use, all at once."""
+    """Another version, other shards, no room, a name for the loopback address, a taken port; all at once."""
     information = importlib.metadata.distribution("deepspeed").locate_file("")
     metadata = next(Path(str(information)).glob("deepspeed-*.dist-info")) / "METADATA"
     other = tmp_path / "METADATA"

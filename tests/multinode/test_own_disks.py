@@ -1,4 +1,4 @@
-"""Hosts without a shared disk: each keeps the files of its own ranks (see conftest.py for the hosts)."""
+"""Hosts without a shared disk: each keeps what its ranks write on its own (see conftest.py for the hosts)."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PROGRAM = Path(sys.executable).with_name("codeparrot-ds")
 
 
 def files_on(real_hosts: RealHosts, host: int, directory: Path) -> set[str]:
-    """Names of the files below `directory` on a host."""
+    """Names of the files below `directory` that a host sees."""
     found = real_hosts.run(["find", directory, "-type", "f", "-printf", "%P\n"], timeout=10, host=host)
     assert found.returncode == 0, found.output
     return set(found.output.split())
@@ -37,7 +37,7 @@ def on(real_hosts: RealHosts, host: int, *command: str | Path) -> None:
 
 @pytest.fixture
 def runs(real_hosts: RealHosts, tiny_recipe: dict[str, Any]) -> Path:
-    """The directory of runs, of which the second host has its own."""
+    """The directory of runs, which the second host has for itself."""
     directory = Path(tiny_recipe["runs"])
     directory.mkdir()
     on(real_hosts, 1, "mount", "-t", "tmpfs", "tmpfs", directory)
@@ -59,7 +59,7 @@ def call(real_hosts: RealHosts, directory: Path, *command: str | Path) -> Launch
 def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_trained(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
 ) -> None:
-    """A shared disk that one host has not mounted: files of its ranks would be lost."""
+    """A shared disk that one host has not mounted: what its ranks write would go astray."""
     launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
     assert f"host {real_hosts.hosts[1]}: {runs / 'tiny'}: is another directory than on the host of rank 0" in (
@@ -72,14 +72,14 @@ def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_t
 def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, baseline: Trained, tmp_path: Path
 ) -> None:
-    """With any order of the hosts, another ZeRO stage, and after a crash between the publications of the two hosts."""
+    """In any order of the hosts, at another ZeRO stage, and after a crash between the two hosts' publishing."""
     tiny_recipe["checkpoints"]["shared_disk"] = False
     recipe, run = save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), RunDirectory(runs / "tiny")
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:2]))
     launched = call(real_hosts, tmp_path, "launch", recipe, "--hostfile", hostfile)
     assert launched.returncode == 0, launched.output
-    assert "own disk" in launched.output  # reported by the doctor
+    assert "own disk" in launched.output  # says the doctor
     trained = Trained(run, read_metrics(run.metrics))
     assert trained.losses() == baseline.losses()
 
@@ -88,7 +88,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     assert files_on(real_hosts, 0, last.path) == of_rank[0] | {"manifest.json"}
     assert files_on(real_hosts, 1, last.path) == of_rank[1] | {"manifest.json"}
 
-    # Rank 0 is now where rank 1 was, and its files are on the other host, which lost power while publishing.
+    # Rank 0 is now where rank 1 was, and what it needs lies on the other host. That host lost power as it published.
     resumed_at = run.checkpoint(3)
     for host in (0, 1):
         on(real_hosts, host, "rm", "-r", last.path)
@@ -102,8 +102,8 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     assert resumed.valid_losses() == {6: baseline.valid_losses()[6]}
     assert files_on(real_hosts, 0, last.path) == of_rank[1] | {"manifest.json"}
 
-    # Another ZeRO stage reads all old partitions: every host gets all files, and a damaged file is fetched from the
-    # other host.
+    # Another ZeRO stage reads from all old partitions: every host gets all files, and one that was damaged on the way
+    # is taken from the other.
     for host in (0, 1):
         on(real_hosts, host, "rm", "-r", last.path)
     assert files_on(real_hosts, 0, resumed_at) == files_on(real_hosts, 1, resumed_at)
@@ -117,7 +117,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     losses = [float.fromhex(loss) for loss in Trained(run, read_metrics(run.metrics)).losses()]
     assert losses == pytest.approx([float.fromhex(loss) for loss in baseline.losses()], rel=1e-5)
 
-    # Conversion fetches files of other hosts only if it is given the hosts.
+    # Conversion looks for what is elsewhere only when it is told where.
     refused = call(real_hosts, tmp_path, "convert", run.path, tmp_path / "hf")
     assert refused.returncode == EXIT_USER_ERROR
     assert f"is missing: {real_hosts.hosts[1]} wrote it" in refused.output and "--hostfile" in refused.output
@@ -143,9 +143,9 @@ def test_what_a_host_took_with_it_is_named(
     assert without.returncode != 0
     assert f"files that {real_hosts.hosts[1]} wrote are on none of these hosts" in without.output
     assert "Traceback" not in without.output
-    # Nothing was changed: with that host they are complete again, also for half the ranks.
+    # Nothing was touched: with that host they are whole again, for half as many ranks too.
     assert files_on(real_hosts, 0, run.checkpoint(3)) == directory
-    # A checkpoint that was being saved at the crash and is complete nowhere does not interfere.
+    # What was being saved when all was lost, and is nowhere whole, is not in the way.
     on(real_hosts, 0, "cp", "-r", run.checkpoint(3), run.unfinished(5))
     on(real_hosts, 0, "sed", "-i", 's/"step": 3/"step": 5/', run.unfinished(5) / "manifest.json")
     back = run_deepspeed(real_hosts, recipe, tmp_path)

@@ -1,4 +1,4 @@
-"""`codeparrot-ds shards build --hostfile` and `evaluate loss --hostfile` on three real hosts (see conftest.py)."""
+"""`codeparrot-ds shards build --hostfile` and `evaluate loss --hostfile` over three real hosts (see conftest.py)."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def corpus(data: Path, tmp_path: Path) -> Corpus:
 
 
 def build_on(real_hosts: RealHosts, corpus: Corpus, output: Path, *options: str, hosts: int = 3) -> Launched:
-    """Shards built by the first hosts."""
+    """Shards made by the first so many hosts."""
     hostfile = output.with_suffix(".hosts")
     hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts[:hosts]))
     program = Path(sys.executable).with_name("codeparrot-ds")

@@ -1,4 +1,4 @@
-"""The Slurm scripts of launch/ on a real two-node Slurm: Debian's slurmctld and two slurmd on this machine."""
+"""The Slurm scripts of launch/ on a real Slurm of two nodes: slurmctld and two slurmd of Debian's on this machine."""
 
 import os
 import shutil
@@ -54,12 +54,12 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster."""
+    """A cluster under way."""
 
     directory: Path
 
     def environment(self) -> dict[str, str]:
-        """Environment of its commands."""
+        """What its commands need."""
         return {
             **os.environ,
             "SLURM_CONF": str(self.directory / "slurm.conf"),
@@ -70,7 +70,7 @@ class Slurm:
         }
 
     def call(self, *command: str | Path) -> str:
-        """Run a command and return its output."""
+        """A command's output."""
         done = subprocess.run(
             [str(word) for word in command],
             env=self.environment(),
@@ -85,16 +85,16 @@ class Slurm:
         return done.stdout
 
     def submit(self, log: Path, *command: str | Path) -> str:
-        """Submit a job and return its number."""
+        """A job's number."""
         return self.call("sbatch", "--parsable", f"--output={log}", *command).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Slurm's description of a job."""
+        """What Slurm says of a job."""
         words = self.call("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def logs(self) -> str:
-        """Logs of its daemons."""
+        """Of its daemons."""
         return "\n".join(
             f"{path}:\n{path.read_text(errors='replace')[-3000:]}" for path in self.directory.glob("*.log")
         )
@@ -102,7 +102,7 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A controller and two one-CPU nodes, removed afterwards."""
+    """A controller and two nodes of one CPU each. Nothing of them is left afterwards."""
     if os.geteuid() != 0:
         unavailable("only root can be two Slurm nodes")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=TOOLS_PATH) is None]
@@ -170,7 +170,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 def wait_for(slurm: Slurm, number: str, state: str, log: Path) -> dict[str, str]:
-    """Wait until the job is in this state."""
+    """Until the job is in this state."""
     assert until(lambda: slurm.job(number)["JobState"] == state, JOB_SECONDS), (
         f"{slurm.job(number)}\n{log.read_text() if log.exists() else ''}\n{slurm.logs()}"
     )
@@ -194,7 +194,7 @@ def test_two_nodes_train_exactly_as_two_ranks_on_one(
 def test_a_job_that_slurm_asks_to_end_saves_and_is_queued_again(
     slurm: Slurm, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Signal the job as Slurm does five minutes before the time limit."""
+    """As five minutes before the time limit."""
     body = {**tiny_recipe, "name": "asked", "schedule": {"steps": 100_000, "warmup_steps": 1}}
     body["checkpoints"] = {"every_steps": 50_000}
     run = RunDirectory(tmp_path / "runs" / "asked")

@@ -1,4 +1,4 @@
-"""`codeparrot-ds launch --hostfile` on three real hosts (see conftest.py) with faults injected during training."""
+"""`codeparrot-ds launch --hostfile` over three real hosts (see conftest.py) that are hurt while they train."""
 
 import json
 import signal
@@ -22,14 +22,14 @@ from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
 pytestmark = pytest.mark.slow
 
-AT_ONCE = "checkpoints.background=false"  # so that it is known which checkpoints exist
+AT_ONCE = "checkpoints.background=false"  # so that it is known which checkpoints there are
 PROBE_LAUNCH = ROOT / "tests" / "faults" / "probe_launch.py"
-END_SECONDS = 240  # time limit of a job on a busy machine
+END_SECONDS = 240  # of a job, on a busy machine
 
 
 @dataclass
 class Job:
-    """A running `codeparrot-ds launch --hostfile` on the first host."""
+    """A `codeparrot-ds launch --hostfile` under way on the first host."""
 
     hosts: RealHosts
     process: "subprocess.Popen[bytes]"
@@ -44,30 +44,30 @@ class Job:
         return found
 
     def output(self) -> str:
-        """Its output so far."""
+        """What it has said so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, name: str) -> None:
-        """Wait for a mark of the probe."""
+        """Until the probe has left this."""
         assert until(lambda: (self.marks / name).exists() or self.process.poll() is not None, END_SECONDS), (
             self.output()
         )
         assert self.process.poll() is None, self.output()
 
     def wait_to_say(self, text: str) -> None:
-        """Wait for this text in its output."""
+        """Until it has said this."""
         assert until(lambda: text in self.output() or self.process.poll() is not None, END_SECONDS), self.output()
         assert text in self.output()
 
     def end(self) -> int:
-        """Wait for its exit code, and check that none of its processes is left on any host."""
+        """Its exit code; no process of it lives on any host."""
         assert until(lambda: self.process.poll() is not None, END_SECONDS), self.output()
         alone = until(lambda: not any(map(self.hosts.processes, range(len(self.hosts.hosts)))), 20)
         assert alone, [self.hosts.processes(host) for host in range(len(self.hosts.hosts))]
         return self.process.wait()
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Rows of launches.jsonl."""
+        """What it has noted of its attempts."""
         return [json.loads(line) for line in self.directory.launches.read_text().splitlines()]
 
 
@@ -76,7 +76,7 @@ Launch = Callable[..., Job]
 
 @pytest.fixture
 def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -> Iterator[Launch]:
-    """Launch the tiny recipe on the first hosts: `launch(name, hosts, "--option", ..., faults=[...])`."""
+    """Launch the tiny recipe on the first so many hosts: `launch(name, hosts, "--option", ..., faults=[...])`."""
     jobs: list[Job] = []
 
     def start(name: str, hosts: int, *options: str, faults: Sequence[str] = (), settings: Sequence[str] = ()) -> Job:
@@ -114,7 +114,7 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
     launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
 ) -> None:
-    """Fault 23. Losses are bit-identical to those of two ranks on one host."""
+    """Fault 23. Losses are those of two ranks on one host, bit for bit."""
     job = launch("killed", 2, *options, faults=["hold:0:4"], settings=[AT_ONCE])
     job.wait_for("held-4")
     (victim,) = real_hosts.ranks(1)
@@ -152,7 +152,7 @@ def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     lost = real_hosts.hosts[2]
     real_hosts.set_link(2, "down")
     job.wait_to_say(f"rank 2 on {lost} was killed, or its host was lost")
-    assert until(lambda: not real_hosts.processes(2), 30), real_hosts.processes(2)  # it has detected this by itself
+    assert until(lambda: not real_hosts.processes(2), 30), real_hosts.processes(2)  # it has noticed by itself
     (job.marks / "go-3").touch()
     job.wait_to_say(f"training on 2 of 3 hosts, without {lost}")
     job.wait_for("held-7")

@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` on two real hosts (see conftest.py): real ssh, real pdsh, a real network between them."""
+"""`deepspeed --hostfile` over two real hosts (see conftest.py): real ssh, real pdsh, a real network between them."""
 
 import re
 import shutil
@@ -34,10 +34,10 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     assert (status["state"], status["step"], status["world_size"]) == ("finished", steps, 2), launched.output
     assert (run.logs / "rank_00001.log").exists()
 
-    # pdsh prefixes each line with its host's name, and real_hosts has checked that ssh reaches that host.
+    # pdsh puts before each line the name of the host it came from, and real_hosts has seen that ssh arrives at it.
     launchers = re.findall(r"^(\S+): .*nnodes=2, num_local_procs=1, node_rank=(\d)", launched.output, re.MULTILINE)
     assert dict(launchers) == {real_hosts.hosts[0]: "0", real_hosts.hosts[1]: "1"}, launched.output
-    # The ranks communicated over the network: at each step each lacks half of the weights, 4 bytes per parameter.
+    # And the ranks met over the wire: at each step each of them lacks half of the weights, 4 bytes a parameter.
     assert min(received) > steps * 4 * status["parameters"] / 2
 
     two = Trained(run, read_metrics(run.metrics))
@@ -46,7 +46,7 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     assert two.valid_losses() == baseline.valid_losses()
     assert two.digests() == baseline.digests()
 
-    # As if the run had been lost after step 3: the same command resumes there and reaches the same result.
+    # As if the run had been lost after step 3: the same command goes on from there, and ends where the first did.
     newest = run.newest_checkpoint()
     shutil.rmtree(newest.path)
     again = run_deepspeed(real_hosts, recipe, tmp_path)
@@ -58,7 +58,7 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
     saved = run.newest_checkpoint()
     assert (saved.step, saved.loss_valid) == (newest.step, newest.loss_valid)
 
-    # The two hosts' checkpoint is the model that two ranks on one host wrote.
+    # What both hosts wrote is the model that two ranks on one host wrote.
     converted = real_hosts.run(
         [Path(sys.executable).with_name("codeparrot-ds"), "convert", run.path, tmp_path / "hf"], timeout=120
     )
@@ -72,10 +72,10 @@ def test_two_hosts_train_exactly_as_two_ranks_on_one(
 def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
-    """Stock DeepSpeed would leave the other host waiting in the rendezvous for minutes without a message."""
+    """Stock DeepSpeed: the other host waits in the rendezvous for many minutes, and nobody says why."""
     shards = shutil.copytree(data / "shards", tmp_path / "shards")
     tiny_recipe["data"]["shards"] = str(shards)
-    hidden = real_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # visible only to that host
+    hidden = real_hosts.run(["mount", "-t", "tmpfs", "tmpfs", shards], timeout=10, host=1)  # seen by that host alone
     assert hidden.returncode == 0, hidden.output
     launched = run_deepspeed(real_hosts, save_recipe(tiny_recipe, tmp_path / "tiny.yaml"), tmp_path)
     assert launched.returncode != 0
@@ -86,6 +86,6 @@ def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
 
 
 def received_bytes(real_hosts: RealHosts, host: int) -> int:
-    """Bytes received at a host's eth0."""
+    """Bytes that have come in at a host's eth0."""
     counter = real_hosts.run(["cat", "/sys/class/net/eth0/statistics/rx_bytes"], timeout=10, host=host)
     return int(counter.output)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, single error messages, and output without terminal control sequences."""
+"""The command line: exit codes, one message, and output that cannot drive a terminal."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
 
 
 def test_a_disk_too_small_is_told_before_writing(tmp_path: Path) -> None:
-    """A small real file system."""
+    """A real small file system."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     disk = tmp_path / "disk"

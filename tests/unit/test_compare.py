@@ -1,4 +1,4 @@
-"""Comparing two runs: where data or losses first differ, and which runs cannot be compared."""
+"""Two runs step by step: where their data part, where their losses do, and what cannot be compared."""
 
 import json
 import math
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 def train_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A metrics row as written by training."""
+    """A row as training writes it."""
     return {
         "kind": "train",
         "step": step,
@@ -37,12 +37,12 @@ def train_row(step: int, **changed: Any) -> dict[str, Any]:
 
 
 def valid_row(step: int, **changed: Any) -> dict[str, Any]:
-    """A metrics row as written by evaluation."""
+    """A row as evaluation writes it."""
     return {"kind": "valid", "step": step, "loss_valid": 6.5 - step / 16, "perplexity_valid": 1.0, **changed}
 
 
 def rows_of(steps: int = STEPS, changed: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """Rows of a run, evaluated at its start and end; `changed` maps training steps to changes."""
+    """A run of so many steps, evaluated at its start and its end; `changed` by training step."""
     train = [train_row(step, **(changed or {}).get(step, {})) for step in range(steps)]
     return [valid_row(0), *train, valid_row(steps)]
 
@@ -117,7 +117,7 @@ def test_other_data_are_found_at_the_step_where_they_part(make: Make) -> None:
 
 
 def test_losses_that_part_are_measured_and_held_against_the_tolerance(make: Make) -> None:
-    # 1e-9 at step 9; 3e-3 of 4.75 at step 20: 6.3e-4; 2.5e-3 of 3.75 at step 36: 6.7e-4, the largest relative one.
+    # 1e-9 at step 9; 3e-3 at step 20, of 4.75: 6.3e-4; 2.5e-3 at step 36, of 3.75: 6.7e-4, the largest share.
     apart = {9: 1e-9, 20: 3e-3, 36: 2.5e-3}
     changed = {step: {"loss": 6.0 - step / 16 - difference} for step, difference in apart.items()}
     a, b = make("a"), make("b", rows_of(changed=changed))
@@ -211,7 +211,7 @@ def test_a_run_without_status_and_engine_settings_is_compared(make: Make) -> Non
 
 
 def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
-    """The run was at step 30, went back to 20 and was killed at 25; later rows are from the first attempt."""
+    """The run was at step 30, went back to 20 and was killed at 25: what lies beyond is of the first life."""
     first = [row for row in rows_of(30, {step: {"loss": 50.0} for step in range(20, 30)}) if row["kind"] == "train"]
     again = [train_row(step) for step in range(20, 25)]
     whole = make("a", [*rows_of(), valid_row(30)])
@@ -230,7 +230,7 @@ def test_the_evaluation_of_the_weights_gone_back_to_stays(make: Make) -> None:
 
 
 def test_runs_of_other_length_are_compared_where_both_have_steps(make: Make) -> None:
-    """B started from A's weights of step 30 and trained further."""
+    """B began from A's weights of step 30 and went further."""
     later = [train_row(step) for step in range(30, 50)]
     found = compare(make("a"), make("b", later))
     assert found.same
@@ -245,7 +245,7 @@ def test_steps_can_be_chosen(make: Make) -> None:
     between = compare(a, b, first=6, end=20)
     assert between.same
     assert (between.first_step, between.last_step, between.a.steps, between.loss_valid.steps) == (6, 19, 14, 0)
-    assert compare(a, b, first=21, end=STEPS).loss_valid.steps == 1  # for the weights after the last of these steps
+    assert compare(a, b, first=21, end=STEPS).loss_valid.steps == 1  # of the weights after the last of these steps
     assert compare(a, b, first=20).data.first_different == 20
 
 

@@ -1,4 +1,4 @@
-"""How `doctor` judges the facts reported by a host."""
+"""What `doctor` makes of what a host says of itself."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_the_host_that_explains_most_is_to_blame() -> None:
     assert set(blame(("b", each) for each in others)) == {"b"}  # it cannot send
     assert set(blame((each, "b") for each in others)) == {"b"}  # it cannot receive
     assert set(blame([*lame, ("c", "d")])) == {"b", "c", "d"}
-    assert set(blame([("a", "c")])) == {"a", "c"}  # unknown which
+    assert set(blame([("a", "c")])) == {"a", "c"}  # nobody knows which
     assert blame([]) == {}
 
 
@@ -114,7 +114,7 @@ def test_rounds_hold_every_pair_once_and_a_host_once_a_round(count: int) -> None
 
 
 def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
-    """As on a host without the package installed."""
+    """As on a host where the package was never installed."""
     wanted = {"names": ["localhost"], "shards": ["/nowhere"], "ops": ["cpu_adam"], "port": 0, "runs": "/tmp/x/y"}
     said = subprocess.run(
         [sys.executable, "-I", "-S", probe.__file__],

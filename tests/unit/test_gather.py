@@ -1,4 +1,4 @@
-"""Checkpoint files on other hosts: fetched over ssh (replaced by a fake here) and always verified."""
+"""Files of a checkpoint that lie on other hosts: fetched over ssh, here a stand-in for it, and never believed."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from codeparrot_ds.hosts.gather import gather
 from codeparrot_ds.run.directory import Checkpoint
 from codeparrot_ds.system.files import digest_bytes
 
-# Output of `ssh … -- HOST "exec cat -- PATH"`: the file of that name in the host's directory.
+# What `ssh … -- HOST "exec cat -- PATH"` would print: the file of that name in the directory of that host.
 SSH = """#!{python}
 import os, pathlib, shlex, sys
 *_, host, command = sys.argv
@@ -26,7 +26,7 @@ os.write(1, path.read_bytes())
 
 @pytest.fixture
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One directory per host, and a fake `ssh` that reads from them."""
+    """A directory a host; `ssh` is one that looks there."""
     program, directory = tmp_path / "bin" / "ssh", tmp_path / "hosts"
     program.parent.mkdir()
     program.write_text(SSH.format(python=sys.executable, hosts=directory))
@@ -36,7 +36,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_checkpoint(directory: Path, files: dict[str, bytes], host: str = "b") -> Checkpoint:
-    """A checkpoint whose manifest lists these files, none of which is local."""
+    """A checkpoint whose manifest has these files, none of which is here."""
     directory.mkdir()
     listed = {
         name: {"bytes": len(content), "xxh3_128": digest_bytes(content), "host": host}
@@ -48,7 +48,7 @@ def make_checkpoint(directory: Path, files: dict[str, bytes], host: str = "b") -
 
 
 def place(hosts: Path, host: str, path: Path, content: bytes) -> None:
-    """Put a file on a host."""
+    """Put a file onto a host."""
     there = hosts / host / str(path).lstrip("/")
     there.parent.mkdir(parents=True, exist_ok=True)
     there.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Pushing over real HTTP to a small test Hub, with and without faults."""
+"""Pushing over real HTTP to a small Hub of our own, whole and with faults."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def push(hub: Hub, *arguments: str | Path, token: str = TOKEN, **environment: st
 
 
 def model(directory: Path, value: float = 1.0, name: str = "model.safetensors") -> Path:
-    """A directory with a valid certificate."""
+    """A directory with a certificate that holds."""
     directory.mkdir()
     weight = torch.full((4, 2), value)
     save_file({"weight": weight}, directory / name)
@@ -89,11 +89,8 @@ def test_a_model_goes_to_a_branch_and_then_to_main(hub: Hub, tmp_path: Path) -> 
 
     done = push(hub, second, "me/parrot", "--branch", "run-2", "--merge")
     assert done.returncode == 0, done.stderr
-    assert repository.branches == {
-        "main": contents(second),
-        "run-2": contents(second),
-    }  # the weights of the first are gone
-    assert len(hub.sent) == len(set(hub.sent)) == 2  # no large file is sent twice
+    assert repository.branches == {"main": contents(second), "run-2": contents(second)}  # the first's weights are gone
+    assert len(hub.sent) == len(set(hub.sent)) == 2  # no large file twice
     commits = len(repository.commits)
     assert push(hub, second, "me/parrot", "--branch", "run-2", "--merge").returncode == 0
     assert len(repository.commits) == commits  # nothing has changed
@@ -113,7 +110,7 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
 def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) -> None:
-    """Every call fails twice: with an error response, a dropped connection, or no response."""
+    """Every call fails twice: with an answer that says so, cut in the middle, or without any answer."""
     directory = model(tmp_path / "model")
     calls = [
         ("POST", "/api/repos/create"),
@@ -142,11 +139,11 @@ def test_a_hub_that_stays_away_is_told_of_and_the_next_call_goes_on(hub: Hub, tm
     assert "note: me/parrot: try 1 of 2 failed" in done.stderr
     assert "error: me/parrot: the Hub cannot be reached, or fails" in done.stderr
     assert "run the same command again" in done.stderr
-    assert hub.repositories["models/me/parrot"].branches == {"main": {}}  # all or nothing
+    assert hub.repositories["models/me/parrot"].branches == {"main": {}}  # whole or not at all
     hub.faults = []
     assert push(hub, directory, "me/parrot").returncode == 0
     assert hub.repositories["models/me/parrot"].branches == {"main": contents(directory)}
-    assert len(hub.sent) == 1  # already uploaded
+    assert len(hub.sent) == 1  # it had arrived before
 
 
 def test_what_cannot_work_is_refused_at_once(hub: Hub, tmp_path: Path) -> None:

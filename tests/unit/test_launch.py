@@ -1,4 +1,4 @@
-"""Which hosts an attempt uses, which environment variables they get, and what the supervisor receives."""
+"""Which hosts an attempt uses, what they get of the environment, and what a supervisor hears."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
 
 @pytest.fixture
 def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Placement on four hosts of two slots, some of them `lost`."""
+    """What is started on four hosts of two slots, some of them `lost`."""
     monkeypatch.setattr(launchers, "resolve_name", lambda host: "192.0.2.1")
     monkeypatch.setattr(placement, "_address_towards", lambda hosts: "192.0.2.9")
     (tmp_path / "hosts").write_text(FOUR)
@@ -55,7 +55,7 @@ def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_
     with pytest.raises(ClusterError, match="3 of 4 hosts can train, and 4 are needed"):
         many_hosts(["b"]).prepare(2)
     assert many_hosts(["b"], min_hosts=2).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
-    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {"a": 2, "c": 2}  # 8 cannot be divided among six
+    assert many_hosts(["b"], min_hosts=2, batch=8).prepare(2).slots == {"a": 2, "c": 2}  # 8 cannot be dealt to six
     with pytest.raises(ClusterError, match="1 of 4"):
         many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
     with pytest.raises(ConfigError, match="at least 9 wanted"):
@@ -68,7 +68,7 @@ def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[...,
     assert hosts.prepare(2).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
     hosts.lost("b", 2)
     assert hosts.prepare(3).slots == {"a": 2, "c": 2, "d": 2}
-    hosts = many_hosts()  # which needs all of them
+    hosts = many_hosts()  # which needs all
     hosts.lost("b", 2)
     assert hosts.prepare(3).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -121,7 +121,7 @@ def test_ranks_that_a_scheduler_started_know_one_another(environment: dict[str, 
     where = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     found = rank_of_scheduler({**environment, **where})
     assert found == {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
-    assert rank_of_scheduler({**environment, "RANK": "0"}) == {}  # set by deepspeed, inside a job
+    assert rank_of_scheduler({**environment, "RANK": "0"}) == {}  # deepspeed's, inside a job
     assert rank_of_scheduler({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}) == {}  # of a batch script, not of a step
 
 
@@ -153,7 +153,7 @@ def test_messages_come_in_any_pieces() -> None:
 
 
 def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = None) -> tuple[Outcome, float]:
-    """Outcome and duration of an attempt whose command only waits for its ranks."""
+    """How an attempt ends, and its seconds, whose command only waits until its ranks have ended."""
     watched = Attempt("127.0.0.1", dict.fromkeys(hosts or ["a", "b"], 1), lambda host, pids: None)
     thread = threading.Thread(target=scenario, args=(watched.supervisor,))
     command = [sys.executable, "-c", "import time; time.sleep(3)"]
@@ -166,7 +166,7 @@ def attempt(scenario: Callable[[Supervisor], None], hosts: list[str] | None = No
 
 
 def rank(supervisor: Supervisor, number: int, **more: Any) -> socket.socket:
-    """A rank that has introduced itself to the supervisor."""
+    """A rank that has said who it is."""
     connection = socket.create_connection((supervisor.host, supervisor.port))
     hello = {"job": supervisor.job, "rank": number, "node": number, "host": "me", "pid": 1 << 22, **more}
     connection.sendall(json.dumps(hello).encode() + b"\n")
@@ -174,7 +174,7 @@ def rank(supervisor: Supervisor, number: int, **more: Any) -> socket.socket:
 
 
 def ends(connection: socket.socket, code: int, error: str = "") -> None:
-    """Exit by itself."""
+    """It ends by itself."""
     connection.sendall(json.dumps({"end": code, "error": error}).encode() + b"\n")
     connection.close()
 
@@ -207,7 +207,7 @@ def test_a_rank_that_vanishes_is_named_and_the_others_are_told() -> None:
         second.sendall(b'{"doing": "step 7"}\n')
         time.sleep(0.3)
         second.close()
-        if first.recv(1) == b"":  # the supervisor has closed the connection
+        if first.recv(1) == b"":  # the supervisor has closed its side
             told.set()
         ends(first, EXIT_CRASHED, "its peer is gone")
 
@@ -223,7 +223,7 @@ def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
         def scenario(supervisor: Supervisor, code: int = code) -> None:
             first, second = rank(supervisor, 0), rank(supervisor, 1)
             ends(first, code)
-            second.close()  # e.g. killed by the scheduler
+            second.close()  # killed by the scheduler, say
 
         assert attempt(scenario)[0].state == state
 
@@ -245,7 +245,7 @@ def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch)
     "text", ["plain", "a=b c", "{a:0.7,b:0.3}", "$HOME `x` \\", 'he said "no"', "^docker0,lo", "it's; *"]
 )
 def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quoting of DeepSpeed 0.19.8 in a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
+    """As DeepSpeed 0.19.8 puts it into a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     ssh = launchers.Ssh("pdsh")
     arguments = SimpleNamespace(user_args=[ssh.quote(text)], launcher_args="")

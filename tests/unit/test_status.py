@@ -1,4 +1,4 @@
-"""Output of `codeparrot-ds status`."""
+"""What `codeparrot-ds status` says of a run."""
 
 from pathlib import Path
 
