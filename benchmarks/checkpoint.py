@@ -1,9 +1,9 @@
-"""How long a checkpoint keeps training waiting, beside what the disk takes for the same bytes. Table and JSON.
+"""Time for which a checkpoint blocks training, compared with writing the same bytes to disk. Prints a table and JSON.
 
 Usage: python benchmarks/checkpoint.py [--directory DIR] [--stage 1] [--n-layer 6] [--n-embd 768]
 Needs no GPU. Two CPU ranks train a model of this width on this machine's Python source, with a checkpoint every fourth
-step: once written while training goes on, once with training waiting for it. Then one process a rank writes as many
-bytes to the same disk, flushed, in 16 MB pieces: what the disk takes.
+step: once written in the background, once with training waiting for it. Then one process per rank writes the same
+number of bytes to the same disk, in 16 MB pieces and with an fsync, to measure the disk alone.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _PIECE = os.urandom(1 << 24)
 
 
 def make_shards(directory: Path) -> Path:
-    """Shards of some of this machine's Python source."""
+    """Build shards from a sample of this machine's Python source."""
     corpus, tokenizer, shards = (directory / name for name in ("corpus", "tokenizer", "shards"))
     for command in (
         ["corpus", "collect", "--installed-python", "--max-file-size", "64kB", "--sample", "10MB", "-o", corpus],
@@ -40,7 +40,7 @@ def make_shards(directory: Path) -> Path:
 
 
 def train(directory: Path, shards: Path, options: argparse.Namespace, background: bool) -> dict[str, Any]:
-    """Train, and read the log of rank 0."""
+    """Train, and parse the log of rank 0."""
     settings = {
         "name": f"background-{background}".lower(),
         "runs": directory / "runs",
@@ -72,7 +72,7 @@ def train(directory: Path, shards: Path, options: argparse.Namespace, background
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # The last of a run is always waited for.
+    # Training always waits for the last checkpoint of a run.
     middle = [(float(match[2]), float(match[3])) for match in saved if int(match[1]) < STEPS]
     return {
         "checkpoint_bytes": sum(file["bytes"] for file in manifest["files"].values()),
@@ -85,7 +85,7 @@ def train(directory: Path, shards: Path, options: argparse.Namespace, background
 
 
 def write_to_disk(directory: Path, size: int) -> float:
-    """Seconds to write `size` bytes in as many files as there are ranks, at once, and flush them."""
+    """Seconds to write `size` bytes as one file per rank, in parallel, and fsync them."""
 
     def write(path: Path) -> None:
         with open(path, "wb", buffering=0) as file:
@@ -100,10 +100,12 @@ def write_to_disk(directory: Path, size: int) -> float:
 
 
 def main() -> None:
-    """Run, measure, print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--directory", type=Path, help="where everything goes; a new temporary directory by default")
-    parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
+    parser.add_argument(
+        "--directory", type=Path, help="parent of the working directory; default: a temporary directory"
+    )
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
     parser.add_argument("--n-layer", type=int, default=6)
     parser.add_argument("--n-embd", type=int, default=768)
     options = parser.parse_args()
@@ -117,9 +119,9 @@ def main() -> None:
         shutil.rmtree(directory, ignore_errors=True)
     raw = statistics.median(disk)
     size = beside["checkpoint_bytes"]
-    print(f"\nZeRO-{options.stage}, {beside['parameters'] / 1e6:.1f} M parameters, {size / 1e9:.2f} GB a checkpoint")
-    print(f"{'':34}{'whole s':>9}{'training waited s':>19}{'of the disk':>13}{'step s':>9}")
-    for name, row in (("written while training goes on", beside), ("training waits", waiting)):
+    print(f"\nZeRO-{options.stage}, {beside['parameters'] / 1e6:.1f} M parameters, {size / 1e9:.2f} GB per checkpoint")
+    print(f"{'':34}{'total s':>9}{'training waited s':>19}{'of disk time':>13}{'step s':>9}")
+    for name, row in (("written in the background", beside), ("training waits", waiting)):
         share = f"{row['waited_seconds'] / raw:.2f}"
         print(f"{name:34}{row['seconds']:9.2f}{row['waited_seconds']:19.2f}{share:>13}{row['step_seconds']:9.2f}")
     print(f"{'the same bytes, flushed':34}{raw:9.2f}   {size / raw / 1e6:,.0f} MB/s")

@@ -1,12 +1,13 @@
-"""Peak memory and time of `codeparrot-ds convert`, beside DeepSpeed's `zero_to_fp32` and a copy. Table and JSON.
+"""Peak memory and time of `codeparrot-ds convert`, compared with DeepSpeed's `zero_to_fp32` and a file copy.
 
 Usage: python benchmarks/convert.py [--directory DIR] [--n-layer 36] [--n-embd 1280]
-       python benchmarks/convert.py --run RUN      ours alone, on the newest checkpoint of a run that is there
-Needs no GPU. Without --run, two CPU ranks train a model of this size for one step (bf16, ZeRO-3 with offload to host
-memory) and save it. Then each converter makes fp32 files of it, and a copy reads and writes no more than the bytes that
-a conversion must: the files with weights, and a result. Files are dropped from the page cache before each, and ours and
-the copy are timed in turn, --rounds times: medians, and the range of ratios. DeepSpeed writes PyTorch's pickles: for
-safetensors it stops at the tied embeddings.
+       python benchmarks/convert.py --run RUN      ours alone, on the newest checkpoint of an existing run
+
+Prints a table and JSON. Needs no GPU. Without --run, two CPU ranks train a model of this size for one step (bf16,
+ZeRO-3 with offload to host memory) and save it. Then each converter produces fp32 files from it, and a copy reads and
+writes exactly the bytes that a conversion must: the files with weights, and a result. Files are dropped from the page
+cache before each measurement. Ours and the copy alternate for --rounds rounds; medians and the range of ratios are
+printed. DeepSpeed writes PyTorch pickles, because its safetensors output fails on the tied embeddings.
 """
 
 import argparse
@@ -32,7 +33,7 @@ _PIECE_BYTES = 1 << 24
 
 
 def train(directory: Path, options: argparse.Namespace) -> Path:
-    """One step of a model, saved by two ranks. Returns its run directory."""
+    """Train a model for one step on two ranks and save it. Returns the run directory."""
     settings = {
         "name": "converted",
         "runs": directory / "runs",
@@ -60,14 +61,14 @@ def train(directory: Path, options: argparse.Namespace) -> Path:
 
 
 def drop_all_from_cache(directory: Path) -> None:
-    """Have every file below `directory` read from the disk the next time."""
+    """Drop every file below `directory` from the page cache."""
     for path in filter(Path.is_file, directory.rglob("*")):
         flush_to_disk(path)
         drop_from_cache(path)
 
 
 def copy_seconds(read: list[Path], write_bytes: int, directory: Path) -> float:
-    """Seconds to read files whole, and to write so many bytes and flush them."""
+    """Seconds to read all of `read`, and to write and fsync `write_bytes` bytes."""
     piece = bytearray(_PIECE_BYTES)
     started = time.monotonic()
     with open(directory / "copy", "wb", buffering=0) as target:
@@ -84,7 +85,7 @@ def copy_seconds(read: list[Path], write_bytes: int, directory: Path) -> float:
 
 
 def row(name: str, taken: list[Measurement], copied: list[float]) -> str:
-    """A line of the table: medians of some rounds, and the range of the ratios."""
+    """A table row: medians over the rounds, and the range of the ratios."""
     ratios = [each.wall_seconds / seconds for each, seconds in zip(taken, copied, strict=True)]
     cells = [
         f"{max(each.peak_pss_bytes for each in taken) / 1e9:10.2f}",
@@ -96,10 +97,12 @@ def row(name: str, taken: list[Measurement], copied: list[float]) -> str:
 
 
 def main() -> None:
-    """Run, measure, print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--directory", type=Path, help="where everything goes; a new temporary directory by default")
-    parser.add_argument("--run", type=Path, help="a run directory to convert instead")
+    parser.add_argument(
+        "--directory", type=Path, help="parent of the working directory; default: a temporary directory"
+    )
+    parser.add_argument("--run", type=Path, help="an existing run directory to convert")
     parser.add_argument("--n-layer", type=int, default=36)
     parser.add_argument("--n-embd", type=int, default=1280)
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -154,7 +157,7 @@ def main() -> None:
 
 
 def _of_weights(checkpoint: Path, needed: int) -> list[Path]:
-    """Of the files that DeepSpeed offloaded: a third holds weights, the others AdamW's moments."""
+    """Offloaded files with weights, `needed` bytes in all; the other two thirds hold AdamW's moments."""
     found, total = [], 0
     for path in sorted(checkpoint.rglob("*.swp")):
         if total < needed:

@@ -1,4 +1,4 @@
-"""The input of the preprocessing benchmark: part of a corpus, linked so that every pipeline finds its own format."""
+"""Input of the preprocessing benchmark: part of a corpus, linked in the format that each pipeline expects."""
 
 import gzip
 import json
@@ -14,7 +14,11 @@ import xxhash
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One `documents-*.jsonl.gz`. text_bytes: UTF-8 bytes of all its `content` fields."""
+    """One `documents-*.jsonl.gz`.
+
+    Attributes:
+        text_bytes: UTF-8 bytes of all its `content` fields.
+    """
 
     path: Path
     documents: int
@@ -23,7 +27,7 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Documents:
-    """A corpus directory as our package reads it: links to files, and a manifest."""
+    """A corpus directory that our package can read: links to files, and a manifest."""
 
     directory: Path
     files: tuple[Path, ...]
@@ -32,7 +36,7 @@ class Documents:
 
 
 def choose_files(corpus: Path, text_mb: float) -> list[CorpusFile]:
-    """The first files of `corpus` that hold about `text_mb` MB of text, two or more."""
+    """Choose the first files of `corpus` that contain about `text_mb` MB of text, at least two."""
     chosen: list[CorpusFile] = []
     for path in sorted(corpus.glob("documents-*.jsonl.gz")):
         if len(chosen) >= 2 and sum(file.text_bytes for file in chosen) >= text_mb * 1e6:
@@ -41,12 +45,12 @@ def choose_files(corpus: Path, text_mb: float) -> list[CorpusFile]:
             sizes = [len(json.loads(line)["content"].encode()) for line in lines]
         chosen.append(CorpusFile(path.resolve(), len(sizes), sum(sizes)))
     if len(chosen) < 2:
-        sys.exit(f"{corpus}: holds {len(chosen)} files documents-*.jsonl.gz; two or more are needed.")
+        sys.exit(f"{corpus}: {len(chosen)} files match documents-*.jsonl.gz; at least two are needed.")
     return chosen
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy on another disk: several symbolic links to a file would be the same input twice."""
+    """Create a hard link, or a copy across file systems; symbolic links to one file would count as one input."""
     try:
         os.link(source, target)
     except OSError:
@@ -54,7 +58,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def link_corpus(chosen: Sequence[CorpusFile], directory: Path, copies: int = 1) -> Documents:
-    """Make `directory`: links to the files, each `copies` times under other names, and our manifest."""
+    """Create `directory` with links to the files, each `copies` times under different names, and our manifest."""
     directory.mkdir(parents=True)
     links, entries = [], []
     for number, file in enumerate([*chosen] * copies):
@@ -85,7 +89,7 @@ def link_corpus(chosen: Sequence[CorpusFile], directory: Path, copies: int = 1) 
 
 
 def unpack(documents: Documents, path: Path) -> Path:
-    """Write all documents into one uncompressed file, for tools that read nothing else."""
+    """Write all documents into one uncompressed file, for tools that read only that."""
     with open(path, "wb") as out:
         for file in documents.files:
             with gzip.open(file, "rb") as lines:

@@ -1,4 +1,4 @@
-"""Environments of peers: one each, so that none decides which versions another gets, or ours with more packages."""
+"""Environments of peers: a separate one each, so that version constraints do not interfere, or ours plus packages."""
 
 import json
 import os
@@ -8,16 +8,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TORCH = "torch==2.13.0"  # pinned: where pip knows a CPU build of just this version, gigabytes of CUDA stay away
+TORCH = "torch==2.13.0"  # pinned, so that pip can pick an available CPU build instead of gigabytes of CUDA
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that is ready.
+    """An installed virtual environment.
 
     Attributes:
-        python: its interpreter.
-        versions: of all its packages, by name.
+        python: path of its interpreter.
+        versions: package name -> version.
     """
 
     python: Path
@@ -25,15 +25,18 @@ class Environment:
 
 
 def environment(directory: Path, packages: tuple[str, ...], at_start: str = "") -> Environment:
-    """The environment in `directory` with `packages`; it is made when it is not there, which takes minutes.
+    """Return the environment in `directory` with `packages`, creating it if needed, which takes minutes.
 
-    `at_start` is code that its interpreter runs whenever it starts.
+    Args:
+        directory: where the environment is kept.
+        packages: pip requirements.
+        at_start: code that its interpreter runs at every start.
     """
     python = directory / "bin" / "python"
-    receipt = directory / "installed.json"  # written last: without it an installation was cut short
+    receipt = directory / "installed.json"  # written last: without it the installation is incomplete
     asked = {"packages": list(packages), "at_start": at_start}
     if not receipt.exists() or json.loads(receipt.read_text()) != asked:
-        print(f"making {directory}: {', '.join(packages)}", file=sys.stderr, flush=True)
+        print(f"installing {directory}: {', '.join(packages)}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True, env=plain_env())
         site_packages = next((directory / "lib").glob("python*/site-packages"))
@@ -46,13 +49,13 @@ def environment(directory: Path, packages: tuple[str, ...], at_start: str = "") 
 
 
 def layer(directory: Path, *packages: str) -> Path:
-    """A directory with `packages`, without what they need, to be named in PYTHONPATH over this environment.
+    """Install `packages` without dependencies into `directory`, to be put on PYTHONPATH over this environment.
 
-    What they need is here already, in the versions that we use: with those, and no others, they are to be compared.
+    Their dependencies are already installed here, in the versions that we use and compare with.
     """
     receipt = directory / "installed.json"
     if not receipt.exists() or json.loads(receipt.read_text()) != list(packages):
-        print(f"making {directory}: {', '.join(packages)}", file=sys.stderr, flush=True)
+        print(f"installing {directory}: {', '.join(packages)}", file=sys.stderr, flush=True)
         shutil.rmtree(directory, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
         subprocess.run([*command, *packages], check=True)
@@ -61,6 +64,6 @@ def layer(directory: Path, *packages: str) -> Path:
 
 
 def plain_env(**more: str) -> dict[str, str]:
-    """This process's environment variables without those that would lend its packages to another interpreter."""
+    """This process's environment variables, except those that expose its packages to another interpreter."""
     lending = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     return {key: value for key, value in os.environ.items() if key not in lending} | more

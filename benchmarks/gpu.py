@@ -1,19 +1,19 @@
-"""Speed, memory and correctness on one GPU, in minutes and without a network: ours, and its peers beside it.
+"""Speed, memory and correctness on one GPU, in minutes and without a network: ours compared with its peers.
 
 Usage: python benchmarks/gpu.py --part first|second|third [--seconds N] [--output FILE.jsonl] [--nanogpt DIR] [--tiny]
        python benchmarks/gpu.py --from FILE.jsonl ... [--fill PAGE.md]
 
-- first (150 s): versions and the GPU's ceilings; whether it computes what the CPU does, and a run's commands work
-  there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
-- second (300 s): nanoGPT (from DIR, a clone; left out without it), ours beside it, HF Trainer + DeepSpeed; xl's step in
-  other ways, each change switched off alone, predicted memory beside measured.
-- third (130 s): ZeRO-3, DeepSpeed's own optimizer step, the memory of more ways; the first that should not fit is last.
+- first (150 s): versions and the GPU's ceilings; whether it computes the same as the CPU, and whether the commands of a
+  run work there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
+- second (300 s): nanoGPT (from DIR, a clone; skipped without it), ours next to it, HF Trainer + DeepSpeed; xl's step in
+  other configurations, each change disabled alone, predicted memory compared with measured.
+- third (130 s): ZeRO-3, DeepSpeed's own optimizer step, memory of more configurations; last, the first one that should
+  not fit.
 
-Each of these is a process of its own, started without a launcher and ended when its share of the time is over; what one
-leaves over goes to those after it. A JSON line is appended to FILE.jsonl for each cell as soon as it is measured, and
-what the processes print is in FILE.log. The tables of all of FILE.jsonl are printed last. The exit code is 1 when a
-process or a cell of correctness failed. `--tiny` takes tiny models, on a CPU where there is no GPU: it shows that all
-this works.
+Each item is a separate process, started without a launcher and killed when its share of the time is used up; unused
+time goes to the processes after it. Each cell is appended to FILE.jsonl as soon as it is measured; the output of the
+processes is in FILE.log. At the end the tables for all of FILE.jsonl are printed. The exit code is 1 if a process or a
+correctness cell failed. `--tiny` uses tiny models, and a CPU if there is no GPU, to check that the benchmark works.
 """
 
 import argparse
@@ -39,19 +39,19 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 XL = ROOT / "launch" / "recipes" / "codeparrot-xl.yaml"
 TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
-WARM_UP, STEPS = 3, 4  # of peers
+WARM_UP, STEPS = 3, 4  # of the peers
 LAST_SECONDS = 2.0  # for the tables
-MARGIN_SECONDS = 3.0  # between a process's deadline and its end by force
+MARGIN_SECONDS = 3.0  # between a process's deadline and SIGKILL
 
 
 @dataclass(frozen=True)
 class Child:
-    """A process of a part.
+    """One process of a part.
 
     Attributes:
-        program: in benchmarks/.
-        seconds: its share of the part's.
-        settings: keys of its job that it alone knows.
+        program: file name in benchmarks/.
+        seconds: its share of the part's time.
+        settings: job keys specific to this program.
     """
 
     name: str
@@ -82,7 +82,7 @@ PEERS = ("nanogpt", "trainer")
 
 
 class Benchmark:
-    """A part under way."""
+    """A part being measured."""
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self._options, self._directory = options, directory
@@ -92,22 +92,22 @@ class Benchmark:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Remaining seconds."""
         return self._deadline - time.monotonic()
 
     def measure(self, children: list[Child]) -> None:
-        """Start one after another, each with its share of the time that is left."""
+        """Run the processes one after another, each with its share of the remaining time."""
         for number, child in enumerate(children):
             share = self.left * child.seconds / sum(each.seconds for each in children[number:])
             if child.name not in PEERS:
                 self.run(child, child.settings, share)
             elif child.name == "nanogpt" and self._options.nanogpt is None:
-                print("nanogpt: left out, for --nanogpt names no clone of it", file=sys.stderr, flush=True)
+                print("nanogpt: skipped, because --nanogpt names no clone", file=sys.stderr, flush=True)
             else:
                 self.peer(child, share)
 
     def peer(self, child: Child, seconds: float) -> None:
-        """A peer at the micro-batch that ours holds; once more at half of it where the peer's memory runs out."""
+        """Run a peer at our micro-batch, and again at half of it if the peer runs out of memory."""
         end = time.monotonic() + seconds
         micro_batch, accumulation = (2, 2) if self._options.tiny else (self.micro_batch(), 4)
         for size in (micro_batch, micro_batch // 2):
@@ -118,13 +118,13 @@ class Benchmark:
                 return
 
     def micro_batch(self) -> int:
-        """The largest that ours is known to hold, or may hold."""
+        """Micro-batch 16, or 8 if ours has run out of memory at 16."""
         rows = read_rows([self._options.output])
         ran_out = [row for row in rows if row.get("part") == "step" and row.get("out_of_memory") and is_plain(row)]
         return 8 if any(row.get("micro_batch") == 16 for row in ran_out) else 16
 
     def peer_at(self, child: Child, micro_batch: int, accumulation: int, seconds: float) -> dict[str, Any] | None:
-        """A row of a peer; None where it has not told of a step."""
+        """Run a peer and return its row; None if it reported no step."""
         model = load_recipe(XL, TINY if self._options.tiny else []).model
         output = self._directory / f"{child.name}-{micro_batch}.json"
         settings = {
@@ -159,10 +159,10 @@ class Benchmark:
         }
 
     def run(self, child: Child, settings: dict[str, Any], seconds: float, output: Path | None = None) -> None:
-        """Run a process to its end, or for so long. Peers take nothing but their settings and their own output."""
+        """Run a process for at most `seconds`. Peers get only their settings and their own output file."""
         if seconds < 2 * MARGIN_SECONDS:
-            print(f"{child.name}: left out, time is up", file=sys.stderr, flush=True)
-            self.failed.append(f"{child.name} (left out)")
+            print(f"{child.name}: skipped, time is up", file=sys.stderr, flush=True)
+            self.failed.append(f"{child.name} (skipped)")
             return
         job = {**settings, "output": str((output or self._options.output).resolve())}
         if output is None:
@@ -184,7 +184,7 @@ class Benchmark:
             print(*(f"  {line[:300]}" for line in lines), sep="\n", file=sys.stderr, flush=True)
 
     def environment(self) -> dict[str, str]:
-        """Of a process that is the only rank. What is compiled is shared with the others of this part."""
+        """Environment of a process that is the only rank. The compile cache is shared within the part."""
         of_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         allocator = "expandable_segments:True"
         environment = {
@@ -195,7 +195,7 @@ class Benchmark:
             "PYTORCH_ALLOC_CONF": allocator,
             "PYTORCH_CUDA_ALLOC_CONF": allocator,  # its name before torch 2.9
             "HF_HUB_OFFLINE": "1",
-            "TMPDIR": str(self._directory),  # where what an ended process leaves goes as well
+            "TMPDIR": str(self._directory),  # also where a killed process leaves its temporary files
             "TORCHINDUCTOR_CACHE_DIR": str(self._directory / "inductor"),
             "TRITON_CACHE_DIR": str(self._directory / "triton"),
         }
@@ -205,7 +205,7 @@ class Benchmark:
         return environment
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row, in a line of its own also where a process was ended in the midst of one."""
+        """Append a row on a line of its own, even if a process was killed while writing one."""
         with open(self._options.output, "ab+") as file:
             if file.tell() and not self._options.output.read_bytes().endswith(b"\n"):
                 file.write(b"\n")
@@ -213,55 +213,55 @@ class Benchmark:
 
 
 def is_plain(row: dict[str, Any]) -> bool:
-    """Ours at ZeRO-1 as it is: nothing changed or recomputed."""
+    """Whether this is ours at ZeRO-1 in the reference configuration: nothing changed or recomputed."""
     return row.get("stage") == 1 and not row.get("change") and row.get("recompute", "none") == "none"
 
 
 def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
-    """Of all files; a line that a process was ended in is left out, and said."""
+    """Read the rows of all files; an incomplete line from a killed process is skipped with a message."""
     rows = []
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                print(f"{path}:{number}: not a whole line of JSON, left out", file=sys.stderr, flush=True)
+                print(f"{path}:{number}: not a whole line of JSON, skipped", file=sys.stderr, flush=True)
     return rows
 
 
 def interrupt(*_: Any) -> NoReturn:
-    """A part that is told to end still ends its process, and prints its tables."""
+    """On SIGTERM, still end the running process and print the tables."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Measure, print, fill."""
+    """Measure, print the tables, fill the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--seconds", type=float, help="after which it has ended; 150, 300 and 130 unless said")
+    parser.add_argument("--seconds", type=float, help="time limit of the part; default 150, 300 and 130")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", default=Path("gpu.jsonl"), help="appended to")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: shows that the benchmark works")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, to check that the benchmark works")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
-    parser.add_argument("--only", metavar="NAME", help="of the part this process alone")
-    parser.add_argument("--fill", type=Path, metavar="PAGE.md", help="puts the tables into this page")
+    parser.add_argument("--only", metavar="NAME", help="run only this process of the part")
+    parser.add_argument("--fill", type=Path, metavar="PAGE.md", help="put the tables into this page")
     parser.add_argument(
         "--from",
         dest="sources",
         type=Path,
         nargs="+",
         metavar="FILE.jsonl",
-        help="measure nothing: tables of these rows",
+        help="measure nothing, build the tables from these rows",
     )
     options = parser.parse_args()
     if (options.part is None) == (options.sources is None):
-        parser.error("give --part, or --from")
+        parser.error("give --part or --from")
     failed: list[str] = []
     if options.part is not None:
         children = [child for child in PARTS[options.part] if options.only in (None, child.name)]
         if not children:
-            parser.error(f"--only {options.only}: of {', '.join(child.name for child in PARTS[options.part])}")
+            parser.error(f"--only {options.only}: choose from {', '.join(child.name for child in PARTS[options.part])}")
         if not options.tiny and not local_gpus():
-            sys.exit("no GPU here. --tiny shows on a CPU that the benchmark works.")
+            sys.exit("no GPU found. Use --tiny to check on a CPU that the benchmark works.")
         if options.seconds is None:
             options.seconds = sum(child.seconds for child in PARTS[options.part])
         options.output.parent.mkdir(parents=True, exist_ok=True)

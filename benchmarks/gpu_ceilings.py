@@ -1,7 +1,7 @@
-"""What this GPU can do at most, for xl's shapes: copies, matrix products, attention, kernel launches.
+"""Hardware ceilings of this GPU for xl's shapes: copies, matrix products, attention, kernel launches.
 
-Usage: python benchmarks/gpu_ceilings.py JOB.json, by `benchmarks/gpu.py`. Times are medians of 10 after 3 that do not
-count, by CUDA events on a GPU; on a CPU, with small sizes, they show only that the program works.
+Usage: python benchmarks/gpu_ceilings.py JOB.json, started by `benchmarks/gpu.py`. Times are medians of 10 runs after 3
+warm-up runs, by CUDA events on a GPU. On a CPU, with small sizes, they only show that the program works.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from importlib import metadata
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from gpu_job import Job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codeparrot_ds.training.kernels import loss_and_gradient
 from codeparrot_ds.training.loss import in_passes
 
-LAYERS, WIDTH, VOCABULARY = 48, 1600, 32768  # of GPT-2 xl as codeparrot has it
+LAYERS, WIDTH, VOCABULARY = 48, 1600, 32768  # GPT-2 xl as configured in codeparrot-xl
 WARM_UP, REPEATS = 3, 10
-# Of a block: name, inputs, outputs.
+# Projections of a block: name, inputs, outputs.
 PROJECTIONS = (("c_attn", 1, 3), ("c_proj", 1, 1), ("c_fc", 1, 4), ("mlp.c_proj", 4, 1))
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,12 +31,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What the name of a kernel tells of its backend; the first that is found in the longest kernel's name.
+# Substring of a kernel name -> SDPA backend; the first match in the longest-running kernel's name counts.
 KERNELS = {"cudnn": "cudnn", "flash": "flash", "fmha": "efficient", "gemm": "math"}
 
 
 class Ceilings:
-    """Every measurement, in the order of what is worth most."""
+    """Takes all measurements, the most important first."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._tiny = job, job.tiny
@@ -44,7 +44,7 @@ class Ceilings:
         self._seconds_of_gemms = self._bytes_a_second = 0.0
 
     def all(self) -> None:
-        """One after another; one that fails is a row of its own, and the others go on."""
+        """Take the measurements one after another; a failure becomes a row, and the others continue."""
         self._job.add(part="versions", **versions(self._job.on_cpu))
         for measure in (self.square, self.copy, self.blocks, self.head, self.attention, self.launches, self.loss):
             try:
@@ -53,15 +53,15 @@ class Ceilings:
                 self.add(measure.__name__, error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
 
     def add(self, what: str, **more: Any) -> None:
-        """A row."""
+        """Add a row."""
         self._job.add(part="ceiling", what=what, device=device_name(self._job.on_cpu), **more)
 
     def tensor(self, *shape: int) -> torch.Tensor:
-        """Random, bf16."""
+        """A random bf16 tensor."""
         return torch.randn(shape, device=self._device, dtype=torch.bfloat16)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Of one call, the median."""
+        """Median seconds of one call."""
         for _ in range(1 if self._tiny else WARM_UP):
             run()
         times = []
@@ -80,13 +80,13 @@ class Ceilings:
         return statistics.median(times)
 
     def product(self, what: str, shape: str, flops: float, run: Callable[[], object]) -> float:
-        """A matrix product as a row; its seconds."""
+        """Time a matrix product, add its row, and return its seconds."""
         took = self.seconds(run)
         self.add(what, shape=shape, seconds=took, value=flops / took / 1e12, unit="TFLOP/s")
         return took
 
     def copy(self) -> None:
-        """Device to device: each byte is read once and written once."""
+        """Time a device-to-device copy: each byte is read once and written once."""
         size = 1 << (24 if self._tiny else 32)
         source = torch.empty(size, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
@@ -95,15 +95,15 @@ class Ceilings:
         self.add("copy", shape=f"{size / 1e9:.2f} GB", seconds=took, value=2 * size / took / 1e9, unit="GB/s")
 
     def square(self) -> None:
-        """The usual product to compare GPUs by."""
+        """Time the square matrix product commonly used to compare GPUs."""
         side = 256 if self._tiny else 8192
         a, b, out = self.tensor(side, side), self.tensor(side, side), self.tensor(side, side)
-        for _ in range(1 if self._tiny else 100):  # an idle GPU takes a moment to raise its clocks
+        for _ in range(1 if self._tiny else 100):  # an idle GPU needs time to raise its clocks
             torch.mm(a, b, out=out)
         self.product("GEMM", f"{side} x {side} x {side}", 2 * side**3, lambda: torch.mm(a, b, out=out))
 
     def blocks(self) -> None:
-        """A block's four projections, as transformers' Conv1D has them ([inputs, outputs]), forward and backward."""
+        """Time a block's four projections forward and backward; weights are [inputs, outputs], as in Conv1D."""
         tokens, width = (128, 64) if self._tiny else (16384, WIDTH)
         took = 0.0
         for name, inputs, outputs in PROJECTIONS:
@@ -115,7 +115,7 @@ class Ceilings:
         self.add("all twelve", shape=shape, seconds=layers * took, value=flops / took / 1e12, unit="TFLOP/s")
 
     def linear(self, name: str, tokens: int, inputs: int, outputs: int) -> float:
-        """Forward with bias, gradient of the input, gradient of the weights; seconds of the three."""
+        """Time forward with bias, input gradient and weight gradient; returns the sum of seconds."""
         x, weight, bias = self.tensor(tokens, inputs), self.tensor(inputs, outputs), self.tensor(outputs)
         gradient, flops, took = self.tensor(tokens, outputs), 2 * tokens * inputs * outputs, 0.0
         for way, run in (
@@ -127,7 +127,7 @@ class Ceilings:
         return took
 
     def head(self) -> None:
-        """The projection to logits, of all tokens and of a chunk; its weight is [vocabulary, width]."""
+        """Time the projection to logits, of all tokens and of a chunk; its weight is [vocabulary, width]."""
         width, vocabulary = (64, 512) if self._tiny else (WIDTH, VOCABULARY)
         for tokens in (128,) if self._tiny else (16384, 4096):
             x, weight = self.tensor(tokens, width), self.tensor(vocabulary, width)
@@ -145,7 +145,7 @@ class Ceilings:
                 self.add("GEMMs alone", shape=shape, seconds=all_of_them, value=tokens / all_of_them, unit="tokens/s")
 
     def attention(self) -> None:
-        """Causal, by each backend and by the one that is chosen where nobody says; FLOPs of the half that counts."""
+        """Time causal attention with each backend and with the default one; FLOPs count the unmasked half only."""
         batch, heads, length, size = (2, 2, 64, 16) if self._tiny else (16, 25, 1024, 64)
         q, k, v = (self.tensor(batch, heads, length, size).requires_grad_() for _ in range(3))
         gradient = self.tensor(batch, heads, length, size)
@@ -167,13 +167,13 @@ class Ceilings:
                         self.add("SDPA by default", shape=shape, value=chosen, unit=kernel[:100])
                     with torch.no_grad():
                         self.product(f"SDPA {name}, forward", shape, flops, forward)
-                    # The backward pass makes the scores again: five products to the forward pass's two.
+                    # The backward pass recomputes the scores: five products, compared with two in the forward pass.
                     self.product(f"SDPA {name}, both", shape, 3.5 * flops, both)
                 except RuntimeError as error:
                     self.add(f"SDPA {name}", shape=shape, error=str(error).splitlines()[0][:200])
 
     def longest_kernel(self, run: Callable[[], object]) -> str:
-        """Its name, in small letters; on a CPU that of the operator."""
+        """Name of the longest-running kernel in lower case; on a CPU, that of the operator."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
@@ -188,8 +188,10 @@ class Ceilings:
         return str(max(rows, key=lambda row: getattr(row, key)).key).lower()
 
     def loss(self) -> None:
-        """Of a chunk's logits and their gradient, in one kernel and in passes; as bytes at the bandwidth of a copy. The
-        three matrix products beside it write or read each logit once more: 6 bytes."""
+        """Time the loss and gradient of a chunk's logits, in one kernel and in passes, as bytes at copy bandwidth.
+
+        The three adjacent matrix products read or write each logit once more, 6 bytes in all.
+        """
         tokens, vocabulary = (128, 512) if self._tiny else (4096, VOCABULARY)
         logits = self.tensor(tokens, vocabulary)
         targets = torch.randint(vocabulary, (tokens, 1), device=self._device)
@@ -199,7 +201,7 @@ class Ceilings:
             self.add(f"loss {name}", shape=f"{tokens:,} x {vocabulary:,}", seconds=took, value=value, unit="B a logit")
 
     def launches(self) -> None:
-        """Kernels of one number that the host can start in a second, through PyTorch: what bounds small tensors."""
+        """Time launches of a one-element kernel through PyTorch: the launch rate limits operations on small tensors."""
         one, count = torch.zeros(1, device=self._device), 1000 if self._tiny else 20000
         times = []
         for _ in range(3):
@@ -216,7 +218,7 @@ class Ceilings:
 
 
 def versions(on_cpu: bool) -> dict[str, str]:
-    """Of what the measurements depend on."""
+    """Versions and settings that the measurements depend on."""
     found = {"GPU": device_name(on_cpu), "driver": "none", "python": platform.python_version()}
     if not on_cpu:
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
@@ -224,7 +226,7 @@ def versions(on_cpu: bool) -> dict[str, str]:
             done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
             found["driver"] = done.splitlines()[0]
         except (OSError, subprocess.SubprocessError, IndexError) as error:
-            found["driver"] = f"not known ({error})"
+            found["driver"] = f"unknown ({error})"
     found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     for package in ("torch", "triton", "transformers", "deepspeed", "accelerate"):
         try:
@@ -235,7 +237,7 @@ def versions(on_cpu: bool) -> dict[str, str]:
 
 
 def device_name(on_cpu: bool) -> str:
-    """The name of the GPU."""
+    """Name of the GPU."""
     return "cpu" if on_cpu else torch.cuda.get_device_name()
 
 

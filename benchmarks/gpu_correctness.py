@@ -1,11 +1,11 @@
-"""Whether a GPU computes what the CPU does, and whether a run can be saved, resumed, converted and used there.
+"""Check that a GPU computes the same as the CPU, and that a run can be saved, resumed, converted and used there.
 
-Usage: python benchmarks/gpu_correctness.py JOB.json, by `benchmarks/gpu.py`
+Usage: python benchmarks/gpu_correctness.py JOB.json, started by `benchmarks/gpu.py`
        python benchmarks/gpu_correctness.py --make-curve, on a CPU: writes benchmarks/gpu_curve.json
 
-A tiny GPT-2 learns sequences that it can learn, so that a wrong gradient or a wrong update shows in 20 losses. One
-process builds all engines, while others go through the commands of a real run on this machine's own Python files. Each
-cell is a row with what was found and what was wanted; one that fails stops no other.
+A tiny GPT-2 learns learnable sequences, so that a wrong gradient or update shows within 20 losses. One process builds
+all engines, while others execute the commands of a real run on this machine's own Python files. Each cell is a row with
+the value found and the value wanted; a failing cell does not stop the others.
 """
 
 import gc
@@ -34,12 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CURVE = Path(__file__).with_name("gpu_curve.json")
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
 STEPS, TINY_STEPS = 20, 5
-# Largest relative difference of a loss from the CPU's in fp32. On CPU cores other ZeRO stages differ by 1e-7 in fp32,
-# by 2.5e-3 in bf16, and initial weights with relative noise of 1e-5 by 3e-6. Attention without its scale by layer, the
-# smallest mistake tried, makes 6e-4, weight decay left out 1.5e-3.
+# Largest relative difference of a loss from the CPU's in fp32. On CPU cores other ZeRO stages differ by 1e-7 in fp32
+# and by 2.5e-3 in bf16, and initial weights with relative noise of 1e-5 by 3e-6. Attention without its per-layer scale,
+# the smallest error tried, gives 6e-4, and omitted weight decay 1.5e-3.
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-2}
 FIRST_LOSS = 1e-4
-# DeepSpeed's at ZeRO-3: one for each of four micro-batches, and two to read whether the norm is finite.
+# DeepSpeed's own waits at ZeRO-3: one per micro-batch (four), and two to check that the norm is finite.
 WAITS = {1: 0, 3: 6}
 SECONDS_TO_COMPILE = 15
 SETTINGS: dict[str, Any] = {
@@ -58,19 +58,19 @@ SETTINGS: dict[str, Any] = {
 
 
 class Walks:
-    """Sequences of small steps through some of the ids, each a function of its number: a bigram model has ln 3."""
+    """Random walks through some of the ids, each determined by its number; a bigram model reaches a loss of ln 3."""
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self._ids, self._seq_len = vocab_size // 8, seq_len
 
     def batch(self, numbers: np.ndarray) -> np.ndarray:
-        """Sequences `numbers`, [n], as [n, seq_len + 1] int64."""
+        """Return sequences `numbers`, [n], as [n, seq_len + 1] int64."""
         rows = [np.random.default_rng(int(i)).integers(1, 4, size=self._seq_len + 1) for i in numbers]
         return np.cumsum(np.stack(rows), 1) % self._ids
 
 
 def recipe_of(stage: int, precision: str, compiled: bool = False) -> Recipe:
-    """The tiny model's."""
+    """Recipe of the tiny model."""
     settings = SETTINGS | {
         "engine.deepspeed": ROOT / "ds_configs" / f"zero{stage}.json",
         "engine.precision": precision,
@@ -80,7 +80,7 @@ def recipe_of(stage: int, precision: str, compiled: bool = False) -> Recipe:
 
 
 def curve_of(recipe: Recipe, steps: int, then: Callable[[Any], None] = lambda trainer: None) -> list[float]:
-    """Losses of the first steps; `then` is called with the trainer. A process may build one engine after another."""
+    """Losses of the first steps; `then` is called with the trainer. May be called repeatedly in one process."""
     with trial.trainer_on_random_ids(recipe) as (trainer, memory):
         losses: list[float] = trial.take_steps(trainer, memory, steps)["losses"]
         then(trainer)
@@ -90,7 +90,7 @@ def curve_of(recipe: Recipe, steps: int, then: Callable[[Any], None] = lambda tr
 
 
 def make_curve() -> None:
-    """Write the losses of the CPU in fp32 down."""
+    """Write the CPU's fp32 losses to the curve file."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     trial.RandomSequences = Walks  # type: ignore[misc, assignment]
     losses = curve_of(recipe_of(1, "fp32"), STEPS)
@@ -99,7 +99,7 @@ def make_curve() -> None:
 
 
 class Correctness:
-    """All cells."""
+    """Runs all cells."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -107,7 +107,7 @@ class Correctness:
         self._wanted: list[float] = json.loads(CURVE.read_text())["losses"][: self._steps]
 
     def all(self) -> None:
-        """The commands beside the engines, for they mostly import and wait."""
+        """Check the engines while a thread runs the commands, which mostly import and wait."""
         import torch
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -121,11 +121,11 @@ class Correctness:
             if self._job.seconds_left > SECONDS_TO_COMPILE:
                 self.curve(1, "bf16", compiled=True)
             else:
-                print("compiled: left out, time is up", file=sys.stderr, flush=True)
+                print("compiled: skipped, time is up", file=sys.stderr, flush=True)
             thread.join()
 
     def curve(self, stage: int, precision: str, compiled: bool = False) -> None:
-        """The losses of one engine, and whether its steps wait for the GPU."""
+        """Compare the losses of one engine with the CPU's, and count its host waits."""
         name = f"ZeRO-{stage}, {precision}" + (", compiled" if compiled else "")
         cell, asked = f"{self._steps} losses, {name}", precision == "bf16" and stage in (1, 3) and not compiled
 
@@ -150,8 +150,10 @@ class Correctness:
         self.add(cell, max(apart) <= bound, found, f"<= {bound:.0e} of the CPU's", losses=losses)
 
     def no_waits(self, trainer: Any, name: str, most: int) -> None:
-        """After the warm-up steps wait for the GPU so many times: all places that do, and where it is none, that a step
-        goes through while waiting is an error."""
+        """Check that a step after warm-up waits for the GPU at most `most` times, and list where it does.
+
+        If none are allowed, a second step runs with waiting turned into an error.
+        """
         import torch
 
         cell, wanted, places = f"host waits of a step, {name}", f"at most {most}", list[str]()
@@ -178,29 +180,29 @@ class Correctness:
 
     @staticmethod
     def step(trainer: Any) -> None:
-        """One, as `Trainer.fit` takes it."""
+        """Take one step as `Trainer.fit` does."""
         trainer.train_step()
         trainer.stop_requests.finish_exchange()
         trainer.step += 1
 
     def add(self, cell: str, ok: bool, found: Any, wanted: str, **more: Any) -> None:
-        """A row."""
+        """Add a row."""
         self._job.add(part="correctness", cell=cell, ok=bool(ok), found=found, wanted=wanted, **more)
 
     def failed(self, cell: str, error: Exception) -> None:
-        """A row for what could not be done."""
+        """Add a row for a cell that raised an error."""
         traceback.print_exc()
         self.add(cell, False, f"{type(error).__name__}: {error}".splitlines()[0][:300], "to run")
 
 
 class Commands:
-    """A run's life by its commands, of this machine's Python files: prepared, trained, resumed, converted, used."""
+    """The commands of a run, on this machine's Python files: prepare, train, resume, convert, complete."""
 
     def __init__(self, job: Job, directory: Path) -> None:
         self._job, self._directory = job, directory
 
     def all(self) -> None:
-        """Prepare, then live through a run of each stage side by side."""
+        """Prepare the data, then go through a run of each stage in parallel."""
         corpus, tokenizer, self.shards = (self._directory / name for name in ("corpus", "tokenizer", "shards"))
         collect = ("corpus", "collect", "--installed-python", "--max-file-size", "32kB", "--sample", "1MB")
         prepared = self.cell("corpus, tokenizer, shards", lambda: [
@@ -272,7 +274,7 @@ class Commands:
         found: Callable[[Any], str] = lambda result: "done",
         wanted: str = "done",
     ) -> Any:
-        """Run something as a row; what it returns, None where it failed."""
+        """Run a function as a cell and return its result; None if it failed."""
         started = self._job.seconds_left
         try:
             result = run()
@@ -285,11 +287,11 @@ class Commands:
         return result
 
     def cli(self, *arguments: Any) -> str:
-        """`codeparrot-ds ...`"""
+        """Run `codeparrot-ds ...`."""
         return self.python("codeparrot_ds.cli", *arguments)
 
     def python(self, module: str, *arguments: Any) -> str:
-        """Run a module to its end, or raise RuntimeError with what it said last. It has its own ranks to itself."""
+        """Run a module to completion in its own rank environment; RuntimeError with its last lines if it fails."""
         ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
@@ -307,7 +309,7 @@ class Commands:
 
 
 def main() -> None:
-    """Cells of a job, or the curve."""
+    """Run the cells of a job, or write the curve."""
     if sys.argv[1:] == ["--make-curve"]:
         make_curve()
     else:

@@ -1,7 +1,7 @@
-"""The job of one part program of `benchmarks/gpu.py`: what it is to do, until when, and where its rows go.
+"""The job of one program of `benchmarks/gpu.py`: its task, its deadline, and where its rows go.
 
-A part program is started as `python PROGRAM.py JOB.json`. It appends one JSON line for each cell as soon as it is
-measured, so that a program that is ended has lost nothing.
+A program is started as `python PROGRAM.py JOB.json`. It appends one JSON line per cell as soon as the cell is measured,
+so a program that is killed loses no finished cell.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import psutil
 
 @dataclass(frozen=True)
 class Job:
-    """What `gpu.py` has written down.
+    """A job file written by `gpu.py`.
 
     Attributes:
-        output: JSON lines, appended to.
-        deadline: by `time.monotonic()`; nothing that takes long should start shortly before it.
-        tiny: sizes that a CPU can take.
-        on_cpu: there is no GPU here.
-        settings: keys that this program alone knows.
+        output: JSON lines file to append to.
+        deadline: in `time.monotonic()` seconds; nothing long should start shortly before it.
+        tiny: use sizes that a CPU can handle.
+        on_cpu: whether there is no GPU.
+        settings: keys specific to this program.
     """
 
     output: Path
@@ -37,7 +37,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> "Job":
-        """The job in this file. Its time has run since this process was started: imports take seconds."""
+        """Read the job from a file. Its time counts from the start of this process, because imports take seconds."""
         body = json.loads(path.read_text())
         age = time.time() - psutil.Process().create_time()
         known = Path(body.pop("output")), time.monotonic() - age + body.pop("deadline_seconds")
@@ -45,18 +45,18 @@ class Job:
 
     @classmethod
     def from_command_line(cls) -> "Job":
-        """The job that the first argument names."""
+        """Read the job that the first command-line argument names."""
         parser = argparse.ArgumentParser()
         parser.add_argument("job", type=Path, metavar="JOB.json")
         return cls.read(parser.parse_args().job)
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline."""
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def add(self, **row: Any) -> None:
-        """Append a row, from any thread; it is also printed, for the log."""
+        """Append a row and print it for the log. Thread-safe."""
         line = json.dumps(row)
         with self._lock:
             with open(self.output, "a") as file:

@@ -1,11 +1,11 @@
-"""Our step on one GPU: GPT-2 xl in many ways, by one engine whose settings are changed in place.
+"""Our step on one GPU: GPT-2 xl in many configurations, with one engine whose settings are changed in place.
 
 Usage: python gpu_step.py JOB.json. The job names the cells: `first`, `second`, `zero3`, `memory`, `deepspeed` (ZeRO-1
-with DeepSpeed's own optimizer step) or `beside` (the reference cells, beside the peers). A line of JSON is appended
-to the job's `output` for each cell as soon as it is done; what is left when the time is up is skipped.
+with DeepSpeed's own optimizer step) or `beside` (the reference cells, measured next to the peers). Each cell is
+appended to the job's `output` as a JSON line as soon as it is done; cells remaining when the time is up are skipped.
 
-A cell is two steps that are not counted, then some that are. Nothing waits for the device between those, as in a run;
-the times are those between CUDA events at the ends of steps.
+A cell has two warm-up steps, then the measured ones. As in a real run, nothing synchronizes with the device between
+steps; times are taken between CUDA events at the ends of steps.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ from codeparrot_ds.trial import trace_step, trainer_on_random_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [f"model.{key}" for key in ("n_layer=2", "n_embd=64", "n_head=2", "vocab_size=512", "seq_len=64")]
-SECONDS_A_CELL = 6.0  # that must be left to begin one
+SECONDS_A_CELL = 6.0  # required to start a cell
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A way to take steps.
+    """A configuration to measure.
 
     Attributes:
-        change: what is switched off, or set otherwise, beside the reference cell.
-        steps: that are counted.
-        profile: one more step, under PyTorch's profiler.
+        change: what is disabled or set differently from the reference cell.
+        steps: measured steps.
+        profile: whether to run one more step under PyTorch's profiler.
     """
 
     micro_batch: int
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Such as "16 x 4"."""
+        """Micro-batch and accumulation, e.g. "16 x 4"."""
         return f"{self.micro_batch} x {self.accumulation}"
 
 
@@ -67,7 +67,7 @@ FIRST = (
     Cell(16, compile=True),
     Cell(16, recompute="full", steps=2),
 )
-# What is measured first is what the others are held against; each shape of compiled blocks takes seconds to compile.
+# The reference cells come first; each shape of compiled blocks takes seconds to compile.
 SECOND = (
     Cell(16),
     Cell(16, compile=True),
@@ -104,7 +104,7 @@ CELLS = {
 
 
 def main() -> None:
-    """Take every cell of the job that there is time for."""
+    """Measure the cells of the job until its time is up."""
     started = time.monotonic()
     job = json.loads(Path(sys.argv[1]).read_text())
     stage = 3 if job["cells"] == "zero3" else 1
@@ -130,12 +130,12 @@ def main() -> None:
 
 
 def _take_deepspeeds_step() -> None:
-    """Instead of ours, at ZeRO-1 under bf16."""
+    """Use DeepSpeed's optimizer step instead of ours, at ZeRO-1 under bf16."""
     zero1.Engine._configure_bf16_optimizer = zero1.DeepSpeedEngine._configure_bf16_optimizer  # type: ignore[method-assign]
 
 
 class Bench:
-    """An engine whose cells are measured."""
+    """An engine and the measurement of its cells."""
 
     def __init__(self, trainer: Trainer, memory: DeviceMemory, job: dict[str, Any]) -> None:
         self._trainer, self._memory, self._job = trainer, memory, job
@@ -157,7 +157,7 @@ class Bench:
         )
 
     def prediction(self, cell: Cell) -> Any:
-        """What `plan` says of it."""
+        """The prediction of `plan` for a cell, and the recipe it applies to."""
         micro_batch, accumulation = self._shape(cell)
         batch = self._recipe.batch.model_copy(update={"global_batch_size": micro_batch * accumulation})
         engine = self._recipe.engine.model_copy(update={"compile": cell.compile})
@@ -166,7 +166,7 @@ class Bench:
         return choice.applied(recipe), predict(recipe, choice, self._machine)
 
     def first_that_does_not_fit(self) -> list[Cell]:
-        """The smallest micro-batch without recomputation that is predicted to be too large."""
+        """The smallest micro-batch without recomputation that is predicted not to fit, as a list of one cell."""
         for micro_batch in range(20, 129, 4):
             cell = Cell(micro_batch, accumulation=1, steps=1)
             if not self.prediction(cell)[1].fits:
@@ -174,7 +174,7 @@ class Bench:
         return []
 
     def take(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        """Measure it: a row, and one with its profile."""
+        """Measure a cell; yields its row, and one with its profile if requested."""
         trainer, memory = self._trainer, self._memory
         micro_batch, accumulation = self._shape(cell)
         trainer.recipe, prediction = self.prediction(cell)
@@ -224,7 +224,7 @@ class Bench:
         return model.n_layer * model.n_embd * model.seq_len
 
     def _set_up_blocks(self, cell: Cell) -> None:
-        for number, block in enumerate(self._network.transformer.h, start=1):  # as they were built
+        for number, block in enumerate(self._network.transformer.h, start=1):  # as built
             block.__dict__.pop("forward", None)
             if block.attn.__dict__.pop("query_scale", None) is not None:
                 block.attn.scaling /= number
@@ -251,7 +251,7 @@ class Bench:
         ends = [before, *taken]
         return {
             "step_seconds": [b.ended.seconds_since(a.ended) for a, b in itertools.pairwise(ends)],
-            "host_seconds": on_host / steps,  # until all was given to the device
+            "host_seconds": on_host / steps,  # until all work was enqueued
             "losses": [float(step.loss) for step in taken],
             "gradient_norm": float(taken[-1].gradient_norm),
             "tokens_per_step": self._trainer.tokens_per_step,
@@ -262,16 +262,16 @@ class Bench:
 
 
 class OrderedStream(torch.cuda.Stream):
-    """For which the device waits where the host would."""
+    """A stream that the device waits for where the host would."""
 
     def synchronize(self) -> None:
-        """Have what is started later on this device wait."""
+        """Make work enqueued later on this device wait for this stream."""
         torch.cuda.current_stream(self.device).wait_stream(self)
 
 
 @contextlib.contextmanager
 def _changed(trainer: Trainer, change: str) -> Iterator[None]:
-    """One thing otherwise than it is."""
+    """Apply one change, and undo it afterwards."""
     network, engine = trainer.engine.module, trainer.engine
     if change.startswith("transformers' own attention"):
         network.config._attn_implementation = "sdpa"

@@ -1,4 +1,4 @@
-"""Tables of what `benchmarks/gpu.py` has measured, in Markdown. Rows may lack keys: a cell is empty then."""
+"""Markdown tables of the results of `benchmarks/gpu.py`. A key missing from a row gives an empty cell."""
 
 import statistics
 import sys
@@ -12,12 +12,12 @@ KERNELS = 20
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table."""
+    """Format a Markdown table."""
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def tables(rows: list[Row]) -> dict[str, list[str]]:
-    """Name of a table to its lines; those without rows are left out."""
+    """Map the name of each table to its lines; tables without rows are omitted."""
     makers: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {
         "versions": _versions,
         "ceilings": _ceilings,
@@ -33,41 +33,41 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def fill(page: Path, found: dict[str, list[str]]) -> None:
-    """Put tables between a page's marks, `<!-- gpu:NAME -->` and `<!-- gpu:end -->`; others stay as they are."""
+    """Insert tables between a page's marks, `<!-- gpu:NAME -->` and `<!-- gpu:end -->`; other tables are unchanged."""
     text = page.read_text()
     for name, lines in found.items():
         before, mark, after = text.partition(f"<!-- gpu:{name} -->\n")
         if not mark:
-            sys.exit(f"{page}: no mark <!-- gpu:{name} -->; put it, and <!-- gpu:end --> in a line below it.")
+            sys.exit(f"{page}: no mark <!-- gpu:{name} -->; add it, and <!-- gpu:end --> on a line below it.")
         text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- gpu:end -->") :]
     page.write_text(text)
 
 
 def tokens_per_second(row: Row) -> float | None:
-    """By the median step."""
+    """Tokens per second, from the median step."""
     if not row.get("step_seconds") or not row.get("tokens_per_step"):
         return None
     return float(row["tokens_per_step"]) / statistics.median(row["step_seconds"])
 
 
 def device_of(row: Row) -> str:
-    """`H100` of `NVIDIA H100 80GB HBM3`."""
+    """Short device name: `H100` for `NVIDIA H100 80GB HBM3`."""
     words = str(row.get("device", "")).split()
     return next((word for word in words if any(map(str.isdigit, word))), " ".join(words))
 
 
 def size_of(row: Row) -> str:
-    """`16 x 4`: micro-batch and accumulation."""
+    """Micro-batch and accumulation, e.g. `16 x 4`."""
     return f"{row.get('micro_batch', '')} x {row.get('accumulation', '')}"
 
 
 def as_it_is(row: Row) -> bool:
-    """Nothing is changed, compiled or recomputed."""
+    """Whether nothing is changed, compiled or recomputed."""
     return not row.get("change") and not row.get("compile") and row.get("recompute", "none") == "none"
 
 
 def way_of(row: Row) -> list[str]:
-    """ZeRO's stage, what is recomputed, whether it is compiled."""
+    """Cells for ZeRO stage, recomputation and compilation."""
     return [_stage(row), row.get("recompute", "none"), "yes" if row.get("compile") else ""]
 
 
@@ -84,7 +84,7 @@ def _gigabytes(row: Row, key: str) -> str:
 
 
 def _speed(row: Row) -> list[str]:
-    """tokens/s, ms a step, MFU."""
+    """Cells for tokens/s, ms per step and MFU."""
     speed = tokens_per_second(row)
     if speed is None:
         return ["out of memory" if row.get("out_of_memory") else str(row.get("error", ""))[:80], "", ""]
@@ -142,7 +142,7 @@ def _steps(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _changes(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """What is changed, compiled or recomputed, beside the cell of its size that was measured as it is before it."""
+    """Each change, compared with the last preceding unchanged cell of the same size."""
     references: dict[Any, Row] = {}
     cells = []
     for row in _of(rows, "step"):
@@ -188,7 +188,7 @@ def _memory(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Each peer, and below it ours of the same size that were measured last: in the same minutes."""
+    """The peers, then our most recent cells of the same sizes, measured within the same minutes."""
     head = ["on", "who", "micro-batch", "ZeRO", "compiled", *SPEED, "peak GB", "ours : theirs"]
     cells = []
     shown: list[Row] = []
@@ -213,7 +213,7 @@ def _who(row: Row, who: str) -> list[str]:
 
 
 def _profile(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The slowest kernels of the last profile."""
+    """The kernels of the last profile that take the most time."""
     profiles: list[list[Row]] = [row["operators"] for row in _of(rows, "profile") if row.get("operators")]
     operators = profiles[-1] if profiles else []
     total = sum(each["microseconds"] for each in operators) or 1.0

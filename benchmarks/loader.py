@@ -1,9 +1,9 @@
-"""Random sequences per second, ours against its peers, on one core from the page cache. Prints a table, writes JSON.
+"""Random sequences per second, ours and peers, on one core from the page cache. Prints a table, writes JSON.
 
 Usage: python benchmarks/loader.py [SHARDS] [--work DIR] [--output FILE.json]
 
-Without SHARDS, ids are random. Each figure comes from a process of its own, held to the same core; rounds alternate.
-Besides: time to open many shards, and to seek in a permutation of many sequences.
+Without SHARDS, ids are random. Each figure is measured in its own process, pinned to the same core; readers alternate
+in each round. Also measured: the time to open many shards, and to seek in a permutation of many sequences.
 """
 
 import argparse
@@ -37,13 +37,18 @@ _WAYS = {
 def call(
     python: Path | str, script: str, *arguments: object, core: int | None = None, cache: Path | None = None
 ) -> Any:
-    """Run a driver, on one core if asked, and return the JSON that it prints last; None when it prints nothing.
+    """Run a driver, optionally pinned to a core, and return the JSON on its last line; None if it prints nothing.
 
-    With `cache`, for Hugging Face's files, it is one of the peers' interpreters.
+    Args:
+        python: interpreter to use.
+        script: file name of the driver in benchmarks/peers.
+        arguments: its command-line arguments.
+        core: core to pin it to.
+        cache: Hugging Face cache directory, for drivers that run in a peer's environment.
     """
     command = [str(python), str(PEERS / script), *map(str, arguments)]
     if core is not None:
-        # A new interpreter sets the affinity and becomes the command, so that its threads inherit it.
+        # A new interpreter sets the affinity and execs the command, so that its threads inherit it.
         pin = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
         command = [sys.executable, "-I", "-S", "-c", pin, str(core), *command]
     env = plain_env(HF_HUB_OFFLINE="1", HF_HOME=str(cache)) if cache else None
@@ -52,7 +57,7 @@ def call(
 
 
 def flat_ids(shards: Path, target: Path) -> Path:
-    """All training ids of a shard directory in one file, as nanoGPT has them."""
+    """Concatenate all training ids of a shard directory into one file, as nanoGPT stores them."""
     with open(target, "wb") as out:
         for file in sorted(shards.glob("train-*.bin")):
             with open(file, "rb") as ids:
@@ -61,7 +66,7 @@ def flat_ids(shards: Path, target: Path) -> Path:
 
 
 def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any]:
-    """Measure everything, print it, and return it."""
+    """Run all measurements, print and return them."""
     core = min(os.sched_getaffinity(0))
     shards = options.shards
     if shards is None:
@@ -113,15 +118,13 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
 
 
 def main() -> None:
-    """Read the command line, compare, clean up."""
+    """Parse the command line, run the benchmark, clean up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "shards", type=Path, nargs="?", help="a finished shard directory; made of random ids if left out"
-    )
+    parser.add_argument("shards", type=Path, nargs="?", help="a finished shard directory; default: random ids")
     parser.add_argument("--tokens-m", type=float, default=64, help="million tokens of random ids")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of reading, for each figure")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the peers' environment for next time")
+    parser.add_argument("--seconds", type=float, default=1.0, help="reading time per figure")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the peers' environment here for reuse")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     work = (options.work or Path(tempfile.mkdtemp(prefix="loader-"))).resolve()

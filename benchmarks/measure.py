@@ -1,8 +1,8 @@
-"""Wall time, CPU time and peak memory of a command together with everything that it starts. Linux only.
+"""Wall time, CPU time and peak memory of a command including all its descendants. Linux only.
 
-The command runs below a small supervisor, a subreaper: descendants whose parents have gone become its children, so
-that it can wait for all of them and the kernel hands it all their CPU time. Memory is sampled from outside, by the
-process that imports this module; neither it nor the supervisor is part of what is measured.
+The command runs under a small supervisor process that is a subreaper: orphaned descendants become its children, so it
+can wait for all of them and the kernel credits it with their CPU time. Memory is sampled by the process that imports
+this module; neither that process nor the supervisor is included in the measurement.
 """
 
 import ctypes
@@ -25,14 +25,14 @@ _LARGEST_SAMPLER_SHARE = 0.1  # of one core: reading the page tables of gigabyte
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run of a command took.
+    """Resources used by one run of a command.
 
     Attributes:
         wall_seconds: until the command itself ended.
         cpu_seconds: user and system time of the command and all its descendants.
-        peak_pss_bytes: largest sum of proportional set sizes over all processes: shared pages count once.
-        peak_rss_bytes: largest sum of resident set sizes: shared pages count once a process.
-        sampler_cpu_seconds: CPU time of the sampling itself, not part of `cpu_seconds`.
+        peak_pss_bytes: largest sum of proportional set sizes over all processes; shared pages count once.
+        peak_rss_bytes: largest sum of resident set sizes; shared pages count once per process.
+        sampler_cpu_seconds: CPU time of the sampling itself, not included in `cpu_seconds`.
     """
 
     wall_seconds: float
@@ -47,7 +47,7 @@ class MemorySampler(threading.Thread):
 
     Attributes:
         peak_pss_bytes, peak_rss_bytes: largest sums so far.
-        cpu_seconds: of this thread, once it has ended.
+        cpu_seconds: CPU time of this thread, set once it has ended.
     """
 
     def __init__(self, pid: int, interval_seconds: float = 0.05, with_root: bool = True) -> None:
@@ -81,9 +81,9 @@ class MemorySampler(threading.Thread):
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Process ids below `pid`, without `pid`; processes that end meanwhile are left out."""
+    """Ids of all descendants of `pid`; processes that end in the meantime are skipped."""
     try:
-        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 (called every 50 ms: names are enough)
+        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 (called every 50 ms; names suffice)
     except OSError:
         return
     for thread in threads:  # a child is listed with the thread that started it
@@ -97,7 +97,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """(PSS, RSS) of one process, bytes; zeros when it has gone."""
+    """(PSS, RSS) of one process in bytes; zeros if it has exited."""
     pss = rss = 0
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -118,14 +118,14 @@ def measure(
     cores: Iterable[int] = (),
     interval_seconds: float | None = 0.05,
 ) -> Measurement:
-    """Run `command` to its end and say what it took.
+    """Run `command` to completion and return its measurement.
 
     Args:
         command: program and arguments.
-        log: receives its standard output and error.
-        env: its environment; this process's by default.
-        cores: the command and its descendants are held to these; all by default.
-        interval_seconds: between two looks at memory; None to leave memory alone, for looking takes time.
+        log: file for its standard output and error.
+        env: its environment; default: this process's.
+        cores: cores to pin the command and its descendants to; default: all.
+        interval_seconds: memory sampling interval; None disables sampling, which takes CPU time.
 
     Raises:
         RuntimeError: the command failed; the message ends with the last lines of its log.
@@ -134,7 +134,7 @@ def measure(
     held_to = ",".join(map(str, cores)) or "all"
     with open(log, "wb") as out:
         supervisor = subprocess.Popen(
-            # -I -S: no site packages, so that the supervisor is there in milliseconds whatever PYTHONPATH says.
+            # -I -S: no site packages and no PYTHONPATH, so that the supervisor starts within milliseconds.
             [sys.executable, "-I", "-S", __file__, str(writer), held_to, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -187,7 +187,7 @@ def _supervise(writer: int, held_to: str, command: list[str]) -> None:
 
 
 def _wait_for_the_rest() -> None:
-    """Wait for what outlived the command; end it when it does not end by itself."""
+    """Wait for descendants that outlived the command; kill them after a grace period."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while True:
         try:

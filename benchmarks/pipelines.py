@@ -1,4 +1,4 @@
-"""The peers of our preprocessing: how each is installed, run, and read."""
+"""Peers of our preprocessing: how each is installed and run, and how its output is read."""
 
 import os
 import runpy
@@ -17,13 +17,17 @@ MEGATRON_URL = "https://github.com/NVIDIA/Megatron-LM"
 
 # Megatron-LM's tools import all of megatron.core and megatron.training, hence triton; gigatoken is their fast path.
 _MEGATRON_PACKAGES = (TORCH, "numpy", "packaging", "transformers", "triton", "gigatoken")
-# They also import typing.override, which Python has since 3.12; nothing else in them needs 3.12.
+# They also import typing.override, new in Python 3.12; nothing else in them needs 3.12.
 _OVERRIDE = "import typing\n\nfrom typing_extensions import override\n\ntyping.override = override\n"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a pipeline is asked to do. jsonl: the documents in one uncompressed file."""
+    """Input and output of a pipeline run.
+
+    Attributes:
+        jsonl: the documents in one uncompressed file.
+    """
 
     documents: Documents
     jsonl: Path
@@ -34,14 +38,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Peer:
-    """One pipeline of another project.
+    """A preprocessing pipeline of another project.
 
     Attributes:
-        environment: name of its virtual environment; peers may share one.
-        packages: of that environment.
-        command: task to arguments, of which the first is a Python file.
-        read: output directory to all ids in it, [tokens] uint16.
-        note: what the table has to say about it.
+        environment: name of its virtual environment, which peers may share.
+        packages: pip requirements of that environment.
+        command: function from task to arguments, the first of which is a Python file.
+        read: function from output directory to all ids in it, [tokens] uint16.
+        note: remark below the table.
         at_start: see environments.environment.
     """
 
@@ -55,7 +59,7 @@ class Peer:
 
 
 def peers(megatron: Path | None) -> dict[str, Peer]:
-    """All peers by name; those of Megatron-LM only with a checkout of it."""
+    """All peers by name; Megatron-LM's only if a checkout is available."""
     found = {
         "datasets": Peer(
             "datasets.map, batched",
@@ -137,20 +141,20 @@ def _read_arrow(output: Path) -> np.ndarray:
 
 
 def megatron_checkout(given: Path | None, work: Path) -> Path | None:
-    """A checkout of Megatron-LM: the one given, else a clone below `work`; None when it cannot be had."""
+    """A checkout of Megatron-LM: the one given, else a clone below `work`; None if cloning fails."""
     if given is not None:
         return given.resolve()
     target = work / "Megatron-LM"
     if not target.exists():
         command = ["git", "clone", "--quiet", "--depth", "1", MEGATRON_URL, str(target)]
         if subprocess.run(command, env=dict(os.environ) | {"GIT_TERMINAL_PROMPT": "0"}).returncode != 0:
-            print(f"{MEGATRON_URL} could not be cloned: left out. Name a checkout with --megatron.", file=sys.stderr)
+            print(f"{MEGATRON_URL} could not be cloned; skipped. Pass a checkout with --megatron.", file=sys.stderr)
             return None
     return target
 
 
 def megatron_version(checkout: Path) -> str:
-    """Version of a checkout, and its commit where the checkout knows it."""
+    """Version of a checkout, and its commit if known."""
     version = runpy.run_path(str(checkout / "megatron" / "core" / "package_info.py"))["__version__"]
     if not (checkout / ".git").exists():
         return str(version)

@@ -1,10 +1,10 @@
-"""Documents to token ids: ours against its peers on the same input in one go. Prints a table, writes JSON.
+"""Documents to token ids: ours and peers on the same input in one session. Prints a table, writes JSON.
 
 Usage: python benchmarks/preprocess.py [CORPUS] [TOKENIZER] [--text-mb N] [--workers N] [--output FILE.json]
 
-Every pipeline is measured as a whole command, from JSON Lines to ids on disk, start of the interpreter, imports and
-all its processes included, and held to as many cores as there are workers. The floor is gunzip, parse and encode in
-series, without start-up, in as many processes. MB are 10^6 bytes, of text in UTF-8 or of memory.
+Every pipeline is measured as a whole command, from JSON Lines to ids on disk, including interpreter start, imports and
+all its processes, pinned to as many cores as there are workers. The floor is gunzip, parse and encode in sequence,
+without start-up, in the same number of processes. MB are 10^6 bytes, of UTF-8 text or of memory.
 """
 
 import argparse
@@ -40,13 +40,13 @@ _OUR_PACKAGES = ("codeparrot-ds", "tokenizers", "fastokens", "msgspec", "isal", 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        runs: the medians over them are shown.
-        tokens: written, end tokens included.
-        differing_documents: how many of our documents its ids do not hold; None where there is nothing to compare.
-        half_cpu_seconds: the same pipeline's on the first half of the files; None where it was not run on them.
+        runs: measurements, of which the median is shown.
+        tokens: number written, end tokens included.
+        differing_documents: number of our documents missing from its ids; None if not compared.
+        half_cpu_seconds: CPU seconds on the first half of the files; None if not run on them.
     """
 
     pipeline: str
@@ -62,10 +62,10 @@ class Row:
 
 
 class Ours:
-    """Our command, run again and again into fresh output directories.
+    """Runs our command repeatedly, each time into a fresh output directory.
 
     Attributes:
-        cache: a user's cache directory, which the first run with a tokenizer fills.
+        cache: a user's cache directory, filled by the first run with a tokenizer.
     """
 
     def __init__(self, tokenizer: Path, directory: Path) -> None:
@@ -82,7 +82,7 @@ class Ours:
         interval_seconds: float | None = 0.05,
         cores: Sequence[int] = (),
     ) -> tuple[Measurement, Path]:
-        """One `shards build` with a cache directory of the user's; what it took, and the shards."""
+        """Run `shards build` once with a user's cache directory; returns its measurement and the shards."""
         output = self._directory / f"shards-{next(self._runs)}"
         cache = cache or self.cache
         cache.mkdir(exist_ok=True)
@@ -106,16 +106,16 @@ class Ours:
         interval_seconds: float | None = 0.05,
         cores: Sequence[int] = (),
     ) -> Measurement:
-        """The same with the tokenizer known from the first run, and without keeping the shards."""
+        """Run `build` with the tokenizer already proved in the first run, and delete the shards."""
         measured, output = self.build(documents, workers, interval_seconds=interval_seconds, cores=cores)
         shutil.rmtree(output)
         return measured
 
     def measure_apart(self, documents: Documents, jobs: int) -> Measurement:
-        """`jobs` whole builds of one worker at once, a core each, that share nothing but the machine.
+        """Run `jobs` independent one-worker builds concurrently, one core each.
 
-        What cores give when nothing is serial and nothing waits: the most that as many workers could reach. The wall
-        time is that of the slowest.
+        This is the throughput of the cores without serial sections or waiting, an upper bound for the same number of
+        workers. The wall time is that of the slowest.
         """
         with ThreadPoolExecutor(jobs) as threads:
             each = list(
@@ -127,7 +127,7 @@ class Ours:
 
 
 def our_command(*arguments: object) -> list[str]:
-    """A command of our package, run by this interpreter."""
+    """Arguments of a command of our package, run by this interpreter."""
     return [sys.executable, "-m", "codeparrot_ds.cli", *map(str, arguments)]
 
 
@@ -137,10 +137,10 @@ def read_ours(shards: Path) -> np.ndarray:
 
 
 def compare_shards(shards: Path, others: Path) -> str:
-    """Whether two shard directories hold the same files with the same bytes, in words. Raises RuntimeError if not."""
+    """State that two shard directories have identical files; RuntimeError if they do not."""
     names = sorted(str(path.relative_to(shards)) for path in shards.rglob("*") if path.is_file())
     if names != sorted(str(path.relative_to(others)) for path in others.rglob("*") if path.is_file()):
-        raise RuntimeError(f"{shards} and {others} hold other files")
+        raise RuntimeError(f"{shards} and {others} contain different files")
     for name in names:
         if (shards / name).read_bytes() != (others / name).read_bytes():
             raise RuntimeError(f"{name} differs between fastokens and tokenizers")
@@ -153,7 +153,7 @@ def cores_for(workers: int) -> list[int]:
 
 
 def document_digests(ids: np.ndarray) -> Counter[bytes]:
-    """How often each document occurs in `ids`, [tokens] uint16 with an end token after every document."""
+    """Count the documents in `ids`, [tokens] uint16 with an end token after every document, by digest."""
     ends = np.flatnonzero(ids == EOS_ID) + 1
     return Counter(
         xxhash.xxh3_128_digest(ids[start:end].data) for start, end in zip([0, *ends[:-1]], ends, strict=True)
@@ -161,15 +161,15 @@ def document_digests(ids: np.ndarray) -> Counter[bytes]:
 
 
 def run_peer(peer: Peer, task: Task, half: Task | None, ours: Counter[bytes], work: Path) -> tuple[Row, dict[str, str]]:
-    """One run of a peer, and one on half of the documents where asked, and the versions of its packages.
+    """Run a peer once, and once on half of the documents if given. Returns its row and its package versions.
 
-    Documents are compared whatever their order. A literal end token in a text, which stays text with us, cuts the
-    document in two where it is read as the end: that document counts as differing.
+    Documents are compared regardless of order. We treat a literal end token in a text as text; a peer that reads it as
+    the end splits the document in two, and the document counts as differing.
     """
     made = environment(work / "environments" / peer.environment, peer.packages, peer.at_start)
 
     def run(one: Task) -> Measurement:
-        # Its own empty cache directory: datasets.map would otherwise find the results of an earlier run.
+        # A separate empty cache: datasets.map would otherwise reuse the results of an earlier run.
         env = plain_env(HF_HOME=f"{one.output}-cache", HF_HUB_OFFLINE="1")
         command = [str(made.python), *peer.command(one)]
         return measure(command, one.output.with_suffix(".log"), env=env, cores=cores_for(one.workers))
@@ -182,9 +182,9 @@ def run_peer(peer: Peer, task: Task, half: Task | None, ours: Counter[bytes], wo
 
 
 def measure_floor(documents: Documents, half: Documents | None, tokenizer: Path, workers: int, log: Path) -> Row:
-    """The floor on all documents, `workers` processes at once on a core each; `half` are the first of the files.
+    """Measure the floor on all documents, `workers` concurrent processes on one core each; `half` are the first files.
 
-    As many at once as we have workers: cores share caches and memory, some of them even a core.
+    The concurrency matches our workers, because cores share caches and memory, and hyperthreads share a core.
     """
     cores = cores_for(workers)
     jobs = []
@@ -208,7 +208,7 @@ def measure_floor(documents: Documents, half: Documents | None, tokenizer: Path,
 
 
 def marginal_cpu_seconds(row: Row) -> float | None:
-    """CPU seconds for the second half of the files alone, start-up excluded; None where noise drowns it."""
+    """CPU seconds for the second half of the files alone, start-up excluded; None if lost in noise."""
     if row.half_cpu_seconds is None:
         return None
     slope = row.median("cpu_seconds") - row.half_cpu_seconds
@@ -216,7 +216,7 @@ def marginal_cpu_seconds(row: Row) -> float | None:
 
 
 def share_of_floor(floor: Row, ours: Row) -> dict[str, float | None]:
-    """Floor over ours in CPU seconds: of the whole command, and of the second half of the files alone."""
+    """Floor / ours in CPU seconds, for the whole command and for the second half of the files alone."""
     of_floor, of_ours = marginal_cpu_seconds(floor), marginal_cpu_seconds(ours)
     return {
         "whole_command": floor.median("cpu_seconds") / ours.median("cpu_seconds"),
@@ -227,9 +227,10 @@ def share_of_floor(floor: Row, ours: Row) -> dict[str, float | None]:
 def check_large(
     ours: Ours, chosen: list[CorpusFile], documents: Documents, tokenizer: Path, workers: int
 ) -> dict[str, Any]:
-    """Ours and the floor on many copies of the documents, where start-up does not count: memory, scaling, share.
+    """Measure ours and the floor on many copies of the documents, where start-up is negligible.
 
-    Memory is looked at in one run, time taken in others, which no sampler disturbs, round by round.
+    Gives memory, scaling and the share of the floor. Memory is sampled in one run; times are taken in other runs, round
+    by round, without the sampler.
     """
     many = link_corpus(chosen, documents.directory.with_name("corpus-copies"), LARGE_COPIES)
     runs = {"once": [ours.measure(documents, workers)], "copies, memory": [ours.measure(many, workers)]}
@@ -273,7 +274,7 @@ def check_large(
 
 
 def print_table(rows: list[Row], second_half_bytes: int) -> None:
-    """One line a pipeline, and the notes below. CPU ratio: to the first row."""
+    """Print one row per pipeline, and notes below. CPU ratios are relative to the first row."""
     head = ("pipeline", "wall s", "CPU s", "peak MB", "tokens", "CPU ratio", "CPU ms/MB", "ids differ in")
     print("\n{:<38} {:>8} {:>8} {:>8} {:>12} {:>9} {:>9} {:>13}".format(*head))
     reference = rows[0].median("cpu_seconds")
@@ -293,7 +294,7 @@ def print_table(rows: list[Row], second_half_bytes: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on besides the programs."""
+    """The machine and software that the figures depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -306,13 +307,13 @@ def machine() -> dict[str, Any]:
 
 
 def our_versions() -> dict[str, str]:
-    """Versions of our package and of what its preprocessing rests on, where installed."""
+    """Versions of our package and of the installed dependencies of its preprocessing."""
     installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
     return {name: installed[name] for name in _OUR_PACKAGES if name in installed}
 
 
 def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any]:
-    """Measure everything, print it, and return it. What outlives the call goes to `work`, all else to `run`."""
+    """Run all measurements, print and return them. Reusable files go to `work`, everything else to `run`."""
     corpus, tokenizer = options.corpus or work / "corpus", (options.tokenizer or work / "tokenizer").resolve()
     if not any(corpus.glob("documents-*.jsonl.gz")):
         subprocess.run(our_command("corpus", "collect", "--installed-python", "-o", corpus), check=True)
@@ -335,7 +336,7 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
     first, shards = ours.build(documents, options.workers)
     parts = {"half": half, "all": documents}
     builds: dict[tuple[str, int], list[Measurement]] = {}
-    for _ in range(options.runs):  # round by round, so that a slow minute of the machine meets all of them
+    for _ in range(options.runs):  # round by round, so that a slow period of the machine affects all of them
         for workers in dict.fromkeys((options.workers, 1)):
             for part, input_documents in parts.items():
                 builds.setdefault((part, workers), []).append(ours.measure(input_documents, workers))
@@ -352,7 +353,7 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
         slow, by_referee = ours.build(documents, options.workers, encoder="tokenizers")
         rows.append(Row("ours, --encoder tokenizers", [slow], len(ids), note=compare_shards(shards, by_referee)))
     versions: dict[str, Any] = {"ours": our_versions()}
-    failures: dict[str, str] = {}  # of peers: the others' figures are still worth having
+    failures: dict[str, str] = {}  # of peers; the others are still measured
     ours_digests = document_digests(ids)
     tasks = {
         part: (input_documents, unpack(input_documents, run / f"{part}.jsonl"))
@@ -360,7 +361,7 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
     }
     for name in names:
         if name not in known:
-            print(f"no peer {name!r}; there are {', '.join(known)}", file=sys.stderr)
+            print(f"no peer {name!r}; available: {', '.join(known)}", file=sys.stderr)
             continue
         print(f"running {known[name].title}", file=sys.stderr, flush=True)
         task, half_task = (
@@ -399,24 +400,28 @@ def compare(options: argparse.Namespace, work: Path, run: Path) -> dict[str, Any
 
 
 def main() -> None:
-    """Read the command line, compare, clean up."""
+    """Parse the command line, run the benchmark, clean up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("corpus", type=Path, nargs="?", help="holds documents-*.jsonl.gz; made when missing")
-    parser.add_argument("tokenizer", type=Path, nargs="?", help="holds tokenizer.json; made when missing")
-    parser.add_argument("--text-mb", type=float, default=250, help="take the first files up to about this much text")
+    parser.add_argument("corpus", type=Path, nargs="?", help="directory with documents-*.jsonl.gz; created if missing")
+    parser.add_argument("tokenizer", type=Path, nargs="?", help="directory with tokenizer.json; trained if missing")
+    parser.add_argument("--text-mb", type=float, default=250, help="use the first files up to about this much text")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=3, help="of ours; the median is shown")
+    parser.add_argument("--runs", type=int, default=3, help="runs of ours; the median is shown")
     parser.add_argument(
         "--peers",
         default="megatron,megatron-fast,datasets,nanogpt",
-        help="of megatron, megatron-fast, datasets, nanogpt, datatrove; or none",
+        help="any of megatron, megatron-fast, datasets, nanogpt, datatrove; or none",
     )
-    parser.add_argument("--slopes", action="store_true", help="peers on half of the files too, for marginal costs")
+    parser.add_argument("--slopes", action="store_true", help="run peers on half of the files too, for marginal costs")
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM; cloned by default")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps environments, corpus, tokenizer for next time")
-    parser.add_argument("--keep", action="store_true", help="keep logs and outputs too")
-    parser.add_argument("--exact", action="store_true", help="ours by the referee alone too: every id must be equal")
-    parser.add_argument("--large", action="store_true", help=f"ours on {LARGE_COPIES} copies of the input as well")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep environments, corpus and tokenizer here for reuse"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep logs and outputs as well")
+    parser.add_argument(
+        "--exact", action="store_true", help="also run ours with the reference encoder alone: every id must be equal"
+    )
+    parser.add_argument("--large", action="store_true", help=f"also run ours on {LARGE_COPIES} copies of the input")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     work = (options.work or Path(tempfile.mkdtemp(prefix="preprocess-"))).resolve()

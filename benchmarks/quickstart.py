@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_tree(target: Path) -> Path:
-    """What git tracks, copied to `target`, as a clone would have it."""
+    """Copy the files that git tracks to `target`, like a clone."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in filter(None, names.decode().split("\0")):
         destination = target / name
@@ -29,7 +29,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def main() -> None:
-    """Run, measure, print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--keep", type=Path, help="run in this new directory and keep it")
     options = parser.parse_args()

@@ -1,13 +1,14 @@
-"""Seconds from a fault to training again, over three real hosts of which one is lost. Prints a table and JSON.
+"""Seconds from a fault until training continues, on three real hosts of which one fails. Prints a table and JSON.
 
 Usage: python benchmarks/recovery.py [SHARDS] [--rounds 3] [--output FILE.json]
-Needs root, and the Debian packages of the tests. SHARDS have a vocabulary of 8,192 tokens; they are made from this
-Python's standard library when left out.
+Needs root and the Debian packages of the tests. SHARDS must have a vocabulary of 8,192 tokens; by default they are
+built from this Python's standard library.
 
-`codeparrot-ds launch --min-hosts 2` trains on three hosts, each a set of namespaces on this machine. Once it has saved,
-one of them is hurt. `restart` is the time until the ranks of the two others are started again: what it takes to
-notice, to end what is left everywhere, to look at the hosts and to decide. `step` is the time until the next step is
-done, `start-up` what the first attempt needed from its command to its first step: imports, rendezvous, weights.
+`codeparrot-ds launch --min-hosts 2` trains on three hosts, each a set of namespaces on this machine. After the first
+checkpoint a fault is injected into one of them. `restart` is the time until the ranks of the two others are restarted:
+detecting the fault, terminating the remaining ranks, checking the hosts, and deciding. `step` is the time until the
+next step completes. `start-up` is the time the first attempt needed from its command to its first step: imports,
+rendezvous, weights.
 """
 
 import argparse
@@ -32,12 +33,12 @@ sys.path.insert(0, str(ROOT))  # for `tests`
 from tests.multinode.conftest import TOOLS_PATH, RealHosts, make_hosts  # noqa: E402
 
 VICTIM = 2
-SECONDS = 240  # for each wait
+SECONDS = 240  # time limit of each wait
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one fault cost, seconds; see the top of this file."""
+    """Times of one fault in seconds; see the module docstring."""
 
     fault: str
     startup: float
@@ -46,18 +47,18 @@ class Recovery:
 
 
 def kill_ranks(hosts: RealHosts) -> None:
-    """SIGKILL for all ranks of a host."""
+    """Send SIGKILL to all ranks of a host."""
     for rank in hosts.ranks(VICTIM):
         rank.kill()
 
 
 def cut_link(hosts: RealHosts) -> None:
-    """Nothing gets to the host or away from it any more."""
+    """Cut the host's network link in both directions."""
     hosts.set_link(VICTIM, "down")
 
 
 def lose_host(hosts: RealHosts) -> None:
-    """All its processes end at once, and nobody answers for it: as when its power is lost."""
+    """Kill all processes of the host and leave its address unanswered, as in a power failure."""
     hosts.set_link(VICTIM, "down")
     psutil.Process(hosts.first_processes[VICTIM]).kill()
 
@@ -70,7 +71,7 @@ FAULTS: dict[str, Callable[[RealHosts], None]] = {
 
 
 class Job:
-    """`codeparrot-ds launch` on the first host, and when it said what."""
+    """`codeparrot-ds launch` on the first host, with timestamps of its events."""
 
     def __init__(self, hosts: RealHosts, work: Path, shards: Path) -> None:
         recipe = {
@@ -102,7 +103,7 @@ class Job:
             self._process = hosts.start(command, env=environment, cwd=ROOT, output=output)
 
     def wait(self, reached: Callable[[], bool]) -> float:
-        """Until `reached`; returns the time. Raises RuntimeError when that takes too long, or the job ends."""
+        """Wait until `reached` and return the time. Raises RuntimeError on timeout or if the job ends."""
         deadline = time.monotonic() + SECONDS
         while not reached():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -111,30 +112,30 @@ class Job:
         return time.monotonic()
 
     def attempts(self) -> int:
-        """How often ranks were started."""
+        """Number of times ranks were started."""
         return self._log.read_text().count("$ DS_ENV_FILE=")
 
     def rows(self) -> int:
-        """Steps in the metrics, those that were lost too."""
+        """Number of steps in the metrics, including lost ones."""
         metrics = self._run / "metrics.jsonl"
         return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
 
     def saved(self) -> bool:
-        """Whether there is a checkpoint."""
+        """Whether a checkpoint exists."""
         return any((self._run / "checkpoints").glob("step-*[0-9]/manifest.json"))
 
     def resumed(self) -> bool:
-        """Whether the ranks of the second attempt have taken a step."""
+        """Whether the ranks of the second attempt have completed a step."""
         return "resuming from" in (text := self._log.read_text()) and " of 1000000: " in text.split("resuming from")[1]
 
     def end(self) -> None:
-        """Leave nothing of it."""
+        """Kill all processes of the job."""
         self._hosts.end_commands(self._process)
 
 
 @contextlib.contextmanager
 def started(shards: Path) -> Iterator[tuple[RealHosts, Job]]:
-    """Fresh hosts, and a job on them."""
+    """Create hosts and start a job on them."""
     with tempfile.TemporaryDirectory(prefix="codeparrot-recovery-") as name:
         work = Path(name)
         (work / "ssh").mkdir()
@@ -147,7 +148,7 @@ def started(shards: Path) -> Iterator[tuple[RealHosts, Job]]:
 
 
 def recover(fault: str, shards: Path) -> Recovery:
-    """Hurt a host of a job that trains, and wait until it trains on."""
+    """Inject a fault into a host of a training job, and wait until training continues."""
     with started(shards) as (hosts, job):
         commanded = job.wait(lambda: job.attempts() == 1)
         stepped = job.wait(lambda: job.rows() > 0)
@@ -160,11 +161,11 @@ def recover(fault: str, shards: Path) -> Recovery:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shards", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help="file for the JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="codeparrot-recovery-") as work:
         shards = (options.shards or make_shards(Path(work), VOCAB_SIZE)).resolve()

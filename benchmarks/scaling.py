@@ -1,14 +1,14 @@
-"""Tokens/s of 1, 2 and 3 real hosts, and of 8 to 512 GPUs by a model that is held against them. Table and JSON.
+"""Tokens/s of 1, 2 and 3 real hosts, and a model verified against them projected to 8 to 512 GPUs.
 
 Usage: python benchmarks/scaling.py [SHARDS] [--link 200] [--steps 20] [--output FILE.json] [--plot FILE.svg]
-Needs root, and the Debian packages of the tests. SHARDS have a vocabulary of 8,192 tokens; they are made from this
-Python's standard library when left out. --model-only leaves the hosts out.
+Prints a table and JSON. Needs root and the Debian packages of the tests. SHARDS must have a vocabulary of 8,192 tokens;
+by default they are built from this Python's standard library. --model-only skips the hosts.
 
-Each host is a set of namespaces on this machine, joined by virtual cables whose speed `tc` limits to --link Mb/s, and
-may use the same share of the machine's cores (a control group), so that three compute no slower than one. Ranks
-train in bf16, one a host. What each host has sent is read from its network interface. With a limit, a step should take
-what it takes without, and besides what the model says is sent, divided by the speed of the link: gloo on a CPU core
-overlaps nothing.
+Each host is a set of namespaces on this machine, connected by virtual links that `tc` limits to --link Mb/s, and is
+limited to the same share of the machine's cores (a control group), so that three compute no slower than one. Ranks
+train in bf16, one per host. The bytes sent by each host are read from its network interface. With a limit, a step
+should take its time without the limit plus the bytes given by the model divided by the link speed, because gloo on a
+CPU core overlaps nothing.
 """
 
 import argparse
@@ -40,21 +40,21 @@ from tests.multinode.conftest import RealHosts, make_hosts, run_deepspeed  # noq
 
 MATPLOTLIB = "matplotlib==3.10.8"
 MODEL = {"vocab_size": VOCAB_SIZE, "seq_len": 128, "n_layer": 4, "n_head": 6, "n_embd": 384}
-MICRO_BATCH, ACCUMULATION = 4, 2  # sequences, micro-batches a step
+MICRO_BATCH, ACCUMULATION = 4, 2  # sequences, micro-batches per step
 WARM_UP_STEPS = 5
 CONTROL_GROUPS = Path("/sys/fs/cgroup/cpu")
-GBITS = (25, 100, 400, 3200)  # of a host
+GBITS = (25, 100, 400, 3200)  # per host
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A job over some hosts.
+    """Measurements of a job on several hosts.
 
     Attributes:
-        link_mbits: speed of each host's cable, or None where nothing limits it.
-        step_seconds: median.
-        sent_bytes: by each host in a step, the mean over hosts; with the headers of TCP and Ethernet.
+        link_mbits: speed limit of each host's link, or None if unlimited.
+        step_seconds: median step time.
+        sent_bytes: sent per host and step, mean over hosts, including TCP and Ethernet headers.
     """
 
     stage: int
@@ -65,17 +65,17 @@ class Measured:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all hosts."""
+        """Throughput of all hosts together."""
         return self.hosts * tokens_per_host() / self.step_seconds
 
 
 def tokens_per_host() -> int:
-    """Tokens that a host takes in a step."""
+    """Tokens per host and step."""
     return MICRO_BATCH * ACCUMULATION * int(MODEL["seq_len"])
 
 
 class TrafficSampler(threading.Thread):
-    """What each host has sent between two optimizer steps, looked at as their rows appear in the metrics."""
+    """Bytes each host sends between two optimizer steps, sampled when their rows appear in the metrics."""
 
     def __init__(self, hosts: RealHosts, count: int, metrics: Path, first: int, last: int) -> None:
         super().__init__(daemon=True)
@@ -84,7 +84,7 @@ class TrafficSampler(threading.Thread):
         self._sent: list[list[int]] = []
 
     def run(self) -> None:
-        """Look until both steps are done."""
+        """Poll until both steps are done."""
         while len(self._sent) < 2 and not self._stop_asked.wait(0.01):
             if self._metrics.exists():
                 rows = self._metrics.read_text().count('"kind": "train"')
@@ -92,7 +92,7 @@ class TrafficSampler(threading.Thread):
                     self._sent.append([sent_bytes(self._hosts, host) for host in range(self._count)])
 
     def bytes_per_step(self) -> float:
-        """Of a host, the mean. Raises RuntimeError when the steps were not seen."""
+        """Mean bytes per host and step. Raises RuntimeError if the steps were not seen."""
         self._stop_asked.set()
         self.join()
         if len(self._sent) < 2:
@@ -102,7 +102,7 @@ class TrafficSampler(threading.Thread):
 
 
 def sent_bytes(hosts: RealHosts, host: int) -> int:
-    """What has left a host's eth0 so far."""
+    """Bytes sent through a host's eth0 so far."""
     for line in Path(f"/proc/{hosts.first_processes[host]}/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "eth0":
@@ -112,7 +112,7 @@ def sent_bytes(hosts: RealHosts, host: int) -> int:
 
 @contextlib.contextmanager
 def equal_shares(hosts: RealHosts) -> Iterator[float]:
-    """Hold every host to the same share of the cores, nine tenths of them in all. Yields cores of each."""
+    """Limit every host to the same share of the cores, 90 % of them in total. Yields the cores per host."""
     cores = 0.9 * (os.cpu_count() or 1) / len(hosts.hosts)
     groups = [CONTROL_GROUPS / name for name in hosts.hosts]
     try:
@@ -122,7 +122,7 @@ def equal_shares(hosts: RealHosts) -> Iterator[float]:
             (group / "cpu.cfs_quota_us").write_text(str(int(20000 * cores)))
             first = hosts.first_processes[number]
             children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-            for pid in (str(first), *children):  # its sshd, below which ranks start
+            for pid in (str(first), *children):  # its sshd, the ancestor of its ranks
                 (group / "cgroup.procs").write_text(pid)
         yield cores
     finally:
@@ -134,7 +134,7 @@ def equal_shares(hosts: RealHosts) -> Iterator[float]:
 
 
 def limit_links(hosts: RealHosts, mbits: float | None) -> None:
-    """Give every host's cable this speed on the way out."""
+    """Limit the outgoing bandwidth of every host's link."""
     for name in hosts.hosts:
         subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "eth0", "root"], capture_output=True, check=False)
         if mbits is not None:
@@ -143,7 +143,7 @@ def limit_links(hosts: RealHosts, mbits: float | None) -> None:
 
 
 def measure(hosts: RealHosts, shards: Path, stage: int, count: int, mbits: float | None, steps: int) -> Measured:
-    """Train on the first `count` hosts."""
+    """Train on the first `count` hosts and measure."""
     with tempfile.TemporaryDirectory(prefix="codeparrot-scaling-") as name:
         work = Path(name)
         recipe = {
@@ -174,11 +174,11 @@ def measure(hosts: RealHosts, shards: Path, stage: int, count: int, mbits: float
 
 
 def measure_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Every stage, on every number of hosts, with and without a limit; each beside what the model says."""
+    """Measure every stage on every number of hosts, with and without a limit, and add the model's figures."""
     shards = options.shards or make_shards(work, VOCAB_SIZE)
     model = Model.model_validate(MODEL)
     rows = []
-    print("stage  hosts  link Mb/s  tokens/s  of one host's  sent a step  model  predicted tokens/s", flush=True)
+    print("stage  hosts  link Mb/s  tokens/s  of one host's  sent per step  model  predicted tokens/s", flush=True)
     with make_hosts(work / "hosts") as hosts, equal_shares(hosts) as cores:
         for stage in options.stages:
             unlimited: dict[int, Measured] = {}
@@ -210,7 +210,7 @@ def measure_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]
 
 
 def project() -> list[dict[str, Any]]:
-    """`codeparrot-xl` at its own global batch on 8 to 512 GPUs, by the model."""
+    """Project `codeparrot-xl` at its own global batch to 8 to 512 GPUs with the model."""
     recipe = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml")
     model, rows = recipe.model, []
     for gpus in GPUS:
@@ -245,9 +245,9 @@ def project() -> list[dict[str, Any]]:
 
 
 def print_projection(rows: list[dict[str, Any]]) -> None:
-    """Share of a step in which GPUs compute, a table a stage."""
+    """Print the fraction of a step in which GPUs compute, one table per stage."""
     for stage in (1, 2, 3):
-        print(f"\nZeRO-{stage}: share of a step that computes, nothing overlapped to all overlapped")
+        print(f"\nZeRO-{stage}: fraction of a step spent computing, from no overlap to full overlap")
         print("GPUs  micro x acc  " + "".join(f"{gbits:>7} Gb/s  " for gbits in GBITS))
         for gpus in GPUS:
             found = [row for row in rows if (row["gpus"], row["stage"]) == (gpus, stage)]
@@ -256,15 +256,15 @@ def print_projection(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, project, print."""
+    """Measure, project and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shards", type=Path, nargs="?")
-    parser.add_argument("--link", type=float, default=200.0, help="Mb/s of a host's cable")
+    parser.add_argument("--link", type=float, default=200.0, help="bandwidth of a host's link in Mb/s")
     parser.add_argument("--stages", type=lambda text: [int(each) for each in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=20, help="measured, after the warm-up")
-    parser.add_argument("--model-only", action="store_true", help="leave the hosts out")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    parser.add_argument("--plot", type=Path, help="where a plot of the projection goes")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps, after the warm-up")
+    parser.add_argument("--model-only", action="store_true", help="skip the hosts")
+    parser.add_argument("--output", type=Path, help="file for the JSON")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the projection")
     options = parser.parse_args()
     result: dict[str, Any] = {"time": time.time(), "measured": [], "projected": project()}
     with tempfile.TemporaryDirectory(prefix="codeparrot-scaling-") as work:

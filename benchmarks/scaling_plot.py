@@ -1,4 +1,4 @@
-"""Draw what benchmarks/scaling.py projects, from its JSON on standard input. Usage: python scaling_plot.py FILE.svg"""
+"""Plot the projection of benchmarks/scaling.py from its JSON on stdin. Usage: python scaling_plot.py FILE.svg"""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "codeparrot-ds"  # the same figures give the same bytes
+matplotlib.rcParams["svg.hashsalt"] = "codeparrot-ds"  # the same figures produce the same bytes
 import matplotlib.pyplot as plt  # noqa: E402
 
 rows = json.load(sys.stdin)["projected"]
@@ -18,11 +18,11 @@ for stage, axis in zip(stages, axes, strict=True):
         gpus = [row["gpus"] for row in of_link]
         low, high = zip(*(row["efficiency"] for row in of_link), strict=True)
         axis.fill_between(gpus, low, high, alpha=0.15, color=f"C{number}", linewidth=0)
-        axis.plot(gpus, low, color=f"C{number}", marker=".", label=f"{gbits} Gb/s a host")
-    axis.set(xscale="log", title=f"ZeRO-{stage}", xlabel="GPUs (8 a host)", ylim=(0, 1.02))
+        axis.plot(gpus, low, color=f"C{number}", marker=".", label=f"{gbits} Gb/s per host")
+    axis.set(xscale="log", title=f"ZeRO-{stage}", xlabel="GPUs (8 per host)", ylim=(0, 1.02))
     axis.set_xticks(gpus, map(str, gpus), minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-axes[0].set_ylabel("share of a step that computes")
+axes[0].set_ylabel("fraction of a step spent computing")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 figure.savefig(sys.argv[1], metadata={"Date": None})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run, measure, print."""
+    """Run the benchmark and print its results."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     command = [str(Path(sys.executable).with_name("codeparrot-ds")), "--help"]
     seconds = []
@@ -20,7 +20,7 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - started)
-    seconds = seconds[1:]  # the first fills the page cache
+    seconds = seconds[1:]  # the first run fills the page cache
     print(f"--help: median {statistics.median(seconds):.3f} s, maximum {max(seconds):.3f} s over {runs} runs")
     print(json.dumps({"median_seconds": statistics.median(seconds), "max_seconds": max(seconds), "runs": runs}))
 

@@ -1,14 +1,14 @@
-"""Optimizer-step time of ours against its peers, round by round. Prints a table for each ZeRO stage, writes JSON.
+"""Time of our optimizer step compared with peers, in rounds. Prints a table for each ZeRO stage, writes JSON.
 
 Usage: python benchmarks/step.py [SHARDS] [--stages 1,3] [--rounds N] [--steps N] [--output FILE.json]
 
-Ours is a whole `deepspeed --module codeparrot_ds.train RECIPE` with its logging, TensorBoard and digests. The peers are
-the barest DeepSpeed loop, Hugging Face's Trainer, and Accelerate the way of CodeParrot's script; they take the same
-DeepSpeed JSON, model, optimizer and ids, which lie ready in their memory. `step` is one optimizer step; `loop` is the
-wall time from one line of the log to the next, divided by its steps, so that nothing between steps is left out; `CPU`
-is what all ranks took of the cores in that time, which hardly depends on what else the machine does. On a machine that
-others use, `--others-at-most 0.05` waits for quiet blocks, and `--together` runs all pipelines at once, so that they
-meet the same neighbours, and compares CPU time. SHARDS are made from the standard library of this Python when left out.
+Ours is a complete `deepspeed --module codeparrot_ds.train RECIPE` with its logging, TensorBoard and digests. The peers
+are a minimal DeepSpeed loop, Hugging Face's Trainer, and Accelerate as used in CodeParrot's script; they use the same
+DeepSpeed JSON, model, optimizer and ids, which are preloaded in memory. `step` is one optimizer step; `loop` is the
+wall time from one log line to the next, divided by its number of steps, so that time between steps is included; `CPU`
+is the CPU time of all ranks in that interval, which hardly depends on other load. On a shared machine,
+`--others-at-most 0.05` waits for quiet blocks, and `--together` runs all pipelines concurrently, so that they see the
+same load, and compares CPU time. By default SHARDS are built from the standard library of this Python.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from measure import descendants
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"
 ACCELERATE = "accelerate==1.15.0"
-LOG_EVERY = 10  # steps: the recipe's default
+LOG_EVERY = 10  # steps, the recipe's default
 VOCAB_SIZE = 8192
-SECONDS_A_RUN = 900  # a hung rendezvous would wait for ten minutes and more
+SECONDS_A_RUN = 900  # a hung rendezvous would wait for more than ten minutes
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIPPING = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 QUIET_SECONDS, TRIES = 5, 10
 _PACKAGES = ("codeparrot-ds", "deepspeed", "torch", "transformers", "numpy")
@@ -52,7 +52,11 @@ _PACKAGES = ("codeparrot-ds", "deepspeed", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Peer:
-    """A driver in benchmarks/peers. bar: ours may take at most this many times its time."""
+    """A driver in benchmarks/peers.
+
+    Attributes:
+        bar: target for the ratio of our time to its time.
+    """
 
     title: str
     driver: str
@@ -71,15 +75,15 @@ _PEERS = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One run of one pipeline, warm-up left out.
+    """One run of one pipeline, without its warm-up.
 
     Attributes:
-        step_seconds: of each step: ours as its metrics say, a peer's from the end of one to the end of the next.
-        loop_seconds: wall time of each block of LOG_EVERY steps, a step.
-        cpu_seconds: CPU time of all ranks in each block, a step.
-        data_seconds: of each step, waiting for its ids; ours alone, and only if its metrics say.
+        step_seconds: per step; ours from its metrics, a peer's from the end of one step to the end of the next.
+        loop_seconds: wall time per step, for each block of LOG_EVERY steps.
+        cpu_seconds: CPU time of all ranks per step, for each block.
+        data_seconds: time each step waited for its ids; ours only, if its metrics report it.
         loss: mean over the last block.
-        others_share: of each block, CPU time of other processes of this machine, as a share of all cores.
+        others_share: CPU time of other processes of this machine in each block, as a share of all cores.
     """
 
     step_seconds: list[float]
@@ -94,7 +98,7 @@ class Timed:
         return statistics.median(getattr(self, field))
 
     def quiet(self, share: float) -> "Timed":
-        """This run without the blocks in which others took more than `share` of the cores."""
+        """This run without the blocks in which other processes used more than `share` of the cores."""
         blocks = [number for number, others in enumerate(self.others_share) if others <= share]
         steps = [block * LOG_EVERY + i for block in blocks for i in range(LOG_EVERY)]
         return replace(
@@ -108,7 +112,7 @@ class Timed:
 
 
 class CpuSampler(threading.Thread):
-    """CPU time of a process's descendants, and of the whole machine, as functions of time."""
+    """CPU time of a process's descendants and of the whole machine, sampled over time."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -128,7 +132,7 @@ class CpuSampler(threading.Thread):
         self.join()
 
     def between(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CPU seconds of the descendants from each of `times` to the next, and the others' share of all cores."""
+        """CPU seconds of the descendants from each of `times` to the next, and other processes' share of all cores."""
         at, mine, machine = np.array(self._samples).T
         seconds = np.diff(np.interp(times, at, mine))
         others = np.diff(np.interp(times, at, machine)) - seconds
@@ -136,11 +140,11 @@ class CpuSampler(threading.Thread):
 
 
 class Pipelines:
-    """All pipelines at one ZeRO stage.
+    """Runs the pipelines at one ZeRO stage.
 
     Attributes:
-        ranks: processes.
-        steps: of a run, warm-up included.
+        ranks: number of processes.
+        steps: per run, warm-up included.
     """
 
     def __init__(self, options: argparse.Namespace, stage: int, shards: Path, peers: Path, directory: Path) -> None:
@@ -176,7 +180,7 @@ class Pipelines:
                 "weight_decay": WEIGHT_DECAY,
                 "gradient_clipping": CLIPPING,
             },
-            "schedule": {"steps": self.steps, "min_ratio": 1.0},  # a constant rate: losses can be compared
+            "schedule": {"steps": self.steps, "min_ratio": 1.0},  # a constant rate, so that losses are comparable
             "engine": {
                 "deepspeed": str(ROOT / "ds_configs" / f"zero{self._stage}.json"),
                 "precision": options.precision,
@@ -187,7 +191,7 @@ class Pipelines:
         }
 
     def _prepare(self, shards: Path) -> dict[str, Any]:
-        """What the drivers are asked to do. A first run of ours, of two steps, resolves the DeepSpeed JSON."""
+        """Write the drivers' job. A first run of ours, of two steps, resolves the DeepSpeed JSON."""
         from codeparrot_ds.run.recipe import load_recipe
         from codeparrot_ds.shards.sequences import Dataset
 
@@ -196,7 +200,7 @@ class Pipelines:
         data = Dataset.open({shards: 1.0}, options.seq_len)
         needed = self.steps * options.global_batch
         if needed > len(data.train):
-            sys.exit(f"{shards}: {len(data.train):,} sequences, {needed:,} are needed. Take fewer --steps.")
+            sys.exit(f"{shards}: {len(data.train):,} sequences, {needed:,} are needed. Reduce --steps.")
         ids = data.train.batch(data.order(recipe.seed).take(0, needed))
         batches = self._directory / "batches.npy"
         np.save(batches, ids.reshape(self.steps, options.global_batch, options.seq_len + 1))
@@ -218,7 +222,7 @@ class Pipelines:
         }
 
     def time(self, pipeline: str) -> Timed:
-        """Run `ours` or a peer once, in fresh processes. Several threads may call."""
+        """Run `ours` or a peer once, in new processes. Thread-safe."""
         name = f"{pipeline}-{next(self._runs)}"
         if pipeline == "ours":
             run, sampler = self._ours(name)
@@ -239,7 +243,7 @@ class Pipelines:
         )
 
     def _read_ours(self, run: Path) -> tuple[list[float], np.ndarray, float, list[float]]:
-        """Seconds of each step, Unix time at the end of each block, last losses, seconds waited for each step's ids."""
+        """Seconds per step, Unix time at the end of each block, last losses, seconds waited for each step's ids."""
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         measured = [row for row in rows if row["kind"] == "train"][self._options.warmup :]
         lines = re.findall(r"(?m)^(\S+ \S+) \w+ step (\d+) of \d+:", (run / "logs" / "rank_00000.log").read_text())
@@ -253,7 +257,7 @@ class Pipelines:
         )
 
     def _read_peer(self, report: Path) -> tuple[list[float], np.ndarray, float, list[float]]:
-        """The same of a driver; it waits for nothing."""
+        """The same for a driver, which does not wait for data."""
         result = json.loads(report.read_text())
         ends = np.array(result["ends"])[self._options.warmup - 1 :]
         if len(ends) != self._options.steps + 1:
@@ -261,20 +265,20 @@ class Pipelines:
         return np.diff(ends).tolist(), ends[::LOG_EVERY], result["last_loss"], []
 
     def _ours(self, name: str, overrides: Sequence[str] = ()) -> tuple[Path, CpuSampler]:
-        """Train the recipe as `name`; its run directory, and what its ranks took."""
+        """Train the recipe as `name`; returns its run directory and its ranks' CPU samples."""
         settings = [part for override in (f"name={name}", *overrides) for part in ("--set", override)]
         sampler = self._deepspeed(name, "--module", "codeparrot_ds.train", str(self._recipe), *settings)
         return self._directory / name, sampler
 
     def _deepspeed(self, name: str, *arguments: str) -> CpuSampler:
-        """Start ranks and wait for them; what they took."""
+        """Start ranks, wait for them, and return their CPU samples."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if arguments[0] != "--module":
             env["PYTHONPATH"] = str(self._peers)
-            if not self._options.stock_malloc:  # what ours does in training/ranks.py: keep memory, do not unmap it
+            if not self._options.stock_malloc:  # as in training/ranks.py: keep freed memory instead of unmapping it
                 env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
         if self._gpus == 0:
             threads = max(1, len(os.sched_getaffinity(0)) // self.ranks)
@@ -283,7 +287,7 @@ class Pipelines:
         command = [deepspeed, "--quiet", "--master_port", port, "--num_gpus", str(self.ranks), *arguments]
         log = self._directory / f"{name}.log"
         with open(log, "wb") as out:
-            # timeout makes a group of its own: the ranks end with it.
+            # timeout creates its own process group, so the ranks are killed with it.
             process = subprocess.Popen(
                 ["timeout", "--kill-after=10", str(SECONDS_A_RUN), *command],
                 stdin=subprocess.DEVNULL,
@@ -305,7 +309,7 @@ class Pipelines:
 
 
 def cpu_seconds_of(pid: int) -> float:
-    """User and system time of one process, all its threads; 0 when it has gone."""
+    """User and system time of one process, all threads; 0 if it has exited."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -314,14 +318,14 @@ def cpu_seconds_of(pid: int) -> float:
 
 
 def busy_seconds() -> float:
-    """CPU time of all processes of this machine since it started; waiting for input and output is none."""
+    """CPU time of all processes of this machine since boot, without I/O wait."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def gpus() -> int:
-    """GPUs that torch can use here; 0 when the user asks for the CPU."""
+    """Number of GPUs torch can use; 0 if the user selects the CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     import torch
@@ -330,7 +334,7 @@ def gpus() -> int:
 
 
 def make_shards(work: Path, vocab_size: int) -> Path:
-    """Shards of this Python's standard library, made once, with our own commands."""
+    """Shards of this Python's standard library, built once with our own commands."""
     shards = work / "shards"
     if not (shards / "manifest.json").exists():
         corpus, tokenizer = work / "corpus", work / "tokenizer"
@@ -346,7 +350,7 @@ def make_shards(work: Path, vocab_size: int) -> Path:
 
 
 def compare(options: argparse.Namespace, pipelines: Pipelines) -> dict[str, list[Timed]]:
-    """All pipelines round by round, every second round backwards, so that a drift meets all of them alike."""
+    """Run all pipelines in rounds, every second round in reverse, so that drift affects them equally."""
     names = ["ours", *(name for name in options.peers.split(",") if name)]
     timed: dict[str, list[Timed]] = {name: [] for name in names}
     for number in range(options.rounds):
@@ -362,7 +366,7 @@ def compare(options: argparse.Namespace, pipelines: Pipelines) -> dict[str, list
             timed[name].append(one)
             wall, cpu, others = (one.median(field) for field in ("loop_seconds", "cpu_seconds", "others_share"))
             print(
-                f"round {number + 1} of {options.rounds}: {name:<10} {wall * 1e3:8.1f} ms a step, CPU "
+                f"round {number + 1} of {options.rounds}: {name:<10} {wall * 1e3:8.1f} ms per step, CPU "
                 f"{cpu * 1e3:8.1f} ms; {len(one.loop_seconds)} blocks, others took {others:.1%} of the cores",
                 file=sys.stderr,
                 flush=True,
@@ -371,18 +375,18 @@ def compare(options: argparse.Namespace, pipelines: Pipelines) -> dict[str, list
 
 
 def time_in_quiet(pipelines: Pipelines, name: str, share: float) -> Timed:
-    """A run, repeated until in one of its blocks at least others took no more than `share` of the cores."""
+    """Repeat a run until other processes used at most `share` of the cores in at least one block."""
     for _ in range(TRIES):
         wait_for_quiet(share)
         one = pipelines.time(name).quiet(share)
         if one.loop_seconds:
             return one
-        print(f"{name}: others were busy; once more", file=sys.stderr, flush=True)
-    sys.exit(f"{name}: others took more than {share:.0%} of the cores in every block of {TRIES} runs.")
+        print(f"{name}: other processes were busy; repeating", file=sys.stderr, flush=True)
+    sys.exit(f"{name}: other processes used more than {share:.0%} of the cores in every block of {TRIES} runs.")
 
 
 def wait_for_quiet(share: float) -> None:
-    """Wait until others take no more than `share` of the cores, ten minutes at most."""
+    """Wait until other processes use at most `share` of the cores, for ten minutes at most."""
     for _ in range(600 // QUIET_SECONDS):
         busy = busy_seconds()
         if share >= 1:
@@ -393,17 +397,17 @@ def wait_for_quiet(share: float) -> None:
 
 
 def ratios(timed: dict[str, list[Timed]], peer: str, field: str) -> list[float]:
-    """Ours against a peer in each round."""
+    """Ratio of ours to a peer in each round."""
     return [ours.median(field) / other.median(field) for ours, other in zip(timed["ours"], timed[peer], strict=True)]
 
 
 def in_words(each: Sequence[float]) -> str:
-    """Median, lowest and highest."""
+    """Median, lowest and highest value as text."""
     return f"{statistics.median(each):.3f} ({min(each):.3f}-{max(each):.3f})"
 
 
 def print_table(stage: int, timed: dict[str, list[Timed]], together: bool) -> None:
-    """One line a pipeline: medians over all steps and blocks of all rounds, and ratios of the same round."""
+    """Print one row per pipeline: medians over all steps and blocks, and ratios within rounds."""
     head = ("step ms", "loop ms", "CPU ms", "loss", "ours / it, loop", "ours / it, CPU", "bar")
     print("\n{:<20} {:>8} {:>8} {:>8} {:>6}  {:<21}  {:<21}  {}".format(f"ZeRO-{stage}", *head))
     for name, runs in timed.items():
@@ -433,31 +437,37 @@ def print_table(stage: int, timed: dict[str, list[Timed]], together: bool) -> No
 
 
 def main() -> None:
-    """Read the command line, compare, clean up."""
+    """Parse the command line, run the benchmark, clean up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shards", type=Path, nargs="?", help="a finished shard directory")
     parser.add_argument("--stages", default="1,3", help="of ZeRO")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30, help=f"measured in a run; a multiple of {LOG_EVERY}")
-    parser.add_argument("--warmup", type=int, default=10, help=f"steps dropped; a multiple of {LOG_EVERY}")
+    parser.add_argument("--steps", type=int, default=30, help=f"measured steps per run; a multiple of {LOG_EVERY}")
+    parser.add_argument("--warmup", type=int, default=10, help=f"warm-up steps; a multiple of {LOG_EVERY}")
     parser.add_argument(
-        "--together", action="store_true", help="all pipelines at once; compares CPU time, not wall time"
+        "--together", action="store_true", help="run all pipelines concurrently; compare CPU time, not wall time"
     )
-    parser.add_argument("--others-at-most", type=float, default=1.0, metavar="SHARE", help="of the cores: wait for it")
-    parser.add_argument("--peers", default=",".join(_PEERS), help="some of them")
+    parser.add_argument(
+        "--others-at-most",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="wait until other processes use at most this share of the cores",
+    )
+    parser.add_argument("--peers", default=",".join(_PEERS), help="peers to run, comma-separated")
     parser.add_argument("--ranks", type=int, help="processes; default: all GPUs, or 2 on the CPU")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--stock-malloc", action="store_true", help="peers give memory back, as glibc does by itself")
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="the tokenizer's of SHARDS")
+    parser.add_argument("--stock-malloc", action="store_true", help="run peers with glibc's default malloc settings")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="vocabulary size of SHARDS")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--n-layer", type=int, default=4)
     parser.add_argument("--n-embd", type=int, default=256)
     parser.add_argument("--n-head", type=int, default=4)
     parser.add_argument("--global-batch", type=int, default=8, help="sequences")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps packages and shards for next time")
-    parser.add_argument("--keep", action="store_true", help="keep logs and runs too")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep packages and shards here for reuse")
+    parser.add_argument("--keep", action="store_true", help="keep logs and runs as well")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     if options.steps % LOG_EVERY or options.warmup % LOG_EVERY or not options.steps or not options.warmup:
@@ -465,7 +475,7 @@ def main() -> None:
     work = (options.work or Path(tempfile.mkdtemp(prefix="step-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
     run = Path(tempfile.mkdtemp(prefix="run-", dir=work))
-    os.chdir(ROOT)  # so that `codeparrot_ds` is the one beside this file
+    os.chdir(ROOT)  # so that `codeparrot_ds` is the one in this tree
     try:
         packages = layer(work / "packages", ACCELERATE)
         shards = options.shards.resolve() if options.shards else make_shards(work, options.vocab_size)

@@ -1,9 +1,9 @@
-"""The step of one tree of this package beside that of another, on two CPU ranks.
+"""Compare the training step of two checkouts of this package on two CPU ranks.
 
 Usage: python benchmarks/step_between.py OLD NEW [--rounds 10] [--steps 12]
 
-OLD and NEW are checkouts. In each round each of them trains a small GPT-2 at ZeRO-1 and ZeRO-3, in fp32 and bf16, one
-after the other in turn; what is compared is the CPU time of both ranks in a step, by the ratio within a round.
+OLD and NEW are checkouts. In each round both train a small GPT-2 at ZeRO-1 and ZeRO-3, in fp32 and bf16, one after the
+other. The result is the ratio of the CPU time of both ranks per step, within a round.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def child(tree: Path, steps: int, output: Path) -> None:
-    """A rank of one round: CPU seconds a step of each case, the median."""
+    """Run one rank of a round; median CPU seconds per step of each case."""
     from codeparrot_ds.run.recipe import load_recipe
     from codeparrot_ds.train import end
     from codeparrot_ds.trial import trainer_on_random_ids
@@ -60,7 +60,7 @@ def child(tree: Path, steps: int, output: Path) -> None:
 
 
 def run_round(tree: Path, steps: int) -> dict[str, float]:
-    """Both ranks of a tree; their CPU seconds together."""
+    """Run both ranks of a tree; returns the sum of their CPU seconds."""
     with tempfile.TemporaryDirectory() as directory:
         of_both = {"PYTHONPATH": str(tree), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         of_both |= {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -81,7 +81,7 @@ def run_round(tree: Path, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Rounds, then a table."""
+    """Run the rounds and print a table."""
     if sys.argv[1] == "--child":
         child(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -97,7 +97,7 @@ def main() -> None:
         for case in old:
             found.setdefault(case, []).append((old[case], new[case]))
         print(f"round {number + 1}", {case: f"{new[case] / old[case]:.3f}" for case in old}, flush=True)
-    print("\n| | old, CPU ms a step | new | new : old, median | lowest | highest |\n|---|---|---|---|---|---|")
+    print("\n| | old, CPU ms per step | new | new : old, median | lowest | highest |\n|---|---|---|---|---|---|")
     for case, pairs in found.items():
         ratios = [new / old for old, new in pairs]
         old_ms, new_ms = (1e3 * statistics.median(each) for each in zip(*pairs, strict=True))

@@ -1,12 +1,12 @@
-"""Train `codeparrot-xl` (1,529.6 M parameters) on a CPU rank with its optimizer on disk, and resume. Table and JSON.
+"""Train `codeparrot-xl` (1,529.6 M parameters) on one CPU rank with its optimizer on disk, and resume.
 
 Usage: python benchmarks/xl.py [--directory DIR] [--shards DIR] [--keep]
-Needs 45 GB on the disk of DIR, 20 GB of memory, and up to an hour. No GPU is used. Without --shards they are made of
-this machine's own Python source. Sequences have 256 tokens, and a step has one.
+Prints a table and JSON. Needs 45 GB on the disk of DIR, 20 GB of memory, and up to an hour. Uses no GPU. By default the
+shards are built from this machine's own Python source. Sequences have 256 tokens, one per step.
 
-Four steps with a checkpoint after the third. Then the fourth's checkpoint is removed, as if the run had been killed
-before it was whole, and the same command goes on from the third: loss, gradient norm and validation loss must be the
-same bits.
+Runs four steps with a checkpoint after the third. Then the fourth step's checkpoint is removed, as if the run had been
+killed before completing it, and the same command resumes from the third: loss, gradient norm and validation loss must
+be bit-identical.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SAVED_STEP, LAST_STEP = 3, 4
 
 
 class SizeSampler(threading.Thread):
-    """The most that the files below a directory took on disk, bytes, looked at once a second."""
+    """Peak disk usage of the files below a directory in bytes, sampled once a second."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(daemon=True)
@@ -51,7 +51,7 @@ class SizeSampler(threading.Thread):
 
 
 def bytes_below(directory: Path) -> int:
-    """What the files below `directory` take on disk; files that go meanwhile are left out."""
+    """Disk usage of the files below `directory`; files deleted in the meantime are skipped."""
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:
@@ -63,7 +63,7 @@ def bytes_below(directory: Path) -> int:
 
 
 def make_shards(directory: Path) -> Path:
-    """Shards of this machine's Python source, in sequences of `SEQ_LEN` tokens."""
+    """Build shards of this machine's Python source, in sequences of `SEQ_LEN` tokens."""
     corpus, tokenizer, shards = (directory / name for name in ("corpus", "tokenizer", "shards"))
     for command in (
         ["corpus", "collect", "--installed-python", "--max-file-size", "64kB", "--sample", "60MB", "-o", corpus],
@@ -76,13 +76,13 @@ def make_shards(directory: Path) -> Path:
 
 @dataclass
 class Launch:
-    """One `deepspeed` command that has ended well.
+    """A `deepspeed` command that has succeeded.
 
     Attributes:
-        seconds: until each line of `lines` was printed.
-        peak_pss_bytes, peak_rss_bytes: of all its processes together.
-        swap_bytes: the most that lay in the swap directory.
-        rows: of metrics.jsonl at its end.
+        lines: seconds since the start, and text, of each output line.
+        peak_pss_bytes, peak_rss_bytes: peak memory of all its processes together.
+        swap_bytes: peak usage of the swap directory.
+        rows: metrics.jsonl at the end.
     """
 
     wall_seconds: float
@@ -93,19 +93,19 @@ class Launch:
     rows: list[dict[str, Any]]
 
     def seconds_until(self, text: str) -> float:
-        """When the first line that holds `text` was printed. Raises RuntimeError when none was."""
+        """Time of the first line that contains `text`. Raises RuntimeError if there is none."""
         for seconds, line in self.lines:
             if text in line:
                 return seconds
-        raise RuntimeError(f"the run never said {text!r}")
+        raise RuntimeError(f"the run never printed {text!r}")
 
     def train_rows(self) -> list[dict[str, Any]]:
-        """The row of each step."""
+        """Map each step to its row."""
         return [row for row in self.rows if row["kind"] == "train"]
 
 
 def launch(directory: Path, shards: Path) -> Launch:
-    """Train to the last step, resuming from the newest checkpoint. Raises RuntimeError when the run fails."""
+    """Train to the last step, resuming from the newest checkpoint. Raises RuntimeError if the run fails."""
     overrides = {
         "runs": directory / "runs",
         "data.shards": shards,
@@ -152,29 +152,29 @@ def launch(directory: Path, shards: Path) -> Launch:
 
 
 def run_directory(directory: Path) -> Path:
-    """Where the run is."""
+    """Path of the run directory."""
     return directory / "runs" / "codeparrot-xl"
 
 
 def checkpoint(directory: Path, step: int) -> Path:
-    """Where its checkpoint after `step` steps is."""
+    """Path of the checkpoint after `step` steps."""
     return run_directory(directory) / "checkpoints" / f"step-{step:08d}"
 
 
 def saving_seconds(launched: Launch, step: int) -> float:
-    """What saving after `step` took, as the run says: "step 3: checkpoint runs/… (31.0 s)"."""
+    """Save time after `step`, parsed from a log line such as "step 3: checkpoint runs/… (31.0 s)"."""
     line = next(line for _, line in launched.lines if line.startswith(f"step {step}: checkpoint "))
     return float(line.rsplit("(", 1)[1].split()[0])
 
 
 def check(first: Launch, resumed: Launch) -> list[str]:
-    """What is not as it must be."""
+    """List the deviations from the expected result."""
     before, after = first.train_rows(), resumed.train_rows()
     problems = []
     if not abs(before[0]["loss"] - math.log(VOCAB_SIZE)) < 0.5:
         problems.append(f"the first loss is {before[0]['loss']}, far from ln {VOCAB_SIZE}")
     if [row["step"] for row in after] != list(range(LAST_STEP)) or after[:SAVED_STEP] != before[:SAVED_STEP]:
-        problems.append("the resumed run took other steps than those after its checkpoint")
+        problems.append("the resumed run did not take exactly the steps after its checkpoint")
     wanted, found = before[SAVED_STEP], after[SAVED_STEP]
     problems += [
         f"{key} of step {SAVED_STEP} is {found[key]}, not {wanted[key]}"
@@ -187,16 +187,18 @@ def check(first: Launch, resumed: Launch) -> list[str]:
 
 
 def valid_loss(launched: Launch) -> float:
-    """The last validation loss, nats per token."""
+    """The last validation loss in nats per token."""
     return float([row["loss_valid"] for row in launched.rows if row["kind"] == "valid"][-1])
 
 
 def main() -> None:
-    """Run, measure, print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--directory", type=Path, help="where everything goes; a new temporary directory by default")
-    parser.add_argument("--shards", type=Path, help="shards with 32,768 tokens in the vocabulary")
-    parser.add_argument("--keep", action="store_true", help="leave the directory there")
+    parser.add_argument(
+        "--directory", type=Path, help="parent of the working directory; default: a temporary directory"
+    )
+    parser.add_argument("--shards", type=Path, help="shards with a vocabulary of 32,768 tokens")
+    parser.add_argument("--keep", action="store_true", help="keep the directory")
     options = parser.parse_args()
     directory = (options.directory or Path(tempfile.mkdtemp(prefix="codeparrot-xl-"))).resolve()
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make .venv and install this package into it with the pinned constraints. Needs nothing but Python 3.11.
+"""Create .venv and install this package into it with the pinned constraints. Requires only Python 3.11.
 
-Run again, it goes on where it stopped: pip keeps its wheels, and a finished installation is left as it is.
+Run it again to resume: pip caches its wheels, and a finished installation is not changed.
 """
 
 import argparse
@@ -15,10 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-FINISHED = VENV / "installed.sha256"  # digest of what was installed; missing while an installation is unfinished
+FINISHED = (
+    VENV / "installed.sha256"
+)  # digest of the installed requirements; missing while an installation is incomplete
 RESULTS = [ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart-data"]
 
-# program, Python module or C header that must be there -> Debian package that has it
+# required program, Python module or C header -> Debian package that provides it
 BASE_PACKAGES = {"module:ensurepip": f"python3.{sys.version_info.minor}-venv", "c++": "g++"}
 TEST_PACKAGES = {
     "pdsh": "pdsh",
@@ -32,17 +34,21 @@ TEST_PACKAGES = {
 
 
 def main() -> None:
-    """Set up what is asked for, printing each command that a user could type."""
+    """Install everything requested, and print each command before running it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fresh", action="store_true", help="remove .venv and the quickstart's results, start over")
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove .venv and the quickstart's results, then start over"
+    )
     parser.add_argument("--offline-wheels", type=Path, metavar="DIR", help="install from DIR, without a network")
-    parser.add_argument("--torch-index", metavar="URL", help="package index to take torch from, e.g. one of CPU builds")
-    parser.add_argument("--test", action="store_true", help="also install what the tests need")
+    parser.add_argument(
+        "--torch-index", metavar="URL", help="package index to install torch from, e.g. one with CPU builds"
+    )
+    parser.add_argument("--test", action="store_true", help="also install the test dependencies")
     options = parser.parse_args()
-    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked)
-        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name one: PYTHON=python3.11 launch/…")
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before any other version check)
+        fail(f"Python 3.11 or newer is required, but this is {sys.version.split()[0]}. Set PYTHON=python3.11 launch/…")
     if options.offline_wheels is not None and not options.offline_wheels.is_dir():
-        fail(f"{options.offline_wheels}: no such directory of wheels. Fill one with launch/wheelhouse.sh.")
+        fail(f"{options.offline_wheels}: no such directory of wheels. Create one with launch/wheelhouse.sh.")
     if options.offline_wheels is not None:
         options.offline_wheels = options.offline_wheels.resolve()
     os.chdir(ROOT)
@@ -54,7 +60,7 @@ def main() -> None:
 
 
 def install_system_packages(needed: dict[str, str]) -> None:
-    """Install what is missing with apt where this user may; else print the line to type."""
+    """Install missing packages with apt if permitted; otherwise print the command to run."""
     missing = [package for program, package in needed.items() if not is_there(program)]
     if not missing:
         return
@@ -67,24 +73,22 @@ def install_system_packages(needed: dict[str, str]) -> None:
         run([*environment, *install], quiet=True)
         missing = [package for program, package in needed.items() if not is_there(program)]
     if missing:
-        fail(
-            f"missing on this machine: {', '.join(missing)}. Type this, then start again:\n  sudo {shlex.join(install)}"
-        )
+        fail(f"missing on this machine: {', '.join(missing)}. Run this, then try again:\n  sudo {shlex.join(install)}")
 
 
 def is_there(program: str) -> bool:
-    """Whether a program is on PATH, a module can be imported by the Python that runs this, or a header is there."""
+    """Whether a program is on PATH, a module can be imported by this Python, or a header exists."""
     if program.startswith("header:"):
         return Path("/usr/include", program.removeprefix("header:")).exists()
     if program.startswith("module:"):
         return succeeds([sys.executable, "-c", f"import {program.removeprefix('module:')}"])
     return (
         shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
-    )  # sshd is in none of a user's
+    )  # sshd is not on a user's PATH
 
 
 def install_python_packages(options: argparse.Namespace) -> None:
-    """Make the virtual environment and install into it, torch first: unpinned, it pulls gigabytes of CUDA."""
+    """Create the virtual environment and install into it, torch first, because unpinned it pulls gigabytes of CUDA."""
     inputs = [ROOT / "constraints.txt", ROOT / "pyproject.toml"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs) + sys.version.encode()).hexdigest()
     wanted += " test" if options.test else ""
@@ -106,15 +110,13 @@ def install_python_packages(options: argparse.Namespace) -> None:
 
 
 def run(command: list[str], quiet: bool = False) -> None:
-    """Print and run a command; end with its output and one line when it fails."""
+    """Print and run a command; if it fails, exit with its output and an error message."""
     print(f"$ {shlex.join(command)}", flush=True)
     result = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if quiet else None, stderr=None)
     if result.returncode:
         if quiet:
             print(result.stdout, file=sys.stderr)
-        fail(
-            f"`{shlex.join(command)}` failed with exit code {result.returncode}, see above. Mend that and start again."
-        )
+        fail(f"`{shlex.join(command)}` failed with exit code {result.returncode}, see above. Fix it and run again.")
 
 
 def succeeds(command: list[str]) -> bool:
@@ -123,7 +125,7 @@ def succeeds(command: list[str]) -> bool:
 
 
 def fail(message: str) -> None:
-    """One message, exit code 1."""
+    """Print an error message and exit with code 1."""
     sys.exit(f"error: {message}")
 
 

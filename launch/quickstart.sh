@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a clone to a trained, converted model on this machine's own Python source. Run again, it goes on where it
-# stopped. Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
+# From a clone to a trained and converted model, on this machine's own Python source. Run it again to resume.
+# Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
 set -euo pipefail
 
 run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }

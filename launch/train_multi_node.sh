@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train over the hosts of a hostfile: looks at them first, starts again after a crash.
+# Train on the hosts of a hostfile: check them first, restart after a crash.
 #   launch/train_multi_node.sh launch/recipes/codeparrot-xl.yaml hosts --spare-hosts 1 --min-hosts 2
 set -euo pipefail
 

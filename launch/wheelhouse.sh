@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fill DIR with every wheel that `launch/quickstart.sh --offline-wheels DIR` needs on a machine like this one; or, with
-# --beside-torch, with those that a GPU machine with Python 3.x, PyTorch for CUDA, transformers, accelerate, pyarrow,
-# tensorboard and typer still lacks (10 wheels, 9 MB).
+# Download into DIR every wheel that `launch/quickstart.sh --offline-wheels DIR` needs on a similar machine. With
+# --beside-torch, download only the wheels missing on a GPU machine that has Python 3.x, PyTorch for CUDA, transformers,
+# accelerate, pyarrow, tensorboard and typer (10 wheels, 9 MB).
 set -euo pipefail
 usage="usage: launch/wheelhouse.sh DIR [--beside-torch 3.12 | pip options, such as --index-url URL for torch]"
 directory=$(realpath -m "${1:?$usage}")
@@ -14,9 +14,9 @@ if [ "${2:-}" = --beside-torch ]; then
   version=${3:?$usage}
   platforms=()
   for glibc in 2_39 2_34 2_31 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
-  # DeepSpeed has no wheel of its own; its operators are compiled where they are used.
+  # DeepSpeed publishes no wheels; its operators are compiled on the target machine.
   DS_BUILD_OPS=0 "${pip[@]}" wheel --wheel-dir "$directory" --no-deps "$(grep '^deepspeed==' constraints.txt)"
-  # Left out: datasets with dill and multiprocess, which only documents of the Hub need, and so a network.
+  # Omitted: datasets with dill and multiprocess, needed only for Hub documents, which require a network.
   lacks='annotated-types|fastokens|hjson|isal|msgspec|pydantic|pydantic_core|typing-inspection|typing_extensions'
   mapfile -t packages < <(grep -E "^($lacks)==" constraints.txt)
   "${pip[@]}" download --dest "$directory" --no-deps --only-binary=:all: --python-version "$version" \
@@ -25,6 +25,6 @@ if [ "${2:-}" = --beside-torch ]; then
 fi
 wheel=("${pip[@]}" wheel --wheel-dir "$directory" --constraint constraints.txt)
 "${wheel[@]}" "${@:2}" torch
-# setuptools builds this package itself, which is installed from the tree and so leaves no wheel here.
+# This package is installed from the tree; its own wheel is removed below, but building it requires setuptools.
 "${wheel[@]}" --find-links "$directory" setuptools '.[test]'
 rm -f "$directory"/codeparrot_ds-*.whl

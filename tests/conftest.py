@@ -28,15 +28,15 @@ from tests.forked_ranks import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 512
 SEQ_LEN = 32
-OPERATORS_TIMEOUT = 1200  # seconds, for what takes two minutes on two free cores; whoever waits needs as long
-LAUNCH_TIMEOUT = 300  # seconds: a hung rendezvous would wait for ten minutes and more
+OPERATORS_TIMEOUT = 1200  # seconds; takes two minutes on two idle cores, and waiting workers need the same limit
+LAUNCH_TIMEOUT = 300  # seconds; a hung rendezvous would wait for more than ten minutes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is nightly is slow as well, so that -m "not slow" leaves it out."""
+    """Mark nightly tests as slow too, so that -m "not slow" skips them."""
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.slow)
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """CI has all that the tests need: a test skipped there is a test lost, so it fails."""
+    """In CI a skipped test fails: all dependencies are installed there, so a skip would hide a lost test."""
     report = yield
     if report.skipped and os.environ.get("CI") == "true":
         report.outcome = "failed"
@@ -53,14 +53,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Directory `name` of this session, which one of the workers fills with `make(directory)` for all of them."""
+    """Directory `name` of this session, filled by `make(directory)` in one worker and shared by all workers."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     directory, finished = root / name, root / f"{name}.finished"
     with FileLock(root / f"{name}.lock"):
         if not finished.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed at it
+            shutil.rmtree(directory, ignore_errors=True)  # left by a worker that failed
             directory.mkdir()
             make(directory)
             finished.touch()
@@ -82,12 +82,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, data: Path) -> dict[str, Any]:
-    """A recipe of some 50,000 parameters on `data`, writing below `tmp_path`; tests change it before saving it."""
+    """A recipe of about 50,000 parameters on `data`, writing below `tmp_path`; tests modify it before saving it."""
     return recipe_on(data, tmp_path / "runs")
 
 
 def recipe_on(data: Path, runs: Path) -> dict[str, Any]:
-    """The body of `tiny_recipe`."""
+    """Build the body of `tiny_recipe`."""
     return {
         "name": "tiny",
         "runs": str(runs),
@@ -118,19 +118,19 @@ def save_recipe(body: dict[str, Any], path: Path) -> Path:
 
 @dataclass
 class Launched:
-    """A job that has ended."""
+    """A finished job."""
 
     returncode: int
-    output: str  # of the launcher and all ranks, standard output and standard error together
+    output: str  # stdout and stderr of the launcher and all ranks, combined
 
 
-RunRanks = Callable[..., Launched]  # of `deepspeed` and of `forked`
+RunRanks = Callable[..., Launched]  # type of `deepspeed` and `forked`
 DeepspeedCommand = Callable[..., tuple[list[str], dict[str, str]]]
 
 
 @pytest.fixture(scope="session")
 def rank_environment(pytestconfig: pytest.Config) -> dict[str, str]:
-    """Environment of ranks on CPU cores. All of them share one directory of compiled operators, which is kept."""
+    """Environment of ranks on CPU cores. All share one directory of compiled operators, which is kept."""
     versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(pytestconfig.cache.mkdir(f"operators-{versions}"))
     return {
@@ -144,11 +144,11 @@ def rank_environment(pytestconfig: pytest.Config) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def operators(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's cpu_adam and async_io, compiled side by side unless they are: longer than a job may take."""
+    """Compile DeepSpeed's cpu_adam and async_io in parallel if needed; this takes longer than a job may."""
 
     def compile_all(directory: Path) -> None:
         code = "from deepspeed.ops import op_builder; op_builder.{}().load(verbose=False)"
-        # Behind all other tests, of which some wait for a process that is nice itself. Each compiler takes 1.5 GB.
+        # At a lower priority than other tests, some of which wait for a niced process. Each compiler takes 1.5 GB.
         builds = [
             subprocess.Popen(
                 ["nice", "-n", "5", sys.executable, "-c", code.format(builder)],
@@ -163,14 +163,14 @@ def operators(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def fork_server(rank_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Forks ranks in no time (see forked_ranks.py)."""
+    """Server that forks ranks quickly (see forked_ranks.py)."""
     with ForkServer(tmp_path_factory.mktemp("forked"), rank_environment) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def forked(fork_server: ForkServer) -> RunRanks:
-    """Run ranks to their end without a launcher: `forked("--module", "codeparrot_ds.train", recipe, ranks=2)`."""
+    """Run ranks to completion without a launcher: `forked("--module", "codeparrot_ds.train", recipe, ranks=2)`."""
 
     def run(*arguments: str | Path, ranks: int = 2, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Launched:
         job = fork_server.start(*arguments, ranks=ranks, cwd=cwd, env=env)
@@ -186,7 +186,7 @@ def forked(fork_server: ForkServer) -> RunRanks:
 
 @pytest.fixture(scope="session")
 def deepspeed_command(rank_environment: dict[str, str]) -> DeepspeedCommand:
-    """Command and environment of `deepspeed --num_gpus N ...` on CPU ranks, to be started."""
+    """Command and environment for `deepspeed --num_gpus N ...` on CPU ranks."""
 
     def build(
         *arguments: str | Path, ranks: int = 2, options: Sequence[str] = (), env: dict[str, str] | None = None
@@ -206,7 +206,7 @@ def deepspeed_command(rank_environment: dict[str, str]) -> DeepspeedCommand:
 
 @pytest.fixture(scope="session")
 def deepspeed(deepspeed_command: DeepspeedCommand) -> RunRanks:
-    """Run `deepspeed --num_gpus N ...` on CPU ranks to its end."""
+    """Run `deepspeed --num_gpus N ...` on CPU ranks to completion."""
 
     def run(*arguments: str | Path, cwd: Path = ROOT, **how: Any) -> Launched:
         command, environment = deepspeed_command(*arguments, **how)
@@ -245,11 +245,11 @@ class Trained:
         return [row["batch_digest"] for row in self.rows if row["kind"] == "train"]
 
     def require_checkpoint_as_large_as_estimated(self, stage: int, precision: str = "fp32") -> None:
-        """Names and shapes aside, which take less than a byte a parameter of the smallest model would."""
+        """Check the size of the checkpoint, up to names and shapes, which take less than a byte per parameter."""
         newest = self.run.newest_checkpoint()
         size = sum(file["bytes"] for file in newest.files.values())
         more = size - sum(checkpoint_bytes(newest.parameters, stage, precision))
-        assert 0 < more < 42_000, f"stage {stage}, {precision}: {more / newest.parameters:.2f} bytes a parameter"
+        assert 0 < more < 42_000, f"stage {stage}, {precision}: {more / newest.parameters:.2f} bytes per parameter"
 
 
 def train(
@@ -261,7 +261,7 @@ def train(
     options: Sequence[str] = (),
     env: dict[str, str] | None = None,
 ) -> Trained:
-    """Train a recipe by `forked` or `deepspeed` and read what it left."""
+    """Train a recipe with `forked` or `deepspeed` and read its results."""
     ds_config = ROOT / "ds_configs" / f"zero{stage}.json"
     body = {**body, "engine": {**body["engine"], "deepspeed": str(ds_config)}}
     runs = Path(body["runs"])
@@ -274,7 +274,7 @@ def train(
 
 
 def read_run(path: Path) -> Trained:
-    """A run directory's metrics."""
+    """Read a run directory's metrics."""
     run = RunDirectory(path)
     return Trained(run, [json.loads(line) for line in run.metrics.read_text().splitlines()])
 
@@ -291,14 +291,14 @@ def train_tiny(forked: RunRanks, tiny_recipe: dict[str, Any]) -> Callable[..., T
 
 @pytest.fixture(scope="session")
 def baseline(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The tiny recipe trained on ZeRO-3 and two ranks, once for all tests: look at it, but do not change it."""
+    """The tiny recipe trained on ZeRO-3 and two ranks, once for all tests; read-only."""
     runs = once(tmp_path_factory, "baseline", lambda runs: train(forked, {**recipe_on(data, runs), "name": "baseline"}))
     return read_run(runs / "baseline")
 
 
 @pytest.fixture
 def copy_baseline(baseline: Trained, tiny_recipe: dict[str, Any]) -> Callable[[str], Trained]:
-    """A copy of `baseline` under another name below `tmp_path`, to be changed and gone on from."""
+    """A copy of `baseline` under another name below `tmp_path`, to modify or to resume from."""
 
     def copy(name: str) -> Trained:
         return read_run(shutil.copytree(baseline.run.path, Path(tiny_recipe["runs"]) / name))

@@ -1,4 +1,4 @@
-"""What a piece of code does, counted operator by operator: bytes of memory traffic, and reads by the host."""
+"""Counts memory traffic and host reads of a piece of code, operator by operator."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators whose result is a number on the host, or for which the host must know one: a GPU's host waits for each.
+# Operators that return a number to the host or need one from the device: with a GPU, the host waits for each.
 HOST_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select")
-_ONLY_WRITTEN = ("copy_", "zero_", "fill_", "normal_")  # in place, without reading what was there
+_ONLY_WRITTEN = ("copy_", "zero_", "fill_", "normal_")  # in place, without reading the previous content
 
 
 class Counter(TorchDispatchMode):
-    """Counts within `with counter:`, and within `counter.paused()` nothing.
+    """Counts within `with counter:`, except within `counter.paused()`.
 
     Attributes:
-        traffic_bytes: read and written by operators, each tensor once an operator; views are free.
-        host_reads: names of the operators that a GPU's host would wait for.
+        traffic_bytes: bytes read and written by operators, each tensor once per operator; views are free.
+        host_reads: names of the operators that the host of a GPU would wait for.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is counted."""
+        """Suspend counting."""
         self._counts = False
         yield
         self._counts = True

@@ -1,12 +1,12 @@
 """Ranks forked from one process that has already imported torch, DeepSpeed and transformers.
 
 A `deepspeed` launch spends 15 to 20 CPU seconds on imports, in the runner, the launcher and every rank; a tiny run
-trains for one. A fork shares what is imported. The ranks are processes as real as those of a launch: gloo between them,
-their own environment, arguments and output, and exit codes that are handled as DeepSpeed's launcher handles them. What
-they lack is the runner and the launcher, so tests of those, of signals to them and of hostfiles call `deepspeed`.
+trains for one. A fork shares the imported modules. The ranks are real processes like those of a launch: gloo between
+them, their own environment, arguments and output, and exit codes handled as by DeepSpeed's launcher. Only the runner
+and the launcher are missing, so tests of those, of signals to them and of hostfiles use `deepspeed`.
 
-`python -m tests.forked_ranks SOCKET` is the server: it forks a process for each job, which forks the ranks. It ends
-with its standard input.
+`python -m tests.forked_ranks SOCKET` is the server: it forks a process per job, which forks the ranks. It exits when
+its standard input closes.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ import psutil
 
 from codeparrot_ds.system.jobs import die_with_parent
 
-START_SECONDS = 120  # of the server, which imports for some seconds
-TERMINATE_SECONDS = 10  # between SIGTERM and SIGKILL for the ranks beside one that has failed; DeepSpeed: 30
+START_SECONDS = 120  # for the server to start; imports take some seconds
+TERMINATE_SECONDS = 10  # between SIGTERM and SIGKILL for the other ranks after one has failed; DeepSpeed: 30
 _OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
 
 
@@ -39,11 +39,11 @@ _OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "
 
 
 class ForkedJob:
-    """Ranks under way.
+    """A running job.
 
     Attributes:
         pids: process id of each rank.
-        log: what all ranks write to standard output and standard error.
+        log: stdout and stderr of all ranks.
     """
 
     def __init__(self, connection: socket.socket, log: Path) -> None:
@@ -53,25 +53,25 @@ class ForkedJob:
         self.pids: list[int] = _receive(connection)["pids"]
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
+        """Process id of a rank."""
         return psutil.Process(self.pids[number])
 
     def poll(self, seconds: float = 0.0) -> int | None:
-        """What DeepSpeed's launcher would end with, the exit code of the first rank to fail or 0; None while it runs.
+        """Exit code as from DeepSpeed's launcher: that of the first rank to fail, or 0; None if still running.
 
-        Waits for its end for so many seconds.
+        Waits for the end of the job for at most `seconds`.
         """
         if self._returncode is None and select.select([self._connection], [], [], seconds)[0]:
             self._returncode = int(_receive(self._connection)["returncode"])
         return self._returncode
 
     def end(self) -> None:
-        """Kill what still lives of it."""
+        """Kill all remaining processes of the job."""
         self._connection.close()
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """The next message, a line of JSON. Nothing is read ahead, so that `select` tells of the one after it."""
+    """Read the next message, a line of JSON. Nothing is read ahead, so `select` reports the message after it."""
     line = b""
     while not line.endswith(b"\n"):
         if not (byte := connection.recv(1)):
@@ -81,10 +81,15 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 class ForkServer:
-    """The process that forks ranks, for as long as the `with` block lasts."""
+    """Context manager of the server process that forks ranks."""
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
-        """directory: for its socket and the logs of its jobs. environment: of all ranks."""
+        """Prepare the server.
+
+        Args:
+            directory: for its socket and the logs of its jobs.
+            environment: environment of all ranks.
+        """
         self._directory, self._environment, self._jobs = directory, dict(environment), 0
         self._socket = directory / "socket"
 
@@ -113,7 +118,7 @@ class ForkServer:
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
     ) -> ForkedJob:
-        """Start `--module NAME ARGUMENT …` or `SCRIPT ARGUMENT …` on so many ranks, with `env` in their environment."""
+        """Start `--module NAME ARGUMENT …` or `SCRIPT ARGUMENT …` on `ranks` ranks, with `env` in their environment."""
         self._jobs += 1
         log = log or self._directory / f"job-{self._jobs}.log"
         connection = socket.socket(socket.AF_UNIX)
@@ -148,15 +153,15 @@ def main(address: Path) -> None:
     unheard = address.with_suffix(".new")
     listener.bind(str(unheard))
     listener.listen()
-    unheard.rename(address)  # whoever sees it can connect
+    unheard.rename(address)  # once it is visible, clients can connect
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:  # nothing is ever written to it: its end has come
+        if sys.stdin in ready:  # nothing is ever written to it: it was closed
             return
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            with contextlib.suppress(BrokenPipeError):  # of a test that did not wait for the end
+            with contextlib.suppress(BrokenPipeError):  # the test did not wait for the end
                 _run_job(connection)
             os._exit(0)
         connection.close()
@@ -176,11 +181,11 @@ def _preload() -> None:
 
     assert deepspeed.__version__ and torch.get_num_threads() and transformers.__version__
     gc.collect()
-    gc.freeze()  # else the first collection of each fork copies all pages
+    gc.freeze()  # otherwise the first collection in each fork copies all pages
 
 
 def _run_job(connection: socket.socket) -> None:
-    """Fork the ranks, tell their process ids, wait for their end, tell the exit code."""
+    """Fork the ranks, send their process ids, wait for them, and send the exit code."""
     die_with_parent()
     request = _Request(**_receive(connection))
     with socket.socket() as probe:
@@ -221,7 +226,7 @@ def _fork_rank(request: _Request, rank: int, port: int) -> int:
 
 
 def _run_program(arguments: Sequence[str]) -> None:
-    """As `python -u -m NAME …` or `python -u SCRIPT …`."""
+    """Run like `python -u -m NAME …` or `python -u SCRIPT …`."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     if arguments[0] == "--module":
@@ -233,7 +238,7 @@ def _run_program(arguments: Sequence[str]) -> None:
 
 
 def _wait(pids: Sequence[int], connection: socket.socket) -> int:
-    """Wait for all ranks, as DeepSpeed's launcher does: when one fails, the others are told to end, later made to."""
+    """Wait for all ranks as DeepSpeed's launcher does: after a failure the others get SIGTERM, later SIGKILL."""
     alive: dict[Any, int] = {os.pidfd_open(pid): pid for pid in pids}
     code, deadline = 0, None
     while alive:
@@ -244,7 +249,7 @@ def _wait(pids: Sequence[int], connection: socket.socket) -> int:
             if ended and not code:
                 code, deadline = ended, time.monotonic() + TERMINATE_SECONDS
                 _send(signal.SIGTERM, alive.values())
-        given_up = connection in readable  # closed: nothing is ever sent after the request
+        given_up = connection in readable  # closed by the client, which sends nothing after its request
         if given_up or (deadline is not None and time.monotonic() > deadline):
             _send(signal.SIGKILL, alive.values())
         if given_up:

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on the loopback: the HTTP calls that pushing makes, in memory, with faults on demand."""
+"""A small in-memory Hugging Face Hub on loopback: the HTTP calls made by a push, with injectable faults."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ TOKEN = "hf_" + "T0kenOfThisTest" * 2
 
 @dataclass
 class Repository:
-    """Branch -> path -> content, and its commits' messages."""
+    """Content by branch and path, and the commit messages of each branch."""
 
     private: bool
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
@@ -27,23 +27,23 @@ class Repository:
 
 @dataclass
 class Fault:
-    """Of the next `times` requests that match: an answer with `status`, a connection cut while it sends, or silence."""
+    """For the next `times` matching requests: answer `status`, cut the connection during the upload, or stay silent."""
 
     method: str
     path: str
     times: int
-    status: int | None = None  # None: cut
+    status: int | None = None  # None: cut the connection
     silent: bool = False
 
 
 class Hub:
-    """What the server holds.
+    """State of the server.
 
     Attributes:
         repositories: "models/owner/name" -> repository.
-        large_files: sha256 -> content that has arrived.
-        sent: sha256 of every upload of a large file that was taken whole.
-        requests: "METHOD path" of all.
+        large_files: sha256 -> uploaded content.
+        sent: sha256 of every completed upload of a large file.
+        requests: "METHOD path" of every request.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return function(self, body, *match.groups())
         return self._answer(404, {"error": f"no such call: {self.command} {path}"})
 
-    do_GET = do_POST = do_PUT = _handle  # noqa: N815 (names that the base class looks for)
+    do_GET = do_POST = do_PUT = _handle  # noqa: N815 (names that the base class calls)
 
     def _create(self, body: bytes) -> None:
         wanted = json.loads(body)
@@ -202,7 +202,7 @@ _ROUTES: list[tuple[str, str, Any]] = [
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A Hub on a free port of the loopback, until the block ends."""
+    """Run a Hub on a free loopback port until the block ends."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,6 +1,6 @@
-"""A plain PyTorch training loop in one process, without DeepSpeed: what a run's losses are held against.
+"""A plain PyTorch training loop in one process, without DeepSpeed: the reference for a run's losses.
 
-From the package it takes what a run is (the recipe), its data and its first weights. All that follows is said anew.
+It uses the package's recipe, data and initial weights, and reimplements everything else.
 """
 
 import math
@@ -17,14 +17,14 @@ from codeparrot_ds.training.model import build_model
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """What one optimizer step saw."""
+    """Measurements of one optimizer step."""
 
     loss: float  # mean over the global batch, nats per token
     gradient_norm: float  # over all parameters, before clipping
 
 
 def rate_at(step: int, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:
-    """Learning rate of step 0, 1, …: up a line that is at its peak when the warm-up ends, then down a cosine."""
+    """Learning rate of step 0, 1, …: linear warm-up that reaches its peak at the end, then cosine decay."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     angle = math.pi * (step - warmup_steps) / (steps - warmup_steps)  # 0 at the first step after the warm-up
@@ -39,7 +39,7 @@ def train_reference(recipe_path: Path, accumulation: int) -> list[ReferenceStep]
     model = build_model(recipe.model, data.manifests[0].eos_id, recipe.seed).train()
     settings, batch_size = recipe.optimizer, recipe.batch.global_batch_size
     steps, warmup_steps = recipe.schedule.steps, recipe.schedule.warmup_steps
-    assert steps is not None and warmup_steps is not None  # this loop counts in steps
+    assert steps is not None and warmup_steps is not None  # this loop supports lengths in steps only
     named = dict(model.named_parameters())
     plain = {name for name in named if name.endswith(".bias") or ".ln_" in name}
     optimizer = torch.optim.AdamW(
@@ -60,7 +60,7 @@ def train_reference(recipe_path: Path, accumulation: int) -> list[ReferenceStep]
             part_loss.backward()
             loss += part_loss.item()
         gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
-        # In fp64: on a CPU, torch's own norm adds squares in fp32 and loses 0.1 % of an embedding's.
+        # In fp64: on a CPU, torch's norm sums squares in fp32 and loses 0.1 % for an embedding.
         norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
         for gradient in gradients:
             gradient *= min(1.0, settings.gradient_clipping / norm)

@@ -1,4 +1,4 @@
-"""`codeparrot-ds shards` as a user runs it, on a small corpus with a known number of tasks."""
+"""Runs `codeparrot-ds shards` as a user would, on a small corpus with a known number of tasks."""
 
 import gzip
 import json
@@ -17,17 +17,17 @@ from tests.conftest import ROOT
 TIMEOUT = 120  # seconds
 COMMAND = (sys.executable, "-m", "codeparrot_ds.cli", "shards")
 Done = subprocess.CompletedProcess[str]
-# What schedulers, launchers and clouds set, so that a test starts outside of all of them.
+# Variables of schedulers, launchers and clouds, removed so that a test runs outside all of them.
 _FOREIGN = re.compile(r"SLURM_|OMPI_|PMI_|RANK$|WORLD_SIZE$|TORCHELASTIC_|RAY_|AWS_|FSSPEC_")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without schedulers, clusters and clouds, and with `more`."""
+    """This process's environment without variables of schedulers, clusters and clouds, plus `more`."""
     return {**{name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}, **more}
 
 
 def shards(*arguments: str | Path, timeout: float = TIMEOUT, **more: str) -> Done:
-    """Run a verb of `codeparrot-ds shards` to its end."""
+    """Run a `codeparrot-ds shards` command to completion."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=ROOT,
@@ -40,7 +40,7 @@ def shards(*arguments: str | Path, timeout: float = TIMEOUT, **more: str) -> Don
 
 
 def error_of(done: Done) -> str:
-    """The one message with which a command has failed, without a traceback."""
+    """Return the single error message of a failed command; fail if there is a traceback."""
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
@@ -48,13 +48,13 @@ def error_of(done: Done) -> str:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below `directory`, hidden ones too."""
+    """Every file below `directory`, including hidden ones."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """JSON Lines that make `tasks` tasks with these options."""
+    """JSON Lines that are split into `tasks` tasks with these options."""
 
     inputs: list[Path]
     tokenizer: Path
@@ -62,7 +62,7 @@ class Corpus:
     tasks: int = 8
 
     def command(self, output: Path | str, *options: str | Path) -> list[str | Path]:
-        """Arguments of `codeparrot-ds shards` that build it."""
+        """Arguments of `codeparrot-ds shards` to build it."""
         return [
             "build",
             *self.inputs,
@@ -76,13 +76,13 @@ class Corpus:
 
 
 def write_corpus(directory: Path, tokenizer: Path, documents: int, lines: int) -> Corpus:
-    """A plain file that is dealt to seven tasks, with two bad lines, and a gzip file for the eighth.
+    """Write a plain file that is split into seven tasks, with two bad lines, and a gzip file for the eighth.
 
     Args:
-        directory: is made.
-        tokenizer: its directory.
-        documents: in the plain file, from a seeded generator.
-        lines: of Python in each.
+        directory: created by this function.
+        tokenizer: tokenizer directory.
+        documents: number in the plain file, from a seeded generator.
+        lines: lines of Python per document.
     """
     directory.mkdir()
     source = Path(sysconfig.get_path("stdlib")) / "asyncio"

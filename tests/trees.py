@@ -1,4 +1,4 @@
-"""Copies of this tree, as a clone would have it."""
+"""Copies of this tree, like a clone."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 
 def copy_tree(target: Path) -> Path:
-    """Copy what git tracks or would track to `target`, which is made and returned."""
+    """Copy all tracked and untracked, non-ignored files to `target`, which is created and returned."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -16,7 +16,7 @@ def copy_tree(target: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if not (ROOT / name).exists():  # removed and not yet committed
+        if not (ROOT / name).exists():  # deleted but not yet committed
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)

@@ -1,4 +1,4 @@
-"""Tokenisation as CodeParrot's users do it: a batched `datasets.map` with the fast tokenizer, saved as Arrow.
+"""Tokenization as in CodeParrot: a batched `datasets.map` with the fast tokenizer, saved as Arrow.
 
 Usage: python datasets_map.py TOKENIZER_DIRECTORY WORKERS OUTPUT FILE.jsonl.gz...
 """
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 
 def main() -> None:
-    """Load, map, save."""
+    """Load, map and save."""
     tokenizer_directory, workers, output, *files = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
 

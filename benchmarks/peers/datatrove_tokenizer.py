@@ -1,7 +1,7 @@
-"""Tokenisation with datatrove's DocumentTokenizer, one task a worker.
+"""Tokenization with datatrove's DocumentTokenizer, one task per worker.
 
 Usage: python datatrove_tokenizer.py TOKENIZER_DIRECTORY WORKERS OUTPUT FILE.jsonl.gz...
-The files must be all those of their directory.
+The files must be all the files of their directory.
 """
 
 import sys
@@ -13,7 +13,7 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 
 
 def main() -> None:
-    """Read, tokenize, write."""
+    """Read, tokenize and write."""
     tokenizer_directory, workers, output, *files = sys.argv[1:]
     LocalPipelineExecutor(
         pipeline=[

@@ -1,7 +1,7 @@
-"""The least that JSON Lines to token ids can cost with the libraries that we use, in series on one core.
+"""Minimum cost of JSON Lines to token ids with the libraries that we use, sequentially on one core.
 
 Usage: python floor.py TOKENIZER.json CORE FILE.jsonl.gz...
-Prints JSON: wall and CPU seconds and tokens of each file, in order. Loading the tokenizer is not counted.
+Prints JSON: wall seconds, CPU seconds and tokens of each file, in order. Loading the tokenizer is not counted.
 """
 
 import json
@@ -15,7 +15,7 @@ from isal import igzip
 
 
 class Row(msgspec.Struct):
-    """The fields that our shards keep of a document."""
+    """The fields of a document that our shards keep."""
 
     content: str
     repo_name: str = ""
@@ -25,7 +25,7 @@ class Row(msgspec.Struct):
 
 
 def encode_file(path: str, decoder: msgspec.json.Decoder, tokenizer: fastokens.Tokenizer) -> int:
-    """Gunzip, parse and encode one file; the number of its tokens, without end tokens."""
+    """Gunzip, parse and encode one file; returns its number of tokens, without end tokens."""
     tokens = 0
     with igzip.open(path, "rb") as lines:
         for line in lines:
@@ -35,9 +35,9 @@ def encode_file(path: str, decoder: msgspec.json.Decoder, tokenizer: fastokens.T
 
 
 def main() -> None:
-    """Read the files once, print what each took."""
+    """Process the files once and print the time of each."""
     tokenizer_file, core, *files = sys.argv[1:]
-    os.sched_setaffinity(0, {int(core)})  # before the first use of threads: they inherit it
+    os.sched_setaffinity(0, {int(core)})  # before the first thread starts, so that threads inherit it
     decoder = msgspec.json.Decoder(Row)
     tokenizer = fastokens.Tokenizer.from_file(tokenizer_file)
     each = []

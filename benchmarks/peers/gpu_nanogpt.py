@@ -1,18 +1,18 @@
 """nanoGPT's model and loop on random ids, on one GPU or CPU. Usage: python gpu_nanogpt.py JOB.json
 
-The loop of its `train.py` as it is by default: autocast to bf16 on a GPU, fused AdamW by its own
-`configure_optimizers`, gradients accumulated and clipped, the next micro-batch fetched while the GPU computes, the loss
-read at every step, torch.compile. Evaluation, checkpoints and the schedule are left out. Biases are kept, as GPT-2 has
-them, and the weights are made on the GPU.
+The default loop of its `train.py`: autocast to bf16 on a GPU, fused AdamW from its own `configure_optimizers`,
+gradients accumulated and clipped, the next micro-batch prefetched while the GPU computes, the loss read at every step,
+torch.compile. Evaluation, checkpoints and the schedule are omitted. Biases are kept, as in GPT-2, and the weights are
+initialized on the GPU.
 
 Keys of the job:
-    nanogpt: directory with its `model.py`.
+    nanogpt: directory with nanoGPT's `model.py`.
     model: {"vocab_size", "seq_len", "n_layer", "n_embd", "n_head"}; others are ignored.
     micro_batch: sequences.
-    accumulation: micro-batches a step, 1 when left out.
-    steps: all of them, warm-up included.
-    compile: whether to compile, true when left out.
-    output: receives the report, see standalone.py, with `last_loss`.
+    accumulation: micro-batches per step; default 1.
+    steps: number of steps, warm-up included.
+    compile: whether to compile; default true.
+    output: file for the report, see standalone.py, with `last_loss`.
 """
 
 import json
@@ -30,7 +30,7 @@ IDS = 1 << 20
 
 
 def main() -> None:
-    """Train, and report each step."""
+    """Train and report each step."""
     job = json.loads(Path(sys.argv[1]).read_text())
     report = Report(job["output"])
     with memory_may_run_out(report):
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train(job: dict[str, Any], report: Report) -> None:
-    """All steps of the job."""
+    """Run all steps of the job."""
     sys.path.insert(0, job["nanogpt"])
     from model import GPT, GPTConfig  # type: ignore[import-not-found, unused-ignore]
 

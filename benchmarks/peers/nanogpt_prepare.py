@@ -1,4 +1,4 @@
-"""Tokenisation as nanoGPT's users do it: `datasets.map` over tiktoken, then one flat uint16 file a split.
+"""Tokenization as in nanoGPT: `datasets.map` over tiktoken, then one flat uint16 file per split.
 
 Usage: python nanogpt_prepare.py TOKENIZER_DIRECTORY WORKERS OUTPUT FILE.jsonl.gz...
 """
@@ -13,20 +13,20 @@ from datasets import load_dataset
 from tqdm import tqdm
 
 _EOS = "<|endoftext|>"
-_VALID_FRACTION, _SEED, _WRITES = 0.0005, 2357, 1024  # nanoGPT's own
-# GPT-2's pattern with possessive quantifiers, as tiktoken has it: the same matches, less backtracking.
+_VALID_FRACTION, _SEED, _WRITES = 0.0005, 2357, 1024  # nanoGPT's values
+# GPT-2's pattern with possessive quantifiers, as in tiktoken: the same matches, less backtracking.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet, character to byte: printable bytes stand for themselves, the others for 256, 257, …"""
+    """GPT-2's byte alphabet, character to byte: printable bytes map to themselves, the others to 256, 257, …"""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def tiktoken_encoding(tokenizer_json: Path) -> tiktoken.Encoding:
-    """A byte-level BPE `tokenizer.json` as tiktoken's own: ids are ranks, because merges were numbered in order."""
+    """Load a byte-level BPE `tokenizer.json` into tiktoken: ids are ranks, because merges are numbered in order."""
     vocabulary = json.loads(tokenizer_json.read_text())["model"]["vocab"]
     alphabet = byte_of_character()
     return tiktoken.Encoding(
@@ -43,7 +43,7 @@ def tiktoken_encoding(tokenizer_json: Path) -> tiktoken.Encoding:
 
 
 def main() -> None:
-    """Load, split, map, write."""
+    """Load, split, map and write."""
     tokenizer_directory, workers, output, *files = sys.argv[1:]
     encoding = tiktoken_encoding(Path(tokenizer_directory) / "tokenizer.json")
 
@@ -60,7 +60,9 @@ def main() -> None:
         tokens = int(np.sum(split["len"], dtype=np.uint64))
         written = np.memmap(Path(output) / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(tokens,))
         position = 0
-        writes = min(_WRITES, len(split))  # a small benchmark has fewer documents than nanoGPT writes batches
+        writes = min(
+            _WRITES, len(split)
+        )  # a small benchmark has fewer documents than nanoGPT's number of write batches
         for i in tqdm(range(writes), desc=f"writing {name}"):
             piece = split.shard(num_shards=writes, index=i, contiguous=True).with_format("numpy")
             ids = np.concatenate(piece["ids"])

@@ -1,6 +1,6 @@
-"""What our loader takes; the only file of the loader benchmark that knows our package. Each call prints JSON.
+"""Measurements of our loader; the only driver of the loader benchmark that imports our package. Prints JSON.
 
-Usage: python ours_loader.py write DIRECTORY SHARDS TOKENS     make shards of random ids; tokens in all
+Usage: python ours_loader.py write DIRECTORY SHARDS TOKENS     write shards of random ids, TOKENS in total
        python ours_loader.py batches SHARDS SEQ_LEN SEQUENCES SECONDS
        python ours_loader.py open SHARDS SEQ_LEN
        python ours_loader.py seek SEQUENCES POSITION COUNT
@@ -20,7 +20,7 @@ VOCAB_SIZE = 32_768
 
 
 def write(directory: str, shards: str, tokens: str) -> dict:
-    """Shards of random ids, as many as asked and equally long, in one training split."""
+    """Write `shards` shards of random ids and equal length, in one training split."""
     from codeparrot_ds.documents.document import Document
     from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for
     from codeparrot_ds.system.files import digest_file
@@ -29,7 +29,7 @@ def write(directory: str, shards: str, tokens: str) -> dict:
     target = Path(directory)
     target.mkdir(parents=True)
     (target / "tokenizer").mkdir()
-    (target / "tokenizer" / "tokenizer.json").write_text("{}")  # its digest is looked at, nothing else
+    (target / "tokenizer" / "tokenizer.json").write_text("{}")  # only its digest is read
     rng = np.random.default_rng(0)
     document = Document("", "random", "random", "", "benchmark")
     dtype = dtype_for(VOCAB_SIZE)
@@ -53,7 +53,7 @@ def write(directory: str, shards: str, tokens: str) -> dict:
 
 
 def batches(shards: str, seq_len: str, sequences: str, seconds: str) -> dict:
-    """Batches of random sequences, [sequences, seq_len + 1] int64."""
+    """Read batches of random sequences, [sequences, seq_len + 1] int64."""
     from codeparrot_ds.shards.sequences import PackedSequences
 
     packed = PackedSequences.open(Path(shards), "train", int(seq_len))
@@ -66,7 +66,7 @@ def batches(shards: str, seq_len: str, sequences: str, seconds: str) -> dict:
 
 
 def open_shards(shards: str, seq_len: str) -> dict:
-    """Time to open shards, from the page cache: the median of 9, and the first, which also finds files."""
+    """Time to open shards from the page cache: the median of 9, and the first, which also looks up files."""
     from codeparrot_ds.shards.sequences import PackedSequences
 
     seconds = []
@@ -78,7 +78,7 @@ def open_shards(shards: str, seq_len: str) -> dict:
 
 
 def seek(sequences: str, position: str, count: str) -> dict:
-    """Time and memory for `count` places of a permutation of `sequences`, from `position` on."""
+    """Time and memory to compute `count` entries of a permutation of `sequences`, starting at `position`."""
     from codeparrot_ds.shards.order import Order
 
     def take() -> np.ndarray:
@@ -90,13 +90,13 @@ def seek(sequences: str, position: str, count: str) -> dict:
         started = time.perf_counter()
         take()
         seconds.append(time.perf_counter() - started)
-    tracemalloc.start()  # numpy's memory included; not while time is taken
+    tracemalloc.start()  # includes numpy's memory; not active during timing
     take()
     return {"median_seconds": statistics.median(seconds), "peak_growth_bytes": tracemalloc.get_traced_memory()[1]}
 
 
 def main() -> None:
-    """Call what is asked for."""
+    """Run the command named on the command line."""
     action, *arguments = sys.argv[1:]
     result = {"write": write, "batches": batches, "open": open_shards, "seek": seek}[action](*arguments)
     print(json.dumps(result))

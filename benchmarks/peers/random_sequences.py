@@ -1,10 +1,10 @@
-"""Random sequences from one flat file of uint16 ids, as others read them. Prints JSON.
+"""Random sequences from one flat file of uint16 ids, read as in other projects. Prints JSON.
 
 Usage: python random_sequences.py arrow IDS.bin SEQ_LEN DIRECTORY    save the ids as rows of a dataset
        python random_sequences.py WAY SOURCE SEQ_LEN SEQUENCES SECONDS
-WAY: nanogpt or memmap, of which SOURCE is IDS.bin; datasets-numpy or datasets-torch, of which it is DIRECTORY.
-Each way ends with int64, which an embedding takes: nanogpt with inputs and targets, [sequences, seq_len] each;
-memmap with [sequences, seq_len + 1]; datasets with [sequences, seq_len].
+WAY: nanogpt or memmap, with IDS.bin as SOURCE; datasets-numpy or datasets-torch, with DIRECTORY as SOURCE.
+Each produces int64, as an embedding expects: nanogpt inputs and targets, [sequences, seq_len] each;
+memmap [sequences, seq_len + 1]; datasets [sequences, seq_len].
 """
 
 import json
@@ -16,7 +16,7 @@ from rounds import sequences_per_second
 
 
 def save_arrow(ids_file: str, seq_len: int, directory: str) -> None:
-    """Rows of `seq_len` ids as int32, what tokenizers' output becomes in a dataset."""
+    """Save rows of `seq_len` ids as int32, the type that tokenizer output has in a dataset."""
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -29,7 +29,7 @@ def save_arrow(ids_file: str, seq_len: int, directory: str) -> None:
 
 
 def nanogpt(ids_file: str, seq_len: int, sequences: int) -> Callable[[], object]:
-    """A new memory map each batch, against a leak of older numpy; each row widened by itself; then stacked."""
+    """A new memory map per batch, as in nanoGPT (against a leak in old numpy); rows widened, then stacked."""
     import torch
 
     def take() -> object:
@@ -43,7 +43,7 @@ def nanogpt(ids_file: str, seq_len: int, sequences: int) -> Callable[[], object]
 
 
 def memmap(ids_file: str, seq_len: int, sequences: int) -> Callable[[], object]:
-    """One memory map, rows stacked, widened at the end."""
+    """One memory map; rows stacked, then widened."""
     ids = np.memmap(ids_file, dtype=np.uint16, mode="r")
     rng = np.random.default_rng(0)
 
@@ -55,7 +55,7 @@ def memmap(ids_file: str, seq_len: int, sequences: int) -> Callable[[], object]:
 
 
 def datasets(directory: str, sequences: int, form: str) -> Callable[[], object]:
-    """Rows of a saved dataset by a list of numbers, in the format that it gives to numpy or torch."""
+    """Rows of a saved dataset selected by a list of indices, in numpy or torch format."""
     from datasets import load_from_disk
 
     rows = load_from_disk(directory).with_format(form)
@@ -69,7 +69,7 @@ def datasets(directory: str, sequences: int, form: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    """Prepare or measure."""
+    """Prepare the dataset, or measure."""
     way, source, seq_len, *arguments = sys.argv[1:]
     if way == "arrow":
         save_arrow(source, int(seq_len), arguments[0])

@@ -1,11 +1,11 @@
-"""How fast a way of reading is: shared by the drivers of the loader benchmark."""
+"""Timing of a read function, shared by the drivers of the loader benchmark."""
 
 import time
 from collections.abc import Callable
 
 
 def sequences_per_second(take: Callable[[], object], sequences: int, seconds: float) -> float:
-    """Call `take`, which reads `sequences`, for about `seconds` after a tenth of it to warm up."""
+    """Call `take`, which reads `sequences`, for about `seconds`, after a warm-up of a tenth of that."""
     _calls(take, seconds / 10)
     started = time.perf_counter()
     calls = _calls(take, seconds)

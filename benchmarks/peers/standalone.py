@@ -1,4 +1,4 @@
-"""What peers share that can run without a launcher: the environment of one rank, and a report kept up to date."""
+"""Shared by peers that can run without a launcher: the environment of one rank, and an incremental report."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 def become_one_rank() -> None:
-    """Where no launcher did it, the environment of rank 0 of 1, on a free port."""
+    """Without a launcher, set the environment of rank 0 of 1, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -23,14 +23,14 @@ def become_one_rank() -> None:
 
 
 class Report:
-    """What is known so far, written anew after each step, so that a run that is killed leaves it.
+    """Measurements so far, rewritten after each step, so that they survive if the run is killed.
 
     Keys:
-        ends: Unix time in seconds at which each optimizer step had ended, also on the GPU.
-        step_seconds: of each step; of the first from when `begin` was called.
-        first_peak_bytes: the most GPU memory that tensors took until the end of the first step; null on CPUs.
-        peak_bytes: the most in any step but the first, whose peak includes what building took; null before the second.
-        out_of_memory: true where that ended the run; absent otherwise.
+        ends: Unix time in seconds at the end of each optimizer step, after the GPU has finished it.
+        step_seconds: duration of each step; the first starts when `begin` is called.
+        first_peak_bytes: peak GPU tensor memory until the end of the first step; null on CPUs.
+        peak_bytes: peak over later steps, as the first peak includes model construction; null before the second.
+        out_of_memory: true if that ended the run; absent otherwise.
     """
 
     def __init__(self, output: str) -> None:
@@ -39,11 +39,11 @@ class Report:
         self.body: dict[str, Any] = {"ends": [], "step_seconds": [], "first_peak_bytes": None, "peak_bytes": None}
 
     def begin(self) -> None:
-        """The first step begins."""
+        """Mark the start of the first step."""
         self._begun = time.time()
 
     def step_ended(self) -> None:
-        """Wait for the GPU, note the time and the peak, and write."""
+        """Wait for the GPU, record the time and the peak, and write the report."""
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.synchronize()
@@ -57,7 +57,7 @@ class Report:
         self.write()
 
     def write(self, **more: Any) -> None:
-        """Put `more` into the report, and all of it into its file."""
+        """Add `more` to the report and write it to its file."""
         self.body |= more
         if os.environ.get("RANK", "0") == "0":
             beside = self._output.with_name(f"{self._output.name}.tmp")
@@ -67,10 +67,10 @@ class Report:
 
 @contextmanager
 def memory_may_run_out(report: Report) -> Iterator[None]:
-    """Running out of GPU memory, however it is raised, ends the block and goes into the report."""
+    """Catch any out-of-memory error of the GPU, end the block, and record it in the report."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError, or a library's own: cuBLAS's, the compiler's
+    except RuntimeError as error:  # torch.OutOfMemoryError, or an error of cuBLAS or the compiler
         text = str(error)
         if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text):
             raise

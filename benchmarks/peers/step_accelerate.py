@@ -1,7 +1,7 @@
-"""Accelerate with DeepSpeed, the way of CodeParrot's training script. Usage: deepspeed step_accelerate.py JOB.json
+"""Accelerate with DeepSpeed, as in CodeParrot's training script. Usage: deepspeed step_accelerate.py JOB.json
 
-prepare, accumulate, backward, clip, step, scheduler; its logging and gathering of losses are left out. Labels are the
-inputs, which GPT-2 shifts itself: one target fewer a sequence than ours.
+prepare, accumulate, backward, clip, step, scheduler; the script's logging and gathering of losses are omitted. Labels
+are the inputs, which GPT-2 shifts itself: one target fewer per sequence than ours.
 """
 
 from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore]
@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 
 def main() -> None:
-    """Train over the job's batches."""
+    """Train on the job's batches."""
     job = read_job()
     tell_accelerate_the_backend()
     engine = job.engine

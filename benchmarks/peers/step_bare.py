@@ -1,13 +1,13 @@
-"""The barest DeepSpeed loop: forward, backward, step, and no more. Usage: deepspeed step_bare.py JOB.json"""
+"""A minimal DeepSpeed loop: forward, backward, step. Usage: deepspeed step_bare.py JOB.json"""
 
 import deepspeed
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from steps import Stopwatch, read_job
 
 
 def main() -> None:
-    """Train over the job's batches."""
+    """Train on the job's batches."""
     job = read_job()
     deepspeed.init_distributed()
     network = job.network()

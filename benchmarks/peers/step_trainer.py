@@ -1,9 +1,9 @@
 """Hugging Face's Trainer with a DeepSpeed JSON. Usage: deepspeed step_trainer.py JOB.json, or python for one rank
 
-Its own data loader, collator, logging and clipping; no evaluation, no checkpoint, no TensorBoard. Its search for losses
-that are no number is off, for that reads each micro-batch's loss on the host. It still reads the gradient norm at every
-step, and logs a step after its end was noted: a log line counts to the step after it. Labels are the inputs, which
-GPT-2 shifts itself: one target fewer a sequence than ours.
+Uses the Trainer's data loader, collator, logging and clipping; no evaluation, checkpoints or TensorBoard. Its NaN
+filter is disabled, because it reads each micro-batch's loss on the host. The Trainer still reads the gradient norm at
+every step, and logs a step after its end was recorded, so a log line counts towards the next step. Labels are the
+inputs, which GPT-2 shifts itself: one target fewer per sequence than ours.
 """
 
 import os
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class Sequences(Dataset):
-    """Rows of ids in memory, [sequences, seq_len + 1]."""
+    """A dataset of rows of ids in memory, [sequences, seq_len + 1]."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self._ids = ids
@@ -31,7 +31,7 @@ class Sequences(Dataset):
 
 
 class Watch(TrainerCallback):
-    """Notes the end of each optimizer step."""
+    """Records the end of each optimizer step."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
@@ -46,16 +46,16 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    """Train over the job's batches."""
+    """Train on the job's batches."""
     job = read_job()
     stopwatch = Stopwatch(job)
     with memory_may_run_out(stopwatch.report):
         stopwatch.finish(train(job, stopwatch))
-    os._exit(0)  # out of memory: other ranks and buffers are not waited for
+    os._exit(0)  # out of memory: do not wait for other ranks or buffers
 
 
 def train(job: Job, stopwatch: Stopwatch) -> float:
-    """The last loss that was logged."""
+    """Train on the job's batches and return the last logged loss."""
     tell_accelerate_the_backend()
     engine = job.engine
     arguments = TrainingArguments(

@@ -1,7 +1,7 @@
-"""What the drivers of the step benchmark share: the job that they are given, its batches, what they report.
+"""Shared by the drivers of the step benchmark: their job, its batches, and their report.
 
-A driver trains GPT-2 over batches that lie ready, on every rank that `deepspeed` starts or on one without a launcher,
-and notes when each optimizer step ended. None of it is ours but the DeepSpeed JSON.
+A driver trains GPT-2 on preloaded batches, on every rank that `deepspeed` starts or on one without a launcher, and
+records when each optimizer step ended. Nothing in it is ours except the DeepSpeed JSON.
 """
 
 import argparse
@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a driver, as benchmarks/step.py writes it down, or a short one with the first four keys and `output`.
+    """Settings of a driver run, written by benchmarks/step.py; the first four keys and `output` suffice.
 
     Attributes:
         model: arguments of GPT2Config; or {"vocab_size", "seq_len", "n_layer", "n_embd", "n_head"}, without dropout.
         steps: optimizer steps, warm-up included.
-        micro_batch: sequences per rank, for an `auto` of the DeepSpeed JSON.
-        accumulation: micro-batches a step, likewise.
-        output: receives the report of rank 0, see standalone.py, with `last_loss`.
-        ds_config: DeepSpeed JSON, the resolved one that our run takes, or one with `auto`; ZeRO-1 when left out.
-        batches: file of all ids, [steps, global_batch_size, seq_len + 1] int64, in the order of our run; random when
-            left out.
-        log_every: steps; when left out, once at the end.
+        micro_batch: sequences per rank, replaces `auto` in the DeepSpeed JSON.
+        accumulation: micro-batches per step, likewise.
+        output: file for the report of rank 0, see standalone.py, with `last_loss`.
+        ds_config: DeepSpeed JSON, the resolved one of our run, or one with `auto`; default ZeRO-1.
+        batches: file of all ids, [steps, global_batch_size, seq_len + 1] int64, in the order of our run; default
+            random.
+        log_every: in steps; default once at the end.
     """
 
     model: dict[str, Any]
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def engine(self) -> dict[str, Any]:
-        """The DeepSpeed JSON without `auto`."""
+        """The DeepSpeed JSON with every `auto` replaced."""
         config = json.loads(Path(self.ds_config).read_text())
         values = {
             "train_batch_size": self.micro_batch * self.accumulation * int(os.environ["WORLD_SIZE"]),
@@ -81,14 +81,14 @@ class Job:
         }
 
     def ids(self) -> torch.Tensor:
-        """All ids, [steps, global_batch_size, seq_len + 1] int64, read into memory."""
+        """Load all ids into memory, [steps, global_batch_size, seq_len + 1] int64."""
         if self.batches is not None:
             return torch.from_numpy(np.load(self.batches))
         size = (self.steps, self.engine["train_batch_size"], self.shape["n_positions"] + 1)
         return torch.from_numpy(np.random.default_rng(self.seed).integers(self.shape["vocab_size"], size=size))
 
     def network(self) -> GPT2LMHeadModel:
-        """The model with Hugging Face's initial weights, made on this rank's GPU where there is one."""
+        """Build the model with Hugging Face's initial weights, on this rank's GPU if there is one."""
         torch.manual_seed(self.seed)
         with torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"):
             network = GPT2LMHeadModel(GPT2Config(**self.shape, use_cache=False, attn_implementation="sdpa"))
@@ -97,7 +97,7 @@ class Job:
         return network
 
     def optimizer(self, network: torch.nn.Module) -> torch.optim.AdamW:
-        """torch's fused AdamW, weight decay for matrices and embeddings only."""
+        """Build torch's fused AdamW, with weight decay for matrices and embeddings only."""
         decayed = [parameter for parameter in network.parameters() if parameter.dim() >= 2]
         plain = [parameter for parameter in network.parameters() if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -105,7 +105,7 @@ class Job:
 
 
 def read_job() -> Job:
-    """The job named on the command line; DeepSpeed's preparation for CPU ranks is cut short.
+    """Read the job named on the command line, and skip DeepSpeed's operator build for CPU ranks.
 
     Without a launcher this process becomes the only rank.
     """
@@ -116,13 +116,13 @@ def read_job() -> Job:
     body = json.loads(parser.parse_args().job.read_text())
     import deepspeed
 
-    # An operator for inference that DeepSpeed would compile for CPU ranks at the start: 100 s, and no part of a step.
+    # DeepSpeed would compile an inference operator for CPU ranks at the start: 100 s, not used in a step.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return Job(**body)
 
 
 def tell_accelerate_the_backend() -> None:
-    """On CPU ranks Accelerate takes each for a run of its own, unless its state is made with a backend beforehand."""
+    """Create Accelerate's state with a backend; otherwise it treats each CPU rank as a separate run."""
     if torch.cuda.is_available():
         return
     from accelerate import PartialState  # type: ignore[import-not-found, unused-ignore]
@@ -132,7 +132,7 @@ def tell_accelerate_the_backend() -> None:
 
 
 class Stopwatch:
-    """The report of a driver, and the losses of this rank's micro-batches, unread."""
+    """The report of a driver, and the losses of this rank's micro-batches as unread tensors."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -140,13 +140,14 @@ class Stopwatch:
         self.losses: list[torch.Tensor] = []
 
     def tick(self) -> None:
-        """An optimizer step has ended, once the GPU has done it."""
+        """Record the end of an optimizer step, after the GPU has finished it."""
         self.report.step_ended()
 
     def finish(self, last_loss: float | None = None) -> None:
-        """Write everything down on rank 0, and end all ranks without Python's finalisation.
+        """Write the report on rank 0, and end all ranks without Python's finalization.
 
-        last_loss: mean over the last `log_every` steps of all ranks, where the loop itself has made it.
+        Args:
+            last_loss: mean over the last `log_every` steps of all ranks, if the loop has already computed it.
         """
         if last_loss is None:
             each = torch.stack(self.losses)

@@ -134,7 +134,7 @@ def _run_locally(
 
 
 def _context(preload: str | None, prepare: Callable[[], object] | None) -> BaseContext:
-    """Choose how workers start so that they share what `preload` imports and, if forked from here, what `prepare` loads.
+    """Choose how workers start so that they share what `preload` imports and, if forked here, what `prepare` loads.
 
     A fork inherits locks held by other threads. If this process has a single thread there are none, and workers are
     forked from it (modules imported by `preload` may start threads but must be fork-safe, as with the fork server).

@@ -1,4 +1,4 @@
-"""Fixtures of tests that hurt training jobs."""
+"""Fixtures of tests that inject faults into training jobs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +19,18 @@ def starter(deepspeed_command: DeepspeedCommand, fork_server: ForkServer) -> Sta
 
 @pytest.fixture
 def new_run(starter: Starter, data: Path, tmp_path: Path) -> Iterator[NewRun]:
-    """Make a run of the tiny recipe: `new_run(name, stage, "key=value", ...)`."""
+    """Create a run of the tiny recipe: `new_run(name, stage, "key=value", ...)`."""
     made = []
 
     def make(name: str, stage: int, *settings: str, runs: Path = tmp_path) -> Run:
         body = {**recipe_on(data, runs), "name": name}
-        # So that it is known which checkpoints there are when something happens.
+        # Synchronous saves, so that it is known which checkpoints exist at a fault.
         body["checkpoints"]["background"] = False
         body["engine"]["deepspeed"] = str(ROOT / "ds_configs" / f"zero{stage}.json")
-        if stage == 0:  # none of the JSONs shipped
+        if stage == 0:  # no JSON is shipped for this stage
             write_json(tmp_path / "zero0.json", {"zero_optimization": {"stage": 0}})
             body["engine"]["deepspeed"] = str(tmp_path / "zero0.json")
-        # Beside the logs and marks of its jobs, which are not on a disk that may be small.
+        # Separate from the logs and marks of its jobs, because the run's disk may be small.
         made.append(Run(starter, save_recipe(body, tmp_path / f"{name}.yaml"), settings))
         return made[-1]
 
@@ -45,7 +45,7 @@ def new_run(starter: Starter, data: Path, tmp_path: Path) -> Iterator[NewRun]:
 def undisturbed(
     baseline: Trained, starter: Starter, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Undisturbed]:
-    """By ZeRO stage. Those of stages 1 and 2 have a checkpoint of each step."""
+    """Fault-free runs by ZeRO stage. Those of stages 1 and 2 have a checkpoint of each step."""
 
     def train(directory: Path) -> None:
         for stage in (1, 2):

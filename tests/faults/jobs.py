@@ -1,4 +1,4 @@
-"""Real jobs that can be hurt while they run, and what a run without faults leaves."""
+"""Real jobs with fault injection, and the results of a fault-free run."""
 
 import json
 import subprocess
@@ -25,50 +25,50 @@ from tests.forked_ranks import ForkedJob, ForkServer
 PROBE = Path(__file__).with_name("probe_train.py")
 PROBE_LAUNCH = Path(__file__).with_name("probe_launch.py")
 MODULE = ("--module", "codeparrot_ds.train")
-JOB = "CODEPARROT_TEST_JOB"  # in the environment of a job's processes
-TOKEN = "hf_" + "uVwXyZaBcDeFgHiJkLmNoPqRsTuVwXyZaB"  # of no account
-END_SECONDS = 180  # of a job, on a busy machine
-GONE_SECONDS = 5  # within which all processes of a job that has ended are gone
+JOB = "CODEPARROT_TEST_JOB"  # environment variable set in all processes of a job
+TOKEN = "hf_" + "uVwXyZaBcDeFgHiJkLmNoPqRsTuVwXyZaB"  # of no real account
+END_SECONDS = 180  # time limit of a job on a busy machine
+GONE_SECONDS = 5  # time limit for all processes of a finished job to exit
 STEPS = 6
 
 
 class Job:
-    """Ranks that train and can be hurt meanwhile."""
+    """Training ranks that can be signalled and killed."""
 
     def __init__(self, log: Path, marks: Path) -> None:
         self._log, self._marks = log, marks
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """The exit code, or None while running."""
         raise NotImplementedError
 
     def family(self) -> list[psutil.Process]:
-        """Its living processes, orphans too."""
+        """Its running processes, including orphans."""
         raise NotImplementedError
 
     def rank(self, number: int) -> psutil.Process:
-        """One of the ranks."""
+        """The process of a rank."""
         raise NotImplementedError
 
     def mark(self, name: str) -> str:
-        """What the probe has left under this name."""
+        """Content of the probe's mark of this name."""
         return (self._marks / name).read_text()
 
     def wait_for(self, name: str) -> None:
-        """Until the probe has left this: `paused`, `told`."""
+        """Wait for a mark of the probe: `paused`, `told`."""
         assert until(lambda: (self._marks / name).exists() or self.poll() is not None, END_SECONDS)
         assert self.poll() is None, self.output()
 
     def unpause(self) -> None:
-        """Let it go on."""
+        """Let a paused rank continue."""
         (self._marks / "go").touch()
 
     def output(self) -> str:
-        """What it has said so far."""
+        """Its output so far."""
         return self._log.read_text()
 
     def end(self) -> Launched:
-        """Wait for its end, after which no process of it lives."""
+        """Wait until it has ended, and check that none of its processes is left."""
         assert until(lambda: self.poll() is not None, END_SECONDS), f"{self.family()} hang\n{self.output()}"
         code = self.poll()
         assert code is not None
@@ -77,16 +77,16 @@ class Job:
         return Launched(code, self.output())
 
     def kill(self) -> None:
-        """Leave no process behind, whatever has failed."""
+        """Kill all remaining processes."""
         for process in self.family():
             process.kill()
 
 
 class LaunchedJob(Job):
-    """A command under way, `deepspeed` or `codeparrot-ds launch`: with the launcher and the ranks below it.
+    """A running `deepspeed` or `codeparrot-ds launch` command, with its launcher and ranks.
 
     Attributes:
-        process: the command.
+        process: the command's process.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path, marks: Path) -> None:
@@ -97,7 +97,7 @@ class LaunchedJob(Job):
         return self.process.poll()
 
     def family(self) -> list[psutil.Process]:
-        """They have inherited its environment."""
+        """All processes that have inherited its environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -116,7 +116,7 @@ class LaunchedJob(Job):
         return self._one(f"--local_rank={number}")
 
     def launcher(self) -> psutil.Process:
-        """What `deepspeed` starts on each host, and what starts the ranks."""
+        """The process that `deepspeed` starts on each host, and that starts the ranks."""
         return self._one(LAUNCHER)
 
     def kill(self) -> None:
@@ -145,7 +145,7 @@ class ForkedRanks(Job):
 
 
 def until(condition: Callable[[], Any], seconds: float) -> bool:
-    """Wait for it; whether it came."""
+    """Wait for a condition; returns whether it was met."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -176,7 +176,7 @@ class Run:
         self.directory = RunDirectory(self.recipe.run_directory)
 
     def start(self, *faults: str, env: Mapping[str, str] | None = None) -> Job:
-        """Fork ranks, on which `faults` are visited, as tests/faults/probe_train.py calls them."""
+        """Fork ranks with `faults`, named as in tests/faults/probe_train.py."""
         log, marks = self._new_log()
         program, injected = self._program(faults, marks)
         arguments = [*program, self._recipe, *self._settings, *injected]
@@ -185,7 +185,7 @@ class Run:
         return self._keep(ForkedRanks(job, marks))
 
     def start_deepspeed(self, *faults: str) -> LaunchedJob:
-        """The same by a `deepspeed` command."""
+        """Start the same with a `deepspeed` command."""
         log, marks = self._new_log()
         program, injected = self._program(faults, marks)
         command, environment = self._starter.command(*program, self._recipe, *self._settings, *injected)
@@ -194,7 +194,7 @@ class Run:
     def start_supervised(
         self, *faults: str, options: Sequence[str] = (), supervised: Sequence[str] = ()
     ) -> LaunchedJob:
-        """The same by `codeparrot-ds launch` with `supervised` options."""
+        """Start the same with `codeparrot-ds launch` and `supervised` options."""
         log, marks = self._new_log()
         _, environment = self._starter.command()
         injected = [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
@@ -203,8 +203,8 @@ class Run:
         return self._keep(_popen(command, environment, log, marks))
 
     def _new_log(self) -> tuple[Path, Path]:
-        """Of a job, and the directory for its marks."""
-        earlier = list(self._recipe.parent.glob(f"{self._recipe.stem}-*.log"))  # of a Run with other settings, too
+        """Log file of a job, and the directory for its marks."""
+        earlier = list(self._recipe.parent.glob(f"{self._recipe.stem}-*.log"))  # shared with runs of other settings
         log = self._recipe.with_name(f"{self._recipe.stem}-{len(earlier)}.log")
         log.touch()
         marks = log.with_suffix(".marks")
@@ -212,7 +212,7 @@ class Run:
         return log, marks
 
     def _program(self, faults: Sequence[str], marks: Path) -> tuple[list[str | Path], list[str]]:
-        """What the ranks run, and its arguments after the recipe."""
+        """The program of the ranks, and its arguments after the recipe."""
         if not faults:
             return [*MODULE], []
         return [PROBE], [part for fault in faults for part in ("--fault", fault)] + ["--marks", str(marks)]
@@ -222,11 +222,11 @@ class Run:
         return job
 
     def train(self, *faults: str, **how: Any) -> Launched:
-        """Start forked ranks and wait for their end."""
+        """Start forked ranks and wait until they have ended."""
         return self.start(*faults, **how).end()
 
     def checkpoints(self) -> tuple[str | None, list[str]]:
-        """What `latest` names, and the complete checkpoints; the newest, and the one named, are undamaged."""
+        """Content of `latest` and names of complete checkpoints; checks the newest and the one `latest` names."""
         published = self.directory.checkpoint_directories()
         latest = self.directory.checkpoints / "latest"
         pointer = latest.read_text() if latest.exists() else None
@@ -237,29 +237,29 @@ class Run:
         return pointer, [path.name for path in published]
 
     def newest(self) -> int:
-        """Step of the newest complete checkpoint, undamaged; 0 where there is none."""
+        """Step of the newest complete checkpoint, which is verified; 0 if there is none."""
         _, published = self.checkpoints()
         return int(published[-1].removeprefix("step-")) if published else 0
 
     def status(self) -> dict[str, Any]:
-        """The status file."""
+        """Read the status file."""
         return self.directory.read_status()
 
     def log(self, rank: int) -> str:
-        """A rank's log file."""
+        """Read a rank's log file."""
         return self.directory.log(rank).read_text()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows of the training steps."""
+        """Metrics rows of the training steps."""
         return [row for row in read_run(self.directory.path).rows if row["kind"] == "train"]
 
     def incidents(self) -> dict[int, tuple[str, list[dict[str, Any]]]]:
-        """Reason and samples of what is listed, by step."""
+        """Reason and samples of the listed incidents, by step."""
         lines = map(json.loads, self.directory.incidents.read_text().splitlines())
         return {line["step"]: (line["reason"], line["samples"]) for line in lines}
 
     def end(self) -> None:
-        """Leave no process behind, whatever has failed."""
+        """Kill all remaining processes."""
         for job in self._jobs:
             job.kill()
 
@@ -275,7 +275,7 @@ NewRun = Callable[..., Run]
 
 
 def without_token(path: Path) -> bool:
-    """Whether no file below `path` holds the token."""
+    """Whether no file below `path` contains the token."""
     return not any(TOKEN.encode() in file.read_bytes() for file in path.rglob("*") if file.is_file())
 
 
@@ -291,14 +291,14 @@ def state_of(run: RunDirectory) -> dict[str, str]:
 
 @dataclass
 class Undisturbed:
-    """A run without faults."""
+    """A fault-free run."""
 
     trained: Trained
     state: dict[str, str]
 
 
 def batches(recipe: Recipe, skipped_ranges: Sequence[tuple[int, int]] = ()) -> list[str]:
-    """Digests of the batches that a run is to be fed, each sample once."""
+    """Digests of the batches that a run should be fed, each sample once."""
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     places = skip_ranges(np.arange(recipe.schedule.last_step * recipe.batch.global_batch_size), skipped_ranges)
     numbers = data.order(recipe.seed).at(places).reshape(recipe.schedule.last_step, -1)
@@ -307,7 +307,7 @@ def batches(recipe: Recipe, skipped_ranges: Sequence[tuple[int, int]] = ()) -> l
 
 
 def expect_as_undisturbed(run: Run, undisturbed: Undisturbed) -> None:
-    """I0: every step has been taken once, with the same samples, to the same losses, weights and moments."""
+    """I0: every step was taken once, with the same samples, and gave the same losses, weights and moments."""
     found, expected = read_run(run.directory.path), undisturbed.trained
     assert [row["step"] for row in run.rows()] == list(range(STEPS))
     assert found.digests() == expected.digests()
@@ -321,7 +321,7 @@ def expect_as_undisturbed(run: Run, undisturbed: Undisturbed) -> None:
 
 
 def expect_finished(run: Run, undisturbed: Undisturbed) -> Launched:
-    """The same command again, without faults, ends the run as if there had been none."""
+    """Run the same command again without faults, and check for exact recovery."""
     done = run.train()
     assert done.returncode == 0, done.output
     expect_as_undisturbed(run, undisturbed)

@@ -1,7 +1,7 @@
-"""Build shards over and over, each time killed before another file operation, and say where that was not mended.
+"""Build shards repeatedly, each time killed before a different file operation, and report failed recoveries.
 
-Run as `python -m tests.faults.probe_crashes TOKENIZER SCRATCH SHARD_TOKENS INPUT...`; prints one JSON object. A process
-of its own, without threads, so that each build is a fork of it and takes milliseconds.
+Run as `python -m tests.faults.probe_crashes TOKENIZER SCRATCH SHARD_TOKENS INPUT...`; prints one JSON object. This is a
+separate process without threads, so that each build is a fork of it and takes milliseconds.
 """
 
 import json
@@ -20,12 +20,12 @@ from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from tests.shard_commands import files_of
 
-_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}  # of Python's audit hooks, each before it happens
+_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}  # Python audit events, raised before the operation
 assert preload.LIBRARIES
 
 
 class Command(NamedTuple):
-    """What decides a build."""
+    """Parameters of a build."""
 
     inputs: list[str]
     tokenizer: Path
@@ -36,7 +36,7 @@ def build_until(crash_at: int, command: Command, output: Path) -> tuple[int, str
     """Build in a fork that SIGKILLs itself before its operation number `crash_at` on files in `output`.
 
     Returns:
-        The wait status, and the operation.
+        The wait status, and the operation reached.
     """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
@@ -70,7 +70,7 @@ def build_until(crash_at: int, command: Command, output: Path) -> tuple[int, str
 
 
 def main(command: Command, scratch: Path) -> None:
-    """Crash at the first operation, the second and so on, until a build gets through."""
+    """Crash at the first operation, the second and so on, until a build completes."""
     status, _ = build_until(0, command, scratch / "whole")
     assert status == 0
     whole = files_of(scratch / "whole")

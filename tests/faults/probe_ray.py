@@ -1,8 +1,8 @@
 """A Ray cluster of two nodes with one CPU each, all on loopback.
 
-Run as `python -m tests.faults.probe_ray DIRECTORY`. It prints a JSON line with its address, and another after each
-line that it reads; "remove" ends the second node while it works on a task, as a crash does. With the end of its input
-it ends the cluster.
+Run as `python -m tests.faults.probe_ray DIRECTORY`. It prints a JSON line with its address, and another after each line
+that it reads; "remove" kills the second node while it works on a task, like a crash. The cluster ends when the input
+closes.
 """
 
 import json
@@ -20,18 +20,18 @@ WORKING, WORKING_SECONDS = "_build_one", 20.0
 
 
 def say(**facts: Any) -> None:
-    """One JSON line."""
+    """Print one JSON line."""
     print(json.dumps(facts), flush=True)
 
 
 def tasks_of(raylet: psutil.Process) -> list[str]:
-    """What the workers of a node are called: "ray::FUNCTION" while they run one."""
+    """Process titles of a node's workers: "ray::FUNCTION" while they run one."""
     return [worker.name() for worker in raylet.children() if worker.name().startswith("ray::")]
 
 
 def main(directory: str) -> None:
-    """Start, serve the lines, and end."""
-    # Ray writes the address there, whatever directory it is given, and does not make it.
+    """Start the cluster, serve the commands, and shut down."""
+    # Ray writes the address there regardless of its directory setting, and does not create it.
     Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     loopback = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(

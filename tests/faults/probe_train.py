@@ -1,29 +1,29 @@
-"""Run by ranks: train a recipe as `codeparrot_ds.train` does, with faults that happen at a given step on a given rank.
+"""Run by ranks: train a recipe like `codeparrot_ds.train`, with faults injected at a given step on a given rank.
 
 Usage: probe_train.py RECIPE [--set KEY=VALUE ...] --marks DIRECTORY --fault NAME:RANK:STEP ...
 
-    kill     SIGKILL in the midst of optimizer step STEP, after its backward
+    kill     SIGKILL during optimizer step STEP, after its backward
     once     the same, but only if nothing was killed before
-    crash    an exception there
-    again    SIGKILL there, but not before the run has gone back and takes the step again
-    pause    the rank waits there for the file `go`, having made the file `paused`; when it is told to stop, `told`
-    hold     the same for the file `go-STEP`, having made `held-STEP`
-    nan      one gradient is not a number, in step STEP
-    nans     so it is in each step from STEP on
-    flip     one bit of this rank's weights is another, before step STEP is done
-    bad      the samples of step STEP have ten times their loss, whenever they are trained on, on any rank
+    crash    an exception at that point
+    again    SIGKILL at that point, but only when the run has gone back and repeats the step
+    pause    the rank creates the file `paused` and waits for the file `go`; on a stop request it creates `told`
+    hold     the same with the files `held-STEP` and `go-STEP`
+    nan      one gradient is NaN in step STEP
+    nans     one gradient is NaN in each step from STEP on
+    flip     one bit of this rank's weights is flipped before step STEP
+    bad      the samples of step STEP have ten times their loss, in whichever step and on whichever rank they occur
 
-The following happen while the checkpoint after STEP optimizer steps is saved.
+The following are injected while the checkpoint after STEP optimizer steps is saved.
 
     torn     SIGKILL when half of a file of this rank is written
     full     the disk is full when this rank writes its files
-    slow     this rank waits before it flushes its files, notes what others have published meanwhile, and is killed
-    term     SIGTERM before the checkpoint gets its name
+    slow     this rank waits before its fsync, records what others have published by then, and is killed
+    term     SIGTERM before the checkpoint is renamed
     manifest, name, pointer, pointed, retention
-             SIGKILL before the manifest is in place, before the checkpoint gets its name, before `latest` is written,
+             SIGKILL before the manifest is in place, before the checkpoint is renamed, before `latest` is written,
              before it is replaced, and when an older checkpoint has just lost its manifest
 
-    leap     SIGKILL when a run goes back, before the list of what it leaves out is in place; STEP means nothing
+    leap     SIGKILL when a run goes back, before the list of excluded ranges is in place; STEP is ignored
 """
 
 import argparse
@@ -49,7 +49,7 @@ RANK = int(os.environ["RANK"])
 
 
 class Fault(NamedTuple):
-    """What happens to whom, and when."""
+    """A fault, its rank and its step."""
 
     name: str
     rank: int
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
 
 def parse(text: str) -> Fault:
-    """NAME:RANK:STEP."""
+    """Parse NAME:RANK:STEP."""
     name, rank, step = text.split(":")
     return Fault(name, int(rank), int(step))
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def die(marks: Path) -> NoReturn:
-    """End as kill -9 does, and leave the time of it."""
+    """Record the time, and die by SIGKILL."""
     (marks / "killed").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("nobody outlives SIGKILL")
@@ -92,7 +92,7 @@ def die(marks: Path) -> NoReturn:
 
 
 def pause(trainer: Trainer, marks: Path, here: str = "paused", go: str = "go") -> None:
-    """Wait for a word from outside."""
+    """Wait for a file created by the test."""
     (marks / here).touch()
     deadline = time.monotonic() + PAUSE_SECONDS
     nothing = trainer.stop_requests.reason
@@ -103,12 +103,12 @@ def pause(trainer: Trainer, marks: Path, here: str = "paused", go: str = "go") -
 
 
 def crash(trainer: Trainer, marks: Path) -> None:
-    """A defect of ours."""
+    """Raise an exception like a defect of the package."""
     raise ZeroDivisionError("made by the test")
 
 
 def flip_bit(trainer: Trainer, marks: Path) -> None:
-    """The lowest bit of one weight."""
+    """Flip the lowest bit of one weight."""
     weight = next(iter(trainer.engine.module.parameters()))
     weight.data.view(torch.int32).view(-1)[7] ^= 1
 
@@ -121,13 +121,13 @@ IN_STEP: dict[str, Callable[[Trainer, Path], None]] = {
     "pause": pause,
     "hold": lambda trainer, marks: pause(trainer, marks, f"held-{trainer.step}", f"go-{trainer.step}"),
     "flip": flip_bit,
-    "nan": lambda trainer, marks: None,  # happens to a gradient, before
+    "nan": lambda trainer, marks: None,  # affects a gradient, so before the step
     "nans": lambda trainer, marks: None,
 }
 
 
 def during_steps(fault: Fault, marks: Path) -> None:
-    """Have `fault` happen after the backward of its step, or in it."""
+    """Inject `fault` after the backward pass of its step, or during it."""
     train_step = Trainer.train_step
 
     def faulty_step(self: Trainer) -> Step:
@@ -156,7 +156,7 @@ def during_steps(fault: Fault, marks: Path) -> None:
 
 
 def multiply_loss(step: int) -> None:
-    """What the samples of `step` are in an undisturbed run has ten times its loss, in whatever step it comes."""
+    """Multiply by ten the loss of the samples that `step` has in a fault-free run, wherever they occur."""
     train_step, loss_of = Trainer.train_step, Trainer.loss
     bad_now = False
 
@@ -178,7 +178,7 @@ def multiply_loss(step: int) -> None:
 
 
 def while_saving(fault: Fault, marks: Path) -> None:
-    """Have `fault` happen at the operation on files that it is named for."""
+    """Inject `fault` at the file operation that it is named for."""
     name = f"step-{fault.step:08d}"
     if fault.name in ("torn", "full"):
         save = torch.save
@@ -200,7 +200,7 @@ def while_saving(fault: Fault, marks: Path) -> None:
     happened = armed = removing = False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        """Python's audit hooks are told of an operation before it happens."""
+        """Audit hook, called before an operation is performed."""
         nonlocal happened, armed, removing
         if happened or event not in ("open", "os.rename", "os.remove", "os.rmdir"):
             return
@@ -210,7 +210,7 @@ def while_saving(fault: Fault, marks: Path) -> None:
                 armed = places[1].with_name(name).is_dir()
             elif armed and not removing:
                 removing = event == "os.remove" and places[0].name == "manifest.json"
-            elif removing:  # it has just gone
+            elif removing:  # it has just been removed
                 happened = True
                 die(marks)
         elif happens(fault, name, event, places):
@@ -227,7 +227,7 @@ def while_saving(fault: Fault, marks: Path) -> None:
 
 
 def happens(fault: Fault, name: str, event: str, places: list[Path]) -> bool:
-    """Whether the operation that is about to happen is the one of `fault`, in the saving of checkpoint `name`."""
+    """Whether the upcoming operation is that of `fault`, during the save of checkpoint `name`."""
     source, target = places[0], places[-1]
     if fault.name == "slow":
         return event == "open" and source.parent.name == f"{name}.tmp"
@@ -252,7 +252,7 @@ def published(checkpoints: Path) -> tuple[str | None, list[str]]:
 
 
 def fill_disk(path: Path) -> None:
-    """Leave no room on the file system of `path`."""
+    """Fill the file system of `path`."""
     with open(path, "wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:

@@ -1,4 +1,4 @@
-"""Shards come out byte for byte the same when processes, slices or nodes are killed, and however the work is shared."""
+"""Shards are byte-identical when processes, slices or nodes are killed, and for any distribution of the work."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from tests.shard_commands import COMMAND, Corpus, Done, environment, error_of, files_of, shards, write_corpus
 from tests.unit.test_jobs import array, open_mpi, pmi, step, torchrun
 
-GONE_SECONDS = 5  # within which the workers of a killed process end
+GONE_SECONDS = 5  # time limit for the workers of a killed process to exit
 
 
 # Killed
@@ -37,12 +37,12 @@ GONE_SECONDS = 5  # within which the workers of a killed process end
 
 @pytest.fixture(scope="module")
 def large(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Eight tasks that take two workers some tenths of a second."""
+    """Eight tasks that take two workers a few tenths of a second."""
     return write_corpus(tmp_path_factory.mktemp("large") / "corpus", data / "tokenizer", 5_000, 200)
 
 
 def start(corpus: Corpus, output: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a build in a session of its own."""
+    """Start a build in its own session."""
     with open(log, "wb") as file:
         return subprocess.Popen(
             [*COMMAND, *map(str, corpus.command(output, "--workers", "2", *options))],
@@ -62,7 +62,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def session_of(pid: int) -> list[psutil.Process]:
-    """Living processes of the session that `pid` leads or led, orphans too."""
+    """Running processes of the session led by `pid`, including orphans."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -88,7 +88,7 @@ def end_session(pid: int) -> None:
 
 
 def kill(process: subprocess.Popen[bytes], whom: str) -> bool:
-    """SIGKILL the parent, a worker or the group. False when there was nobody left to kill."""
+    """SIGKILL the parent, a worker or the group. Returns False if there was nothing left to kill."""
     if whom == "worker":
         workers = []
         until(lambda: process.poll() is not None or workers.extend(_workers(process)) or workers, 30)
@@ -112,11 +112,11 @@ def _workers(process: subprocess.Popen[bytes]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.nightly)])
 def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tmp_path: Path, kills: int) -> None:
-    """Fault 24. `hits`: kills that left a directory with something in it, but no manifest."""
+    """Fault 24. `hits` counts kills that left a non-empty directory without a manifest."""
     assert shards(*large.command(tmp_path / "whole", "--workers", "2")).returncode == 0
     whole = files_of(tmp_path / "whole")
     assert sum(name.startswith("train-") and name.endswith(".bin") for name in whole) == large.tasks
-    begun = time.monotonic()  # the second time, for the first may have proved the encoder
+    begun = time.monotonic()  # the second time, because the first may have included the encoder proof
     assert shards(*large.command(tmp_path / "again", "--workers", "2")).returncode == 0
     seconds = time.monotonic() - begun
     assert files_of(tmp_path / "again") == whole
@@ -126,7 +126,7 @@ def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tm
     hits, resumed, broken = 0, 0, 0
     for number in range(kills):
         whom = ("parent", "worker", "group")[number % 3]
-        moment = (0.2 + 0.8 * (number + moments.random()) / kills) * seconds  # from an early one to a late one
+        moment = (0.2 + 0.8 * (number + moments.random()) / kills) * seconds  # from early to late
         where = f"kill {number} of the {whom} after {moment:.3f} of {seconds:.3f} s"
         output, log = tmp_path / f"killed-{number}", tmp_path / f"log-{number}"
         process = start(large, output, log)
@@ -208,7 +208,7 @@ def test_a_stopped_build_leaves_no_process_and_goes_on(
 
 @pytest.fixture(scope="module")
 def small(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Eight tasks that take no time."""
+    """Eight short tasks."""
     return write_corpus(tmp_path_factory.mktemp("small") / "corpus", data / "tokenizer", 200, 40)
 
 
@@ -222,7 +222,7 @@ def whole(small: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def expect_others(done: Done, output: Path, tasks: int) -> None:
-    """A slice that is not the last says what is left, and succeeds without a manifest."""
+    """A slice that is not the last reports what is left, and succeeds without a manifest."""
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert f"{output}: {tasks} of 8 tasks remain for other slices; the last one finishes the build." in done.stderr
@@ -230,7 +230,7 @@ def expect_others(done: Done, output: Path, tasks: int) -> None:
 
 
 def expect_finished(done: Done, output: Path, whole: dict[str, bytes]) -> None:
-    """The slice that is last finishes the directory."""
+    """The last slice finishes the directory."""
     assert done.returncode == 0, done.stderr
     assert "train tokens" in done.stdout
     assert files_of(output) == whole
@@ -247,7 +247,7 @@ def test_slices_in_any_order_give_the_bytes_of_one_run(
         if left:
             expect_others(done, output, left)
     expect_finished(done, output, whole)
-    again = shards(*small.command(output, "--slice", f"{order[0]}/3"))  # a job that was queued twice
+    again = shards(*small.command(output, "--slice", f"{order[0]}/3"))  # a job that was submitted twice
     expect_finished(again, output, whole)
 
 
@@ -290,9 +290,9 @@ def build_slice(corpus: Corpus, output: Path, part: Slice) -> None:
 
 
 def finish_around_another(corpus: Corpus, output: Path, number: int) -> int:
-    """Finish slice 1/2 while 0/2, whose tasks are done, comes through before write `number` (from 0) of its finish.
+    """Finish slice 1/2 while 0/2, whose tasks are done, finishes just before write `number` (from 0) of 1/2.
 
-    Returns how many writes there were.
+    Returns the number of writes.
     """
     publish, finish = LocalDirectory.publish, building._finish
     finishing, writes = False, 0
@@ -323,7 +323,7 @@ def finish_around_another(corpus: Corpus, output: Path, number: int) -> int:
 def test_two_slices_that_finish_at_the_same_moment_both_succeed(
     small: Corpus, whole: dict[str, bytes], tmp_path: Path, number: int
 ) -> None:
-    """The other comes through before the quarantine, the tokenizer's two files and the manifest are written."""
+    """The other finishes before the quarantine, the tokenizer's two files or the manifest are written."""
     output = tmp_path / "shards"
     expect_others(shards(*small.command(output, "--slice", "0/2")), output, 4)
     writes = finish_around_another(small, output, number)
@@ -416,12 +416,12 @@ def test_real_torchrun_workers_share_the_work(small: Corpus, whole: dict[str, by
 
 ON_LOOPBACK = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes the network's address of this host for 127.0.0.1
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray uses this host's network address instead of 127.0.0.1
 }
 
 
 class RayCluster:
-    """Two nodes of one CPU each, in a process of its own."""
+    """A Ray cluster of two one-CPU nodes, in a separate process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -441,14 +441,14 @@ class RayCluster:
         raise AssertionError("the Ray cluster has ended")
 
     def environment(self) -> dict[str, str]:
-        """For its clients."""
+        """Environment of its clients."""
         return {**ON_LOOPBACK, "RAY_ADDRESS": self.address}
 
 
 @contextmanager
 def ray_cluster() -> Iterator[RayCluster]:
-    """Start a cluster; afterwards see that no process of it lives on."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:  # its sockets' names must be short
+    """Start a cluster; afterwards check that none of its processes is left."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:  # socket paths must be short
         with open(Path(directory) / "stderr", "w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.probe_ray", directory],
@@ -464,7 +464,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         try:
             yield RayCluster(process)
             family = psutil.Process(process.pid).children(recursive=True)
-            process.communicate(timeout=60)  # closes its input, which ends it
+            process.communicate(timeout=60)  # closes its input, which shuts it down
             assert process.returncode == 0
             assert until(lambda: not any(map(is_alive, family)) and not session_of(process.pid), 10), [
                 (other.pid, other.name()) for other in [*family, *session_of(process.pid)] if is_alive(other)
@@ -505,7 +505,7 @@ def test_ray_gives_the_same_bytes_when_a_node_is_lost(data: Path, tmp_path: Path
     reference = shards(*corpus.command(tmp_path / "whole", "--workers", "2"))
     assert reference.returncode == 0, reference.stderr
     output = tmp_path / "shards"
-    command = corpus.command(output, "--engine", "ray", "--encoder", "tokenizers")  # slow enough to be hit
+    command = corpus.command(output, "--engine", "ray", "--encoder", "tokenizers")  # slow enough to be interrupted
     with ray_cluster() as cluster, ThreadPoolExecutor(1) as pool:
         building = pool.submit(shards, *command, timeout=180, **cluster.environment())
         assert until(lambda: list(output.glob(".task-*.json")) or building.done(), 60)

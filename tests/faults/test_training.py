@@ -1,7 +1,7 @@
-"""Jobs of two ranks with faults, numbered as in docs/faults.md; what goes on afterwards is as if nothing had been.
+"""Jobs of two ranks with faults, numbered as in docs/faults.md, after which the run must recover exactly.
 
-A run is started again by the same command after each fault, so several faults in a row befall one run. In the end its
-losses, the digests of its batches, its weights and both moments are compared with those of a run without faults.
+After each fault the run is restarted by the same command, so one run suffers several faults in a row. At the end its
+losses, batch digests, weights and both moments are compared with those of a fault-free run.
 """
 
 import json
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 # While a checkpoint is saved
 
-# By stage: the fault, the newest complete checkpoint after it, and the one that `latest` names.
+# By stage: the fault, the newest complete checkpoint after it, and the one named by `latest`.
 KILLED_WHILE_SAVING = {
     1: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("manifest:0:4", 3, 3), ("pointed:0:5", 5, 4)],
     2: [("torn:1:2", 1, 1), ("slow:1:3", 2, 2), ("name:0:4", 3, 3), ("retention:0:5", 5, 5)],
@@ -67,14 +67,14 @@ def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from
         assert run.status()["state"] != "finished", where
         pointer, published = run.checkpoints()
         assert (pointer, published[-1]) == (name_of(pointed_at), name_of(newest)), where
-        if fault.startswith("slow"):  # the other rank was done with its files
+        if fault.startswith("slow"):  # the other rank had finished its files
             assert json.loads(job.mark("seen")) == [name_of(2), [name_of(1), name_of(2), f"{name_of(3)}.tmp"]]
     expect_finished(run, undisturbed[stage])
     left = sorted(path.name for path in run.directory.checkpoints.iterdir())
     assert left == ["latest", name_of(STEPS - 1), name_of(STEPS)]
 
 
-# Ended from outside
+# Terminated from outside
 
 
 def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
@@ -93,9 +93,9 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
 
     job = run.start_deepspeed("pause:0:3")
     job.wait_for("paused")
-    assert len(job.family()) == 4  # the runner, the launcher and two ranks: what `end` looks for
+    assert len(job.family()) == 4  # the runner, the launcher and two ranks, which `end` looks for
     job.launcher().kill()
-    job.end()  # the runner says 0, for DeepSpeed knows of no failure
+    job.end()  # the runner returns 0, because DeepSpeed did not notice a failure
     assert run.status()["state"] == "running"
     assert run.newest() == 2
 
@@ -103,7 +103,7 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     job.wait_for("paused")
     job.process.terminate()
     assert job.process.wait(10) == -signal.SIGTERM
-    assert len(job.family()) == 3  # DeepSpeed tells neither the launcher nor the ranks
+    assert len(job.family()) == 3  # DeepSpeed forwards it neither to the launcher nor to the ranks
     job.unpause()
     assert until(lambda: not job.family(), 30)
     assert run.newest() == 3
@@ -148,9 +148,9 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbe
     job.launcher().terminate()
     job.wait_for("told")
     job.unpause()
-    expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own, after the ranks'
+    expect_preempted(job.end(), 3, "SIGTERM", code=1)  # the launcher's own exit code, after the ranks'
 
-    # A request that comes while a checkpoint gets its name.
+    # A stop request that arrives while a checkpoint is renamed.
     run = new_run("asked", 2, "checkpoints.every_steps=4")
     done = run.train("term:0:4")
     expect_preempted(done, 5, "SIGTERM")
@@ -175,7 +175,7 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undistu
     log = run.log(0)
     assert "hung in step 3" in log
     stacks = log.split("hung in step 3")[1]
-    assert "in train_step" in stacks and "in _watch" in stacks  # the main thread's and the watchdog's own
+    assert "in train_step" in stacks and "in _watch" in stacks  # the stacks of the main thread and of the watchdog
     assert run.newest() == 2
     expect_finished(run, undisturbed[3])
 
@@ -185,7 +185,7 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undistu
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB: enough for two checkpoints."""
+    """A file system of 4 MB, enough for two checkpoints."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
@@ -200,13 +200,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_older_checkpoint_and_is_said(
     small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed], background: bool
 ) -> None:
-    """Fault 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that did not come about."""
+    """Fault 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that was not published."""
     settings = ("checkpoints.every_steps=2", "checkpoints.keep_last=1", f"checkpoints.background={background}")
     run = new_run("full", 3, *settings, runs=small_disk)
     done = run.train("full:1:4")
     assert done.returncode == EXIT_USER_ERROR, done.output
     assert "Older checkpoints are untouched" in done.output
-    # It is as full for rank 0, which may come later or sooner.
+    # The disk is also full for rank 0, which may get there later or earlier.
     assert re.search(r"rank [01] could not save .* with 0\.0 MB free on this disk", done.output)
     assert "Traceback" not in done.output
     assert run.checkpoints() == (name_of(2), [name_of(2)])
@@ -223,7 +223,7 @@ def flip_byte(path: Path) -> None:
 
 
 def copy_of(undisturbed: Undisturbed, run: Run) -> None:
-    """Have `run` start with all that the undisturbed run has left."""
+    """Copy the results of the fault-free run into `run`."""
     shutil.copytree(undisturbed.trained.run.path, run.directory.path)
 
 
@@ -256,12 +256,12 @@ def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
     assert "no undamaged checkpoint is left (6 damaged" in done.output
     assert "Traceback" not in done.output
     assert sorted(path.name for path in checkpoints.iterdir()) == names
-    assert run.rows() == rows  # nothing was trained
+    assert run.rows() == rows  # no step was taken
 
     shutil.rmtree(checkpoints / name_of(2))
     aside.rename(checkpoints / name_of(2))
     (checkpoints / "latest").unlink()
-    (checkpoints / f"{name_of(6)}.damaged").mkdir()  # as it was damaged once before
+    (checkpoints / f"{name_of(6)}.damaged").mkdir()  # as it was already damaged earlier
     (checkpoints / f"{name_of(6)}.damaged" / "file").touch()
     said = expect_finished(run, undisturbed[2]).output.splitlines()
     for step, problem in expected.items():
@@ -272,7 +272,7 @@ def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
 
 
 class Hostile:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -287,17 +287,17 @@ class Hostile:
 def test_a_checkpoint_that_would_run_code_is_refused(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], tmp_path: Path, stage: int, name: str
 ) -> None:
-    """Fault 17. The file is as large and has the digest that the manifest says, so that its pickle is looked at."""
+    """Fault 17. Size and digest of the file match the manifest, so that its pickle is read."""
     run = new_run("hostile", stage)
     copy_of(undisturbed[stage], run)
     canary = tmp_path / "canary"
-    shutil.rmtree(run.directory.newest_checkpoint().path)  # as if the run were not finished
+    shutil.rmtree(run.directory.newest_checkpoint().path)  # as if the run had not finished
     newest = run.directory.newest_checkpoint()
     file = newest.path / name
     state = torch.load(file, weights_only=False)
     torch.save({**state, "hostile": Hostile(canary)}, file)
     torch.load(file, weights_only=False)
-    assert canary.exists()  # it works
+    assert canary.exists()  # the pickle is effective
     canary.unlink()
 
     manifest = read_json(newest.path / MANIFEST, "manifest")
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 
 
 def test_a_token_in_the_environment_is_written_nowhere(new_run: NewRun) -> None:
-    """Fault 21. So it is looked for after every other job of these tests."""
+    """Fault 21. The token is also searched for after every other job of these tests."""
     settings = ("logging.tensorboard=true", "logging.wandb=true", "evaluation.samples=1")
     run = new_run("token", 3, *settings)
     done = run.train(env={"WANDB_MODE": "offline"})
@@ -336,7 +336,7 @@ LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, 
 def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
     new_run: NewRun, stage: int, precision: str
 ) -> None:
-    """Fault 15. One in step 1; then in each from step 3 on, of which two in a row are allowed."""
+    """Fault 15. NaN in step 1; then in each step from 3 on, of which two in a row are allowed."""
     run = new_run(
         "nan",
         stage,
@@ -365,13 +365,13 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
 
     assert run.checkpoints() == (name_of(3), [name_of(3)])
     held = ZeroCheckpoint(run.directory.newest_checkpoint())
-    assert held.step == 2  # of AdamW: the skipped one is not in it
+    assert held.step == 2  # AdamW's step count, without the skipped step
     assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
     expect_named(run, {1, 3, 4, 5}, "skipped: non-finite gradients")
 
 
 def expect_named(run: Run, steps: set[int], reason: str) -> None:
-    """The incidents are those of `steps`, and name where each of their samples comes from."""
+    """Check that the incidents are those of `steps`, and name the source of each of their samples."""
     recipe = run.recipe
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     incidents = run.incidents()
@@ -389,7 +389,7 @@ def expect_named(run: Run, steps: set[int], reason: str) -> None:
 
 
 def test_a_replica_that_differs_by_one_bit_halts_the_run(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
-    """Fault 16. Of two ranks nobody can tell which is wrong; that of three one is named, test_guards shows."""
+    """Fault 16. With two ranks it is unknown which is wrong; with three it is named, see test_guards."""
     run = new_run("flipped", 1, "checkpoints.every_steps=2", "guards.replica_check_steps=1")
     done = run.train("flip:1:3")
     assert done.returncode == EXIT_USER_ERROR, done.output
@@ -400,7 +400,7 @@ def test_a_replica_that_differs_by_one_bit_halts_the_run(new_run: NewRun, undist
     expect_finished(run, undisturbed[1])
 
 
-# Loss spikes: the samples of step 20 have ten times their loss. It is looked at with the checkpoint after step 21.
+# Loss spikes: the samples of step 20 have ten times their loss, detected with the checkpoint after step 21.
 
 SPIKE = "bad:0:20"
 SPIKE_STEPS = 28
@@ -409,7 +409,7 @@ SUSPECTS = set(range(13, 21))
 
 @pytest.fixture
 def new_spiky_run(new_run: NewRun) -> NewRun:
-    """Make a run that is long enough to know a spike: `new_spiky_run(policy)`."""
+    """Create a run long enough to detect a spike: `new_spiky_run(policy)`."""
 
     def make(policy: str, name: str = "") -> Run:
         return new_run(

@@ -1,4 +1,4 @@
-"""Run by ranks: train a recipe in fp16 on CPU cores, which DeepSpeed refuses where they have no instructions for it.
+"""Run by ranks: train a recipe in fp16 on CPU cores, which DeepSpeed rejects if they lack fp16 instructions.
 
 Usage: probe_fp16.py RECIPE [--set KEY=VALUE …]
 """

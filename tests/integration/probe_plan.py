@@ -1,4 +1,4 @@
-"""Run by ranks: a trial of a recipe, whose memory is watched in each phase of a step.
+"""Run by ranks: a trial of a recipe that records memory in each phase of a step.
 
 Usage: probe_plan.py RECIPE OUTPUT
 """
@@ -21,14 +21,14 @@ from codeparrot_ds.training.memory import HostMemory
 
 STEPS = 3
 PHASES = ("forward", "backward", "step")  # methods of the engine
-get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses it where the CPU has no instructions for it
+get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed rejects it if the CPU lacks the instructions
 
 
 class MemoryOfPhases(HostMemory):
-    """Looks for the most in each phase of every step but the first, too.
+    """Also records the peak in each phase of every step but the first.
 
     Attributes:
-        phases: the most bytes by phase.
+        phases: peak bytes by phase.
     """
 
     def __init__(self) -> None:

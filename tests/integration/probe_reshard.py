@@ -1,4 +1,4 @@
-"""Run by ranks: load the newest checkpoint of a recipe's run into these ranks, by parameter, and save it elsewhere.
+"""Run by ranks: load the newest checkpoint of a recipe's run by parameter, and save it elsewhere.
 
 Usage: probe_reshard.py RECIPE DS_CONFIG OUT
 """

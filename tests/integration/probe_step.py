@@ -1,7 +1,7 @@
-"""Run by one rank: what an optimizer step reads on the host, and the bytes that it moves outside forward and backward.
+"""Run by one rank: count host reads of an optimizer step, and its memory traffic outside forward and backward.
 
-Usage: probe_step.py RECIPE OUT [BREAK]. BREAK makes one part slow, so that a test sees that this is found: `clip`,
-`reduce`, `zero`, `add` or `read`.
+Usage: probe_step.py RECIPE OUT [BREAK]. BREAK makes one part slow, so that a test can check that it is detected:
+`clip`, `reduce`, `zero`, `add` or `read`.
 """
 
 import json
@@ -22,7 +22,7 @@ traffic = Counter()
 
 
 def count_traffic_of(owner: Any, name: str) -> None:
-    """Have `traffic` see what a method does."""
+    """Count a method in `traffic`."""
     plain = getattr(owner, name)
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -36,7 +36,7 @@ if broken == ["clip"]:
     plain_step = zero1.LeanBF16Optimizer.step
 
     def step(optimizer: Any, closure: None = None) -> None:
-        """Clip in a pass of its own."""
+        """Clip in a separate pass."""
         for gradients in optimizer.fp32_groups_gradients_flat:
             gradients.mul_(1.0)
         plain_step(optimizer)
@@ -58,7 +58,7 @@ with trainer_on_random_ids(recipe) as (trainer, _):
     engine = trainer.engine
 
     def take_step(accumulation: int) -> None:
-        """Of so many micro-batches."""
+        """Traffic of a step of `micro_batches` micro-batches."""
         engine.set_train_batch_size(recipe.batch.micro_batch_size * accumulation)
         engine.micro_steps = 0
         batch = recipe.batch.model_copy(update={"global_batch_size": engine.train_batch_size()})
@@ -67,12 +67,12 @@ with trainer_on_random_ids(recipe) as (trainer, _):
         trainer.stop_requests.finish_exchange()
 
     def reads(accumulation: int) -> list[str]:
-        """On the host, in a step of so many micro-batches."""
+        """Host reads in a step of `micro_batches` micro-batches."""
         with Counter() as counter:
             take_step(accumulation)
         return counter.host_reads
 
-    take_step(2)  # the first makes the optimizer's state
+    take_step(2)  # the first step creates the optimizer state
     few, many = reads(2), reads(6)
     a_micro_batch = (len(many) - len(few)) / 4
     found = {"a_micro_batch": a_micro_batch, "a_step": len(few) - 2 * a_micro_batch, "names": sorted(set(many))}

@@ -1,4 +1,4 @@
-"""Run by ranks: build a recipe's engine, write what it holds at step 0, and save a checkpoint of it.
+"""Run by ranks: build a recipe's engine, write its state at step 0, and save a checkpoint of it.
 
 Usage: probe_step0.py RECIPE OUT STAGE PRECISION
 """
@@ -37,7 +37,7 @@ ds_config = resolve(ds_config, recipe, ranks.world_size)
 network = build_model(recipe.model, 0, recipe.seed, ds_config)
 engine = build_engine(network, recipe, ds_config)
 
-import deepspeed  # noqa: E402 (after the package has chosen what DeepSpeed builds)
+import deepspeed  # noqa: E402 (after the package has selected the operators that DeepSpeed builds)
 
 names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
 weights = {}
@@ -51,7 +51,7 @@ tokens = torch.from_numpy(ids)
 with torch.no_grad():
     loss = next_token_loss(engine(input_ids=tokens[:, :-1]).logits, tokens[:, 1:]).double()
 loss = (ranks.sum(loss) / ranks.world_size).item()
-# The engine's own optimizer, whatever ZeRO has wrapped around it: which weight decay reaches which parameter.
+# The innermost optimizer, regardless of ZeRO's wrapper: it shows the weight decay of each parameter.
 grouped = (
     getattr(engine.optimizer, "fp16_groups", None)
     or getattr(engine.optimizer, "bit16_groups", None)

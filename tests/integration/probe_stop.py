@@ -1,4 +1,4 @@
-"""Run by ranks: train a recipe, and ask for a stop in the midst of one step, as a scheduler would.
+"""Run by ranks: train a recipe, and request a stop during a step, as a scheduler would.
 
 Usage: probe_stop.py RECIPE STEP [--set KEY=VALUE …]
 """
@@ -18,7 +18,7 @@ train_step = Trainer.train_step
 
 
 def stop_in_step(self: Trainer) -> Step:
-    """As `train_step`; in the step before `stop_at`, rank 0 is told to stop."""
+    """Like `train_step`; in the step before `stop_at`, rank 0 receives a stop request."""
     if self.step == int(stop_at) - 1 and self.ranks.rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     return train_step(self)

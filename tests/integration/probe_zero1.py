@@ -1,4 +1,4 @@
-"""Run by ranks: a few steps of ZeRO-1 under bf16, by our optimizer or by DeepSpeed's own. Rank 0 writes what it saw.
+"""Run by ranks: a few steps of ZeRO-1 under bf16, with our optimizer or DeepSpeed's. Rank 0 writes the results.
 
 Usage: probe_zero1.py RECIPE OUT ours|deepspeed|missing. With `missing`, a last step in which one parameter gets no
 gradient.
@@ -27,7 +27,7 @@ if way == "deepspeed":
 
 
 def step_without_a_gradient(optimizer: Any) -> None:
-    """One in which the first bias has had none."""
+    """Take a step in which the first bias gets no gradient."""
     optimizer.fp32_groups_has_gradients[1][0] = False
     zero1.LeanBF16Optimizer.step(optimizer)
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark works before there is a GPU to run it on."""
+"""The GPU benchmark can be checked without a GPU."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`python benchmarks/gpu.py ...`, without a GPU."""
+    """Run `python benchmarks/gpu.py ...` without a GPU."""
     return subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py", *arguments],
         cwd=ROOT,
@@ -28,7 +28,7 @@ def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def step(**more: Any) -> dict[str, Any]:
-    """A cell of 16 x 4 on an H100: 65,536 tokens a step in 2 s, of 1e10 FLOPs each."""
+    """A cell of 16 x 4 on an H100: 65,536 tokens per step in 2 s, 1e10 FLOPs per token."""
     return {
         "part": "step",
         "cell": "16 x 4",
@@ -68,7 +68,7 @@ NAMES = ("versions", "ceilings", "correctness", "step", "changes", "memory", "pe
 
 def test_tables_of_rows_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"part": "st')  # a process was ended in a line
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"part": "st')  # a process was killed
     page.write_text("before\n" + "".join(f"<!-- gpu:{name} -->\nold\n<!-- gpu:end -->\n" for name in NAMES) + "after\n")
     done = benchmark("--from", rows, "--fill", page)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Forked ranks end as those of DeepSpeed's launcher do."""
+"""Forked ranks exit like those of DeepSpeed's launcher."""
 
 import signal
 from pathlib import Path

@@ -23,7 +23,7 @@ from codeparrot_ds.system.files import MANIFEST
 from tests.conftest import ROOT
 from tests.shard_commands import Corpus, Done, environment, error_of, files_of, shards, write_corpus
 
-QUICKLY = 45  # seconds: some of the client's own retries may pass, but no minutes of them
+QUICKLY = 45  # seconds: allows for some of the client's own retries, but not for minutes of them
 KEYS = {
     "AWS_ACCESS_KEY_ID": "a-key",
     "AWS_SECRET_ACCESS_KEY": "a-secret",
@@ -59,7 +59,7 @@ def endpoint() -> Iterator[str]:
 
 
 class Store:
-    """Buckets of the server, seen by another client."""
+    """Buckets of the server, read by a separate client."""
 
     def __init__(self, endpoint: str) -> None:
         self.environment = {**KEYS, "AWS_ENDPOINT_URL": endpoint}
@@ -82,7 +82,7 @@ class Store:
         return {entry["Key"].removeprefix(f"{prefix}/"): self.get(bucket, entry["Key"]) for entry in listed}
 
     def writes(self, bucket: str, name: str) -> int:
-        """How often an object has been written."""
+        """Number of times an object has been written."""
         versions = self.client.list_object_versions(Bucket=bucket, Prefix=name).get("Versions", [])
         return sum(version["Key"] == name for version in versions)
 
@@ -90,13 +90,13 @@ class Store:
         return {bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]}
 
     def shards(self, *arguments: str | Path, **more: str) -> Done:
-        """Run a verb with this store in its environment."""
+        """Run a command with this store in its environment."""
         return shards(*arguments, timeout=QUICKLY, **{**self.environment, **more})
 
 
 @pytest.fixture
 def store(endpoint: str, corpus: Corpus) -> Iterator[Store]:
-    """A bucket that keeps all versions, with the corpus below input/ and nothing else."""
+    """A versioned bucket with only the corpus, below input/."""
     store = Store(endpoint)
     store.client.create_bucket(Bucket="bucket")
     store.client.put_bucket_versioning(Bucket="bucket", VersioningConfiguration={"Status": "Enabled"})
@@ -111,12 +111,12 @@ def store(endpoint: str, corpus: Corpus) -> Iterator[Store]:
 
 
 def remote(corpus: Corpus, *inputs: str) -> Corpus:
-    """The same corpus, read from elsewhere; `Path` would eat a slash of a URL."""
+    """The same corpus at another location; `Path` would remove a slash from a URL."""
     return replace(corpus, inputs=list(inputs))  # type: ignore[arg-type]
 
 
 def same_but_inputs(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
-    """Equal names and bytes; manifests may name their inputs differently."""
+    """Check for equal names and bytes; manifests may name their inputs differently."""
     assert sorted(found) == sorted(expected)
     for name in expected.keys() - {MANIFEST, "quarantine.jsonl"}:
         assert found[name] == expected[name], name
@@ -161,7 +161,7 @@ def test_a_prefix_and_a_glob_name_the_same_input_as_a_directory(
 def test_fsspecs_own_variables_reach_the_workers_too(
     store: Store, corpus: Corpus, whole: dict[str, bytes], endpoint: str
 ) -> None:
-    """FSSPEC_S3_… instead of AWS_…"""
+    """Settings in FSSPEC_S3_… instead of AWS_… variables."""
     variables = {
         "FSSPEC_S3_ENDPOINT_URL": endpoint,
         "FSSPEC_S3_KEY": "a-key",
@@ -194,7 +194,7 @@ def test_shards_in_a_store_are_verified_and_a_flipped_byte_is_named(store: Store
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 1
         store.put("bucket", f"shards/{name}", bytes(flipped))
-        assert store.shards("verify", "s3://bucket/shards").returncode == 0  # sizes cannot tell
+        assert store.shards("verify", "s3://bucket/shards").returncode == 0  # undetectable by size
         assert name in error_of(store.shards("verify", "s3://bucket/shards", "--deep"))
         store.put("bucket", f"shards/{name}", whole[:-1])
         assert name in error_of(store.shards("verify", "s3://bucket/shards"))
@@ -206,7 +206,7 @@ def test_shards_in_a_store_are_verified_and_a_flipped_byte_is_named(store: Store
 def test_a_build_that_was_stopped_goes_on_and_keeps_what_is_finished(
     store: Store, corpus: Corpus, whole: dict[str, bytes]
 ) -> None:
-    """The last file is cut short: the tasks before it are done, and done once."""
+    """The last file is truncated: the tasks before it are done, exactly once."""
     command = remote(corpus, *INPUTS).command("s3://bucket/shards", "--workers", "1", "--on-bad-document", "skip")
     strict = [*command, "--on-bad-document", "fail"]
     good = corpus.inputs[1].read_bytes()
@@ -240,7 +240,7 @@ def test_lost_objects_are_made_again_by_an_unfinished_build(
     assert done.returncode == 0, done.stderr
     assert store.files("bucket", "shards") == whole
     assert store.shards(*corpus.command("s3://bucket/shards")).returncode == 0
-    assert store.writes("bucket", f"shards/{MANIFEST}") == 2  # finished shards are kept as they are
+    assert store.writes("bucket", f"shards/{MANIFEST}") == 2  # finished shards are not rewritten
 
 
 def test_another_corpus_does_not_overwrite_finished_shards(store: Store, corpus: Corpus) -> None:
@@ -259,7 +259,7 @@ def test_a_missing_bucket_is_named_and_not_made(store: Store, corpus: Corpus, tm
 
 
 def every_use(store: Store, corpus: Corpus, output: Path, **more: str) -> list[str]:
-    """The errors of building from the store, building into it, and verifying what lies in it."""
+    """Errors of building from the store, building into it, and verifying its contents."""
     return [
         error_of(store.shards(*remote(corpus, *INPUTS[:1]).command(output), **more)),
         error_of(store.shards(*remote(corpus, "s3://bucket/input").command(output), **more)),
@@ -280,11 +280,11 @@ def test_wrong_credentials_are_named(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [4, pytest.param(1, marks=pytest.mark.nightly)])  # requests between two tries
+@pytest.mark.parametrize("apart", [4, pytest.param(1, marks=pytest.mark.nightly)])  # requests between two attempts
 def test_credentials_that_expire_while_reading_end_the_build_and_lose_no_document(
     store: Store, corpus: Corpus, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
-    """The store's refusal is not damage of the file: even `--on-bad-document skip` must not leave it out."""
+    """A rejected request is not a damaged file: even `--on-bad-document skip` must not skip it."""
     for allowed in range(1, 100, apart):  # requests
         monkeypatch.setattr("moto.core.authorization.settings.INITIAL_NO_AUTH_ACTION_COUNT", allowed)
         monkeypatch.setattr("moto.core.authorization.ActionAuthenticatorMixin.request_count", 0)
@@ -341,7 +341,7 @@ def test_without_its_package_a_store_is_refused_with_the_command_that_installs_i
 
 @pytest.fixture(params=["jsonl", "parquet"])
 def dataset(request: pytest.FixtureRequest, corpus: Corpus, tmp_path: Path) -> Path:
-    """A dataset directory of five files, some 40 documents each."""
+    """A dataset directory of five files, about 40 documents each."""
     directory = tmp_path / "dataset"
     directory.mkdir()
     lines = [line for line in corpus.inputs[0].read_text().splitlines() if '"content":' in line]
@@ -384,7 +384,7 @@ def test_a_streamed_dataset_gives_the_same_bytes_with_any_number_of_workers(
     verify(tmp_path / "1", deep=True)
     compared = shards("verify", tmp_path / "1", "--against-corpus")
     assert compared.returncode == 0, compared.stderr
-    for file in sorted(dataset.iterdir()):  # the same ids as of the file itself, one task
+    for file in sorted(dataset.iterdir()):  # the same ids as from the file itself, one task
         alone = replace(corpus, inputs=[file], shard_tokens=10**6)
         output = tmp_path / file.name
         assert shards(*alone.command(output, "--workers", "1")).returncode == 0

@@ -1,4 +1,4 @@
-"""Optimizer and parameters on the CPU or on NVMe: what is saved, and that a resumed run equals an uninterrupted one."""
+"""Optimizer and parameters on the CPU or on NVMe: saved state, and a resumed run equals an uninterrupted one."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Train = Callable[..., Trained]
 
 
 def ds_config(kind: str, directory: Path) -> Path:
-    """The shipped configuration, with groups so small that a tiny model has several; "all_nvme": parameters as well."""
+    """The shipped JSON, with groups small enough that a tiny model has several; "all_nvme": parameters as well."""
     shipped = kind.replace("all_nvme", "zero3_nvme")
     config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
     config["zero_optimization"]["sub_group_size"] = 300_000
@@ -39,7 +39,7 @@ def ds_config(kind: str, directory: Path) -> Path:
 
 @pytest.fixture
 def train_offloaded(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> Train:
-    """Train a model large enough to be swapped, which takes 262,144 parameters in a group of a rank."""
+    """Train a model large enough to be swapped: at least 262,144 parameters per group and rank."""
 
     def run(kind: str, name: str = "offloaded", *, ranks: int, options: tuple[str, ...] = ()) -> Trained:
         body = {**tiny_recipe, "name": name, "model": {**tiny_recipe["model"], "n_layer": 1, "n_embd": 256}}
@@ -64,7 +64,7 @@ def test_a_resumed_offloaded_run_equals_an_uninterrupted_one(
     whole = train_offloaded(kind, ranks=ranks, options=options)
     assert abs(whole.valid_losses()[0] - math.log(VOCAB_SIZE)) < 0.3
     assert whole.valid_losses()[6] < whole.valid_losses()[0] - 0.3
-    shutil.rmtree(whole.run.checkpoint(6))  # as if it had been killed after its checkpoint at step 3
+    shutil.rmtree(whole.run.checkpoint(6))  # as if killed after its checkpoint at step 3
     resumed = train_offloaded(kind, ranks=ranks, options=options)
     assert "resuming from" in resumed.run.log(0).read_text()
     assert resumed.losses() == whole.losses()
@@ -98,7 +98,7 @@ def test_a_checkpoint_holds_and_guards_what_is_on_nvme(train_offloaded: Train, t
 
 
 def test_offload_may_change_as_a_run_goes_on(train_offloaded: Train, tmp_path: Path) -> None:
-    """From NVMe to the CPU, to the device and back, on other ranks: no bit of weights and moments is lost."""
+    """From NVMe to the CPU, to the device and back, on other ranks: weights and moments stay bit-identical."""
     whole = train_offloaded("zero3_nvme", "whole", ranks=1, options=("schedule.name=constant", "schedule.steps=12"))
     moves = [("zero3_nvme", 1), ("zero3_offload", 2), ("zero3", 2), ("zero3_nvme", 2)]
     for number, (kind, ranks) in enumerate(moves, start=1):

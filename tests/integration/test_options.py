@@ -1,4 +1,4 @@
-"""What a recipe can ask for besides the usual, on real ranks: fp16, other weights to start from, samples, retention."""
+"""Less common recipe options on real ranks: fp16, starting from given weights, samples, retention."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Train = Callable[..., Trained]
 def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
     forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A scale of 2^40 overflows: steps are skipped until it fits, and a resumed run does not look for it again."""
+    """A scale of 2^40 overflows: steps are skipped until it fits, and a resumed run does not search again."""
 
     def train(stage: int, steps: int) -> Trained:
         config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
@@ -44,11 +44,11 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
     assert rows[-1]["samples_seen"] == 45 * tiny_recipe["batch"]["global_batch_size"]
     saved = ZeroCheckpoint(source_checkpoint(first.run.path))
     assert saved.step == 45 - skipped
-    assert not first.run.incidents.exists()  # looking for the scale is no incident
+    assert not first.run.incidents.exists()  # the search for the scale is not an incident
 
     second = train(stage=3, steps=50)
     rows = [row for row in second.rows if row["kind"] == "train"]
-    # One more may come as the scale is tried; from the first scale it would be as many again.
+    # One more step may be skipped as the scale grows; starting over would skip as many again.
     assert skipped <= rows[-1]["skipped_steps"] <= skipped + 1
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     again = ZeroCheckpoint(source_checkpoint(second.run.path))
@@ -73,7 +73,7 @@ def test_a_run_starts_from_other_weights(train_tiny: Train, baseline: Trained, t
     for stage in (1, 3):
         warm = train_tiny(f"warm{stage}", stage=stage, options=options)
         assert warm.valid_losses()[0] == pytest.approx(baseline.valid_losses()[6], rel=1e-6)
-    (tmp_path / "hf").rename(tmp_path / "gone")  # a resumed run has no need of it
+    (tmp_path / "hf").rename(tmp_path / "gone")  # a resumed run does not need it
     train_tiny("warm3", options=[*options, "schedule.steps=6"])
 
 
@@ -90,7 +90,7 @@ def test_samples_retention_schedule_and_records(train_tiny: Train, baseline: Tra
             *("engine.loss_chunk_tokens=50", "logging.peak_tflops=0.001"),
         ],
     )
-    # Other activation checkpointing and other chunks of the loss are other ways to the same numbers.
+    # Different activation checkpointing and loss chunks compute the same numbers.
     assert trained.digests() == baseline.digests()
     first, second = (float.fromhex(run.losses()[0]) for run in (trained, baseline))
     assert math.isclose(first, second, rel_tol=1e-6)
@@ -103,7 +103,7 @@ def test_samples_retention_schedule_and_records(train_tiny: Train, baseline: Tra
         assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / (2 * 1e9))
         assert 50e6 < row["peak_memory_bytes"] < 4e9
 
-    # Saved after every step, for all checkpoints are older than that; kept are each fourth and the last.
+    # Saved after every step, as the interval has always passed; every fourth and the last are kept.
     assert [path.name[-1] for path in trained.run.checkpoint_directories()] == ["4", "6"]
 
     board = EventAccumulator(str(trained.run.tensorboard), size_guidance={"tensors": 0})

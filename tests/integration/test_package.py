@@ -1,4 +1,4 @@
-"""`pip install .`: the wheel holds every module and gives the command."""
+"""`pip install .`: the wheel contains every module and installs the command."""
 
 import os
 import subprocess

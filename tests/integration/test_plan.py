@@ -1,4 +1,4 @@
-"""What `plan` says of memory, against real optimizer steps on CPU ranks; `plan --measure` and `tune` as users do."""
+"""Memory estimates of `plan` compared with real steps on CPU ranks; `plan --measure` and `tune` as users run them."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from tests.conftest import LAUNCH_TIMEOUT, ROOT, RunRanks, save_recipe
 pytestmark = pytest.mark.slow
 
 PROBE = Path(__file__).with_name("probe_plan.py")
-TINY_BYTES = 64_000  # ids of a step, scalars: not part of a plan
+TINY_BYTES = 64_000  # token ids of a step and scalars, not part of a plan
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe's shape, and how it is run. `zero`: keys of DeepSpeed's section that are not those of ds_configs/."""
+    """Model shape and layout of a case. `zero`: keys of DeepSpeed's section that differ from ds_configs/."""
 
     name: str
     stage: int
@@ -41,7 +41,7 @@ class Case:
     zero: tuple[tuple[str, float], ...] = (("reduce_bucket_size", 1e6),)
 
     def write(self, directory: Path) -> Path:
-        """Its recipe."""
+        """The recipe of this case."""
         config = json.loads((ROOT / "ds_configs" / f"zero{self.stage or 1}.json").read_text())
         config["zero_optimization"] = {"stage": 0} if self.stage == 0 else config["zero_optimization"] | dict(self.zero)
         (directory / f"{self.name}.json").write_text(json.dumps(config))
@@ -95,7 +95,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory, forked: RunRanks) -> dict[str, dict[str, Any]]:
-    """What each case took, in three real steps."""
+    """Measured memory of each case, from three real steps."""
     directory = tmp_path_factory.mktemp("plan")
     found = {}
     for case in CASES:
@@ -107,7 +107,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory, forked: RunRanks) -> dict[s
 
 
 def plan_of(case: Case, directory: Path, memory: int | None = None) -> Plan:
-    """On as many CPU ranks, each with `memory` bytes."""
+    """A machine with the case's number of CPU ranks, each with `memory` bytes."""
     recipe = load_recipe(case.write(directory))
     return make_plan(recipe, find_machine(recipe, MachineSpec(case.ranks, gpu_memory_bytes=memory, on_cpu=True)))
 
@@ -119,12 +119,12 @@ def test_states_and_buffers_are_exact_and_the_peak_is_within_5_percent(
     measured, predicted = trials[case.name], plan_of(case, tmp_path).own.memory
     assert abs(measured["between_steps_bytes"] - sum(predicted.between_steps.values())) < TINY_BYTES
     assert predicted.peak_bytes == pytest.approx(measured["peak_bytes"], rel=0.05)
-    assert measured["first_peak_bytes"] <= 1.05 * predicted.peak_bytes  # the first step and the build hold no more
+    assert measured["first_peak_bytes"] <= 1.05 * predicted.peak_bytes  # the first step and construction need no more
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_phase_of_a_step_peaks_as_estimated(case: Case, trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """What is wrong with a phase in which no case has its peak would show nowhere else."""
+    """Check each phase: errors in a phase that is never the peak would not show otherwise."""
     estimated = plan_of(case, tmp_path).own.memory.phases
     for phase, measured in {"optimizer": "step", "forward": "forward", "backward": "backward"}.items():
         most = max(count for name, count in estimated.items() if name.startswith(phase))
@@ -139,7 +139,7 @@ def test_what_fits_is_told_from_what_does_not(trials: dict[str, dict[str, Any]],
 
 
 def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """`codeparrot-ds` on two CPU ranks."""
+    """Run `codeparrot-ds` on two CPU ranks."""
     done = subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.cli", *map(str, arguments)],
         cwd=ROOT,

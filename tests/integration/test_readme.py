@@ -1,4 +1,4 @@
-"""The README's blocks are run as they stand, in a copy of the tree as a clone would have it."""
+"""The README's code blocks are run unchanged, in a copy of the tree like a clone."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def blocks() -> list[str]:
 
 
 def user_environment() -> dict[str, str]:
-    """A user's: without our .venv on PATH, and without what these tests set."""
+    """Environment of a user: without our .venv on PATH, and without variables that these tests set."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "PYTEST", "DS_", "PYTHON"))}
     venv_bin = str(ROOT / ".venv" / "bin")
     environment["PATH"] = ":".join(p for p in os.environ["PATH"].split(":") if p != venv_bin)
@@ -34,7 +34,7 @@ def user_environment() -> dict[str, str]:
 
 
 def bash(block: str, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a block to its end."""
+    """Run a block to completion."""
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=cwd,
@@ -48,7 +48,7 @@ def bash(block: str, cwd: Path, environment: dict[str, str]) -> subprocess.Compl
 
 @pytest.mark.nightly
 def test_every_block_runs_and_a_killed_quickstart_goes_on(tmp_path: Path) -> None:
-    """From nothing, installation included, at full length."""
+    """From scratch, including the installation, at full length."""
     copy, environment = copy_tree(tmp_path / "clone"), user_environment()
     run_until_killed("./launch/quickstart.sh", copy, environment)
     run_blocks(copy, environment)
@@ -69,7 +69,7 @@ def test_every_block_runs_with_a_tenth_of_the_training(tmp_path: Path) -> None:
     """In the environment of these tests."""
     copy, environment = copy_tree(tmp_path / "clone"), user_environment()
     (copy / ".venv").symlink_to(sys.prefix)
-    environment["PYTHON"] = "true"  # instead of the Python that would install
+    environment["PYTHON"] = "true"  # instead of the Python that would run the installation
     script, recipe = copy / "launch" / "quickstart.sh", copy / "launch" / "recipes" / "quickstart.yaml"
     script.write_text(script.read_text().replace("--sample 30MB", "--sample 6MB"))
     body = yaml.safe_load(recipe.read_text())
@@ -83,10 +83,10 @@ def test_every_block_runs_with_a_tenth_of_the_training(tmp_path: Path) -> None:
 
 
 def run_blocks(copy: Path, environment: dict[str, str]) -> None:
-    """Run each block of the page, the quickstart of which goes on from a checkpoint."""
+    """Run each block of the page; the quickstart resumes from a checkpoint."""
     found = blocks()
     assert any("./launch/quickstart.sh" in block for block in found)
-    found.remove("./launch/test.sh\n")  # CI runs it in a clone of its own, and this test within
+    found.remove("./launch/test.sh\n")  # CI runs it in a separate clone, including this test
     assert "./launch/test.sh" in (ROOT / ".ci" / "run").read_text()
     for block in found:
         done = bash(block, copy, environment)
@@ -97,7 +97,7 @@ def run_blocks(copy: Path, environment: dict[str, str]) -> None:
 
 
 def run_until_killed(command: str, cwd: Path, environment: dict[str, str]) -> None:
-    """Start a command and SIGKILL it and all that it started once it has saved a checkpoint."""
+    """Start a command, and SIGKILL it and its descendants once it has saved a checkpoint."""
     line = "checkpoint runs/quickstart/checkpoints/step-"
     with subprocess.Popen(
         ["bash", "-c", command],
@@ -120,18 +120,18 @@ def run_until_killed(command: str, cwd: Path, environment: dict[str, str]) -> No
 
 
 def check_output(output: str) -> None:
-    """Every step printed as a command, the table, and nothing that worries a user."""
+    """Check that every step is printed as a command, that the table is complete, and that there are no warnings."""
     for command in ("corpus collect", "tokenizer train", "shards build", "launch", "convert", "complete", "report"):
         assert f"\n$ codeparrot-ds {command}" in output
     assert re.search(r"deepspeed --quiet (--master_port \d+ )?--num_gpus", output)
     for row in ("source files", "tokens", "parameters", "loss at step 0", "validation loss", "unigram", "perplexity"):
         assert row in output
-    ours = output[output.index("\n$ codeparrot-ds") :]  # what pip says of its indices before is the machine's own
+    ours = output[output.index("\n$ codeparrot-ds") :]  # pip's output before that depends on the machine
     assert not NOISE.search(ours), NOISE.search(ours)
 
 
 def read_summary(copy: Path) -> dict[str, Any]:
-    """The figures of the quickstart, which hold whatever its length."""
+    """Read the quickstart's summary and check what holds for any length."""
     summary: dict[str, Any] = json.loads((copy / "runs" / "quickstart" / "summary.json").read_text())
     assert summary["tokens_per_second"] > 0
     assert summary["seconds"] > 0

@@ -1,4 +1,4 @@
-"""Training through DeepSpeed, at every ZeRO stage, beside a plain PyTorch loop: the same losses, step by step."""
+"""Training through DeepSpeed at every ZeRO stage gives the losses of a plain PyTorch loop, step by step."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ GLOBAL_BATCH_SIZE = 8
 CLIPPING = 0.6
 WORLD_SIZES = (1, 2)
 ACCUMULATIONS = (1, 4)
-# Both compute in fp32, but add up in different orders, which changes a loss by some 1e-7 and a norm by some 1e-6. At
-# three times this learning rate it is 1e-5 and 1e-2: a layer norm blows up what little is left of an embedding that is
-# on its way through 0.
+# Both compute in fp32 but sum in different orders, which changes a loss by about 1e-7 and a norm by about 1e-6. At
+# three times this learning rate it is 1e-5 and 1e-2: a layer norm amplifies the small remainder of an embedding that is
+# passing through 0.
 LEARNING_RATE = 0.001
 LOSS_DIFFERENCE = 1e-5  # relative
 NORM_DIFFERENCE = 1e-4  # relative
@@ -28,7 +28,7 @@ Reference = dict[int, list[ReferenceStep]]
 
 @pytest.fixture(scope="module")
 def body(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A recipe of 100 steps that is evaluated, saved and logged at the end alone."""
+    """A recipe of 100 steps that is evaluated, saved and logged only at the end."""
     recipe = recipe_on(data, tmp_path_factory.mktemp("reference"))
     return {
         **recipe,
@@ -44,10 +44,10 @@ def body(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def reference(body: dict[str, Any]) -> Reference:
-    """The plain loop's steps, by accumulation."""
+    """Steps of the plain loop, by accumulation."""
     recipe = save_recipe(body, Path(body["runs"]) / "reference.yaml")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on busy cores, threads that wait for one another take twenty times as long
+    torch.set_num_threads(1)  # on busy cores, threads waiting for one another take twenty times as long
     try:
         return {accumulation: train_reference(recipe, accumulation) for accumulation in ACCUMULATIONS}
     finally:
@@ -55,7 +55,7 @@ def reference(body: dict[str, Any]) -> Reference:
 
 
 def furthest(found: list[float], expected: list[float]) -> tuple[float, int]:
-    """The largest relative difference, and the step that has it."""
+    """The largest relative difference, and its step."""
     return max((abs(a - b) / b, step) for step, (a, b) in enumerate(zip(found, expected, strict=True)))
 
 
@@ -73,7 +73,7 @@ def test_every_step_is_that_of_the_plain_loop_on_one_rank_and_on_two(
     def train_on(ranks: int) -> Trained:
         name = f"stage{stage}-ranks{ranks}-accumulation{accumulation}"
         options = [f"batch.micro_batch_size={GLOBAL_BATCH_SIZE // (ranks * accumulation)}"]
-        if stage == 0:  # none of the JSONs shipped
+        if stage == 0:  # no JSON is shipped for this stage
             ds_config = Path(body["runs"]) / f"{name}.json"
             ds_config.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
             options.append(f"engine.deepspeed={ds_config}")
@@ -89,7 +89,7 @@ def test_every_step_is_that_of_the_plain_loop_on_one_rank_and_on_two(
         rows = [row for row in trained.rows if row["kind"] == "train"]
         difference, step = furthest([row["loss"] for row in rows], [step.loss for step in expected])
         assert difference < LOSS_DIFFERENCE, f"{ranks} ranks, loss of step {step}"
-        if stage > 0:  # without ZeRO, DeepSpeed 0.19.8 clips but tells no norm
+        if stage > 0:  # without ZeRO, DeepSpeed 0.19.8 clips but reports no norm
             norms = [row["gradient_norm"] for row in rows]
             difference, step = furthest(norms, [step.gradient_norm for step in expected])
             assert difference < NORM_DIFFERENCE, f"{ranks} ranks, gradient norm of step {step}"

@@ -1,4 +1,4 @@
-"""One run on other numbers of ranks and other ZeRO stages as it goes: the same data, the same losses."""
+"""One run on changing numbers of ranks and ZeRO stages: the same data, the same losses."""
 
 import json
 import math
@@ -21,7 +21,7 @@ PROBE = ROOT / "tests" / "integration" / "probe_stop.py"
 
 
 def body(data: Path, runs: Path, name: str) -> dict[str, Any]:
-    """A recipe whose global batch can be dealt to one, two and three ranks."""
+    """A recipe whose global batch can be divided among one, two and three ranks."""
     recipe = recipe_on(data, runs)
     return {
         **recipe,
@@ -36,13 +36,13 @@ def body(data: Path, runs: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Two ranks, stage 1, to the end."""
+    """A finished run on two ranks at stage 1."""
     return train(forked, body(data, tmp_path_factory.mktemp("whole"), "whole"), ranks=2, stage=1)
 
 
 @pytest.fixture
 def stop_at(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., None]:
-    """Go on with the run "moved" on some ranks at some stage, and stop after a step, or train to the end."""
+    """Resume the run "moved" with given ranks and stage, and stop after a step or train to the end."""
 
     def run(step: int | None, ranks: int, stage: int) -> None:
         recipe = body(data, tmp_path, "moved")
@@ -61,7 +61,7 @@ def stop_at(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., None]
 
 
 def ds_config(stage: int, directory: Path) -> Path:
-    """The shipped configuration of a stage; of stage 0, which none ships, one made here."""
+    """The shipped configuration of a stage; for stage 0, which is not shipped, one written here."""
     if stage > 0:
         return ROOT / "ds_configs" / f"zero{stage}.json"
     path = directory / "zero0.json"
@@ -70,7 +70,7 @@ def ds_config(stage: int, directory: Path) -> Path:
 
 
 def optimizer_groups(checkpoint: Checkpoint) -> list[tuple[str, float, set[int]]]:
-    """Name, weight decay and steps taken of each parameter group, as every rank's file has them."""
+    """Name, weight decay and step count of each parameter group, as stored in every rank's file."""
     found = []
     for path in sorted(checkpoint.path.glob("*optim_states.pt")):
         state = torch.load(path, weights_only=False)["optimizer_state_dict"]

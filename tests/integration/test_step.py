@@ -1,4 +1,4 @@
-"""The step of a GPU, shown on CPU ranks: what it reads on the host, and how often it goes through memory."""
+"""The GPU step, checked on CPU ranks: its host reads and its memory traffic."""
 
 import json
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from tests.conftest import ROOT, RunRanks, recipe_on, save_recipe
 pytestmark = pytest.mark.slow
 PROBE = ROOT / "tests" / "integration" / "probe_step.py"
 MOST_BYTES_A_PARAMETER = 55
-# Stages 2 and 3 are DeepSpeed's own: it reads the norm, to decide whether to clip and whether to skip the step.
+# Stages 2 and 3 use DeepSpeed's step, which reads the norm to decide whether to clip and whether to skip.
 MOST_READS_A_STEP = {1: 0, 2: 4, 3: 4}
 
 
 @pytest.fixture
 def probe(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What a step of a tiny model does under bf16, at a stage, as it is or with a part made slow."""
+    """Counts of a step of a tiny model under bf16 at a stage, unchanged or with one part made slow."""
 
     def run(stage: int, *broken: str) -> dict[str, Any]:
         body = recipe_on(data, tmp_path)
@@ -57,7 +57,7 @@ def test_a_read_of_each_micro_batch_or_step_is_seen(probe: Callable[..., dict[st
 
 @pytest.fixture
 def zero1(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Six steps of ZeRO-1 under bf16 on two ranks, clipped, by one way."""
+    """Six clipped steps of ZeRO-1 under bf16 on two ranks, with one of the optimizers."""
 
     def run(way: str, micro_batch: int = 2, clipping: float = 0.3) -> dict[str, Any]:
         body = recipe_on(data, tmp_path)

@@ -1,4 +1,4 @@
-"""What the engine holds before the first step, at several ZeRO stages, world sizes and precisions."""
+"""State of the engine before the first step, at several ZeRO stages, world sizes and precisions."""
 
 import json
 import math
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def probed(data: Path, forked: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Probed:
-    """What `probe_step0.py` found, by layout."""
+    """Results of `probe_step0.py`, by layout."""
     directory = tmp_path_factory.mktemp("step0")
     body = {
         "name": "probe",
         "runs": str(directory / "runs"),
-        # 34 is no multiple of 3: on three ranks every partition has padding.
+        # 34 is not a multiple of 3: on three ranks every partition has padding.
         "model": {"vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN, "n_layer": 2, "n_head": 2, "n_embd": 34},
         "data": {"shards": str(data / "shards")},
         "batch": {"global_batch_size": 6},
@@ -76,7 +76,7 @@ def test_gradients_accumulate_in_fp32(probed: Probed, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_conversion_reads_is_what_the_engine_holds(probed: Probed, layout: Layout) -> None:
-    """Every partition, padding and group order, against the parameters gathered by DeepSpeed itself."""
+    """Every partition, padding and group order matches the parameters gathered by DeepSpeed itself."""
     found = probed[layout]
     read = ZeroCheckpoint(source_checkpoint(Path(found["run"]), step=0))
     digests = {name: digest_bytes(value.contiguous().numpy().data) for name, value in read.tensors()}

@@ -31,7 +31,7 @@ Copy = Callable[[str], Trained]
 
 
 def convert_run(trained: Trained, output: Path, **options: Any) -> dict[str, Any]:
-    """Convert a run's newest checkpoint, holding its loss against the engine's; tests hold more than the cap."""
+    """Convert a run's newest checkpoint and compare its loss with the engine's; tests exceed the default cap."""
     return convert([source_checkpoint(trained.run.path)], output, memory_cap_bytes=8_000_000_000, **options)
 
 
@@ -54,7 +54,7 @@ def test_each_stage_trains_and_converts(train_tiny: Train, baseline: Trained, tm
 def test_a_converted_model_loads_without_a_warning(baseline: Trained, tmp_path: Path) -> None:
     output = tmp_path / "hf"
     convert_run(baseline, output)
-    # In a process of its own, so that nothing set here keeps a warning back.
+    # In a separate process, so that no setting of this one suppresses a warning.
     code = (
         "import sys, transformers as t;"
         "m, info = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True);"
@@ -84,7 +84,7 @@ def test_bf16_trains_on_fp32_masters_and_converts(train_tiny: Train, tmp_path: P
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     weight = model.transformer.h[0].mlp.c_fc.weight.detach()
     assert weight.dtype == torch.float32
-    assert not torch.equal(weight, weight.bfloat16().float())  # the masters, not their rounding
+    assert not torch.equal(weight, weight.bfloat16().float())  # the master weights, not their rounded values
 
     convert_run(trained, tmp_path / "bf16", dtype="bfloat16")
     rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
@@ -114,7 +114,7 @@ def test_two_runs_with_one_seed_give_the_same_losses_and_another_seed_does_not(
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny: Train, baseline: Trained, copy_baseline: Copy) -> None:
     whole, halved = baseline, copy_baseline("halved")
-    shutil.rmtree(halved.run.checkpoint(6))  # as if it had been killed after its checkpoint at step 3
+    shutil.rmtree(halved.run.checkpoint(6))  # as if killed after its checkpoint at step 3
     resumed = train_tiny("halved")
     assert "resuming from" in (resumed.run.logs / "rank_00000.log").read_text()
     assert resumed.losses() == whole.losses()
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny: Train, baseline: 
     assert resumed.valid_losses() == whole.valid_losses()
     before, after = ([row for row in run.rows if row["kind"] == "train"] for run in (halved, resumed))
     assert [row["step"] for row in after] == list(range(6))
-    assert before[:3] == after[:3]  # seconds and all: these steps were not taken again
+    assert before[:3] == after[:3]  # including seconds: these steps were not repeated
     assert all(a["step_seconds"] != b["step_seconds"] for a, b in zip(before[3:], after[3:], strict=True))
 
 
@@ -164,12 +164,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: T
 
 
 def test_a_finished_run_whose_status_was_lost_is_finished_again(train_tiny: Train, copy_baseline: Copy) -> None:
-    """Killed between its last checkpoint and the status: a second call must mend it."""
+    """Killed between its last checkpoint and the status: a second call must fix the status."""
     trained = copy_baseline("status")
     finished = trained.run.read_status()
     trained.run.write_status("failed", error="lost")
     again = train_tiny("status")
-    checkpoint = os.path.relpath(trained.run.checkpoint(6), ROOT)  # where `deepspeed` was called
+    checkpoint = os.path.relpath(trained.run.checkpoint(6), ROOT)  # in the directory where `deepspeed` was called
     assert again.run.read_status() == {**finished, "checkpoint": checkpoint}
     assert again.rows == trained.rows
 
@@ -215,7 +215,7 @@ def test_bad_input_ends_every_rank_with_one_message(
 def test_a_launch_trains_as_forked_ranks_do(
     deepspeed: RunRanks, baseline: Trained, tiny_recipe: dict[str, Any]
 ) -> None:
-    """Whatever else is shown with forked ranks holds for `deepspeed`: the runner, the launcher, two ranks."""
+    """A real `deepspeed` run, with runner, launcher and two ranks, behaves like forked ranks."""
     launched = train(deepspeed, {**tiny_recipe, "name": "launched"})
     assert launched.losses() == baseline.losses()
     assert launched.valid_losses() == baseline.valid_losses()
@@ -239,7 +239,7 @@ def test_a_missing_hostfile_never_trains_locally(
 
 @pytest.fixture
 def offload_recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
-    """The tiny recipe with its optimizer on the CPU, which takes an operator that DeepSpeed compiles."""
+    """The tiny recipe with its optimizer on the CPU, which needs an operator that DeepSpeed compiles."""
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     (tmp_path / "offload.json").write_text(json.dumps(config))

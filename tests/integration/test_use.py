@@ -1,4 +1,4 @@
-"""A converted model in the programs that people use it with: pipelines, `transformers serve` and lm-eval."""
+"""A converted model in common programs: pipelines, `transformers serve` and lm-eval."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def converted(baseline: Trained, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def continuation(converted: Path) -> str:
-    """What the model itself holds for the likeliest, token by token."""
+    """The model's own greedy continuation, token by token."""
     tokenizer = AutoTokenizer.from_pretrained(converted)
     model = AutoModelForCausalLM.from_pretrained(converted)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -101,7 +101,7 @@ def test_transformers_serve_serves_it(converted: Path, continuation: str, server
 
 
 def test_lm_eval_measures_what_the_model_computes(converted: Path, tmp_path: Path) -> None:
-    """Bits per byte of some lines of code, from a task of our own, beside the model's own sum."""
+    """Bits per byte of some lines of code, from our own task, compared with a direct computation."""
     lines = ["import asyncio", "def close(self):\n    self._loop = None", "class Error(Exception):\n    pass"]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     task = {

@@ -1,9 +1,9 @@
-"""How much the tests catch: break the package in one place at a time, and run the tests that must notice.
+"""Mutation tests: break the package in one place at a time, and run the tests that must fail.
 
 Run as `python -m tests.mutations.run [NAME ...]`, by hand and before a release. Each mutation of mutations.yaml is
-applied to a copy of the tree. It is caught when a test that it names fails there; it is missed when all of them pass,
-when a named test does not exist, and when the text that it replaces is no longer found, or found twice. Exit code 1
-when any is missed.
+applied to a copy of the tree. It is caught if a test that it names fails there. It is missed if all of them pass, if a
+named test does not exist, or if the text that it replaces does not occur exactly once. The exit code is 1 if any is
+missed.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from tests.trees import copy_tree
 
 PACKAGE = "codeparrot_ds"
 MUTATIONS = Path(__file__).with_name("mutations.yaml")
-PYTEST_TESTS_FAILED = 1  # pytest's exit code; others mean that it could not run them
-OUTPUT_LINES = 15  # of a run that went wrong
+PYTEST_TESTS_FAILED = 1  # pytest's exit code; other codes mean that it could not run them
+OUTPUT_LINES = 15  # shown of a failed pytest run
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One place of the package, found by its text, and what it becomes.
+    """A text replacement in the package, and the tests that must catch it.
 
     Attributes:
-        name: unique.
-        find: text that occurs once in the whole package.
-        replace: what it becomes.
-        tests: pytest node ids, of which at least one must fail.
+        name: unique name.
+        find: text that occurs exactly once in the package.
+        replace: replacement text.
+        tests: pytest node ids, at least one of which must fail.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Mutation:
     tests: tuple[str, ...]
 
     def place(self, tree: Path) -> Path:
-        """The module that has the text. Raises LookupError unless exactly one has it, once."""
+        """Find the module that contains the text. Raises LookupError unless the text occurs exactly once."""
         found = []
         for path in sorted((tree / PACKAGE).rglob("*")):
             if path.suffix in (".py", ".cpp"):
@@ -55,13 +55,13 @@ class Mutation:
 
 
 def load_mutations() -> list[Mutation]:
-    """All of mutations.yaml."""
+    """Read all mutations from mutations.yaml."""
     return [Mutation(**{**each, "tests": tuple(each["tests"])}) for each in yaml.safe_load(MUTATIONS.read_text())]
 
 
 def run_tests(tree: Path, tests: tuple[str, ...], *options: str) -> tuple[int, str]:
-    """pytest's exit code and output for these tests of a copy of the tree."""
-    # The package is installed from this tree: PYTHONPATH puts the copy before it, in all processes of the tests.
+    """Run tests in a copy of the tree; returns pytest's exit code and output."""
+    # The package is installed from this tree; PYTHONPATH makes all test processes use the copy instead.
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *tests]
     done = subprocess.run(
@@ -71,7 +71,7 @@ def run_tests(tree: Path, tests: tuple[str, ...], *options: str) -> tuple[int, s
 
 
 def try_mutation(mutation: Mutation, tree: Path) -> str | None:
-    """Apply it to a copy of the tree, run its tests, undo it. Why it was missed, or None."""
+    """Apply a mutation to a copy of the tree, run its tests and undo it. Returns why it was missed, or None."""
     try:
         path = mutation.place(tree)
     except LookupError as error:
@@ -90,10 +90,10 @@ def try_mutation(mutation: Mutation, tree: Path) -> str | None:
 
 
 def main() -> None:
-    """Check that the named tests pass on the tree as it is, then try the mutations, several at once."""
+    """Check that the named tests pass on the unchanged tree, then try the mutations in parallel."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to try; all of them by default")
-    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time (2)")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations tried in parallel (2)")
     parser.add_argument("--trust-tests", action="store_true", help="do not run the tests on the unchanged tree first")
     options = parser.parse_args()
     mutations = load_mutations()

@@ -10,7 +10,7 @@ from codeparrot_ds.training.ranks import Ranks
 
 
 class Alone(Ranks):
-    """One rank that meets nobody."""
+    """A single rank without peers."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

@@ -1,4 +1,4 @@
-"""The shape of the package: imports run one way, heavy ones come late, names are known, the linters are quiet."""
+"""Package structure: imports run one way, heavy imports are lazy, public names are listed, linters pass."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import codeparrot_ds
 from tests.conftest import ROOT
 
 PACKAGE = Path(codeparrot_ds.__file__).parent
-# Subpackages, and the modules beside them, in the order of docs/reading-the-code.md. One imports from those above it.
+# Subpackages and top-level modules in the order of docs/reading-the-code.md. Each imports only from those above it.
 LAYERS = [
     ["errors"],
     ["system"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["shards"],
     ["checkpoint"],
     ["hosts"],
-    ["training", "export", "evaluation", "planning", "doctor"],  # side by side: they do not import one another
+    ["training", "export", "evaluation", "planning", "doctor"],  # peers: they do not import one another
     ["supervision"],
     ["report"],
     ["train"],
@@ -40,12 +40,12 @@ def modules() -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """`training.loop`; a subpackage's own file has the subpackage's name."""
+    """Module name such as `training.loop`; a subpackage's `__init__` has the subpackage's name."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(source: str) -> set[str]:
-    """Modules of this package that a module imports, at its top, inside functions and for types alone."""
+    """Modules of this package that a module imports, at top level, in functions and for type checking."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []
@@ -62,7 +62,7 @@ def imported(source: str) -> set[str]:
 
 
 def from_below(module: str, others: set[str]) -> set[str]:
-    """What `module` must not import: all that does not come before its subpackage, and is not in it."""
+    """Forbidden imports of `module`: modules neither in its subpackage nor in a layer above."""
     own = module.partition(".")[0]
     return {
         other
@@ -72,7 +72,7 @@ def from_below(module: str, others: set[str]) -> set[str]:
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import one another in a circle, if any do."""
+    """Modules that form an import cycle, if any."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -100,7 +100,7 @@ def test_no_modules_import_one_another() -> None:
 
 
 def too_long(lines: dict[str, int]) -> dict[str, int]:
-    """Modules that are more than one thing."""
+    """Modules that are too long, and so have more than one responsibility."""
     return {name: count for name, count in lines.items() if count > MOST_LINES}
 
 
@@ -121,7 +121,7 @@ def test_the_rules_can_be_broken() -> None:
 
 
 def heavy_imports(statement: str) -> set[str]:
-    """Which heavy libraries a fresh Python has loaded after `statement`."""
+    """Heavy libraries loaded in a new Python process after `statement`."""
     heavy = {"torch", "transformers", "deepspeed", "datasets", "pydantic", "numpy", "pyarrow"}
     code = f"{statement}\nimport sys\nprint(*({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""launch/bootstrap.py: what is missing is installed where it may be, else the line to type is printed."""
+"""launch/bootstrap.py: missing packages are installed if permitted, otherwise the command to run is printed."""
 
 import importlib.util
 import subprocess
@@ -37,7 +37,7 @@ def test_where_it_may_not_install_it_prints_the_line_to_type(
 def test_where_it_may_it_installs(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for apt-get that makes the tool appear."""
+    """A fake apt-get that creates the tool."""
     apt = tmp_path / "apt-get"
     apt.write_text(
         f'#!/bin/sh\n[ "$1" = install ] && printf "#!/bin/sh\\n" > {tmp_path}/no-such-tool'
@@ -63,7 +63,7 @@ def test_a_missing_wheel_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_the_constraints_pin_torch_first() -> None:
-    """Whatever depends on torch must find this version, not the newest build."""
+    """Packages that depend on torch must resolve to this version, not the newest build."""
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert pins[0] == "torch==2.13.0"
     assert all("==" in pin for pin in pins)

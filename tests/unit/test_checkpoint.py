@@ -1,4 +1,4 @@
-"""Checkpoint directories: what counts as complete, and what is refused."""
+"""Checkpoint directories: which are complete, and which are rejected."""
 
 import math
 import os
@@ -78,7 +78,7 @@ def test_retention_never_counts_a_damaged_checkpoint(run: RunDirectory, alone: R
     assert found is not None
     assert found.step == 5
     assert [path.name for path in run.checkpoint_directories()] == ["step-00000005"]
-    assert (run.checkpoints / "step-00000010.damaged").is_dir()  # kept for a look, but never gone on from
+    assert (run.checkpoints / "step-00000010.damaged").is_dir()  # kept for inspection, but never resumed from
 
 
 def test_another_model_or_seed_is_refused_with_all_differences(run: RunDirectory) -> None:

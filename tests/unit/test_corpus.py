@@ -1,4 +1,4 @@
-"""Collecting documents, and refusing bad ones by name."""
+"""Collecting documents, and rejecting bad ones by name."""
 
 import gzip
 import json

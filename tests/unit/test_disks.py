@@ -1,4 +1,4 @@
-"""Which checkpoint is whole when every host has its own part: all of it must be somewhere, as it was written."""
+"""Which checkpoint is complete when every host has a part of it: every file must exist undamaged on some host."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ FILES = {name: {"bytes": 1, "xxh3_128": "", "host": f"host-{name[-1]}"} for name
 
 
 def copy(*good: str, manifest: str = "one", **problems: str) -> "disks._Copy":
-    """What a disk has."""
+    """Contents of a disk."""
     checkpoint = Checkpoint(Path("step-00000003"), 3, 12, 5, 3, 3, "fp32", {}, FILES, None)
     return disks._Copy(
         checkpoint, manifest, frozenset(good), {name.replace("_", "-"): it for name, it in problems.items()}
@@ -45,7 +45,7 @@ def test_a_disk_without_any_manifest_has_nothing() -> None:
 
 
 def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
-    """A crash while an old checkpoint was removed leaves its manifest, under a name that is cleared away later."""
+    """A crash during the removal of an old checkpoint leaves its manifest, under a name that is cleaned up later."""
     run = RunDirectory(tmp_path)
     for name in ("step-00000003", "step-00000006.tmp", "step-00000009.removed.tmp", "step-00000012.damaged"):
         (run.checkpoints / name).mkdir(parents=True)

@@ -1,11 +1,11 @@
-"""The fast paths of a GPU's step, shown without one: no mask, no host waits, one graph, the same losses."""
+"""The fast paths of the GPU step, tested without a GPU: no mask, no host waits, one graph, the same losses."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 
 from codeparrot_ds.run.sections import Model
 from codeparrot_ds.training import attention, kernels
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:
-    """Each test counts its own graphs."""
+    """Reset compilation, so that each test counts its own graphs."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def build(recompute: str = "none", by_layer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """A network in training mode, whose attention is scaled by layer."""
+    """A network in training mode with per-layer attention scale."""
     keys = {"scale_attn_by_inverse_layer_idx": by_layer, "activation_checkpointing": recompute}
     return build_model(Model.model_validate({**SHAPE, **keys}), eos_id=0, seed=3).to(dtype).train()
 
@@ -39,7 +39,7 @@ def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_and_gradients(network: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of one micro-batch."""
+    """Loss and gradients of one micro-batch."""
     network.zero_grad()
     loss = network(*batch()[:1], targets=batch()[1])
     loss.backward()
@@ -47,19 +47,19 @@ def loss_and_gradients(network: Any) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest relative distance of a gradient, ||found - wanted|| / ||wanted||."""
+    """The largest relative error of a gradient, ||found - wanted|| / ||wanted||."""
     return max(float((found[n].double() - w.double()).norm() / w.double().norm()) for n, w in wanted.items())
 
 
 class Graphs(list[torch.fx.GraphModule]):
-    """A backend of torch.compile that keeps what it is given, and runs it as it is."""
+    """A torch.compile backend that records its graphs and runs them unchanged."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         self.append(graph)
         return graph.forward
 
     def attention_arguments(self) -> list[dict[str, Any]]:
-        """Keyword arguments of every call of SDPA in the graphs, and of its arguments by place the fourth: the mask."""
+        """Keyword arguments of every SDPA call in the graphs, and its fourth positional argument, the mask."""
         nodes = [node for graph in self for node in graph.graph.nodes]
         calls = [node for node in nodes if node.target is F.scaled_dot_product_attention]
         return [{"attn_mask": (*node.args, *[None] * 4)[3], **node.kwargs} for node in calls]
@@ -90,7 +90,7 @@ def test_all_blocks_are_one_graph_without_a_mask(recompute: str, by_layer: bool)
     compile_blocks(network, CPU, graphs)
     loss_and_gradients(network)
     assert len(graphs) == (2 if recompute == "selective" else 1)
-    if recompute == "none":  # else SDPA is in a graph below
+    if recompute == "none":  # otherwise SDPA is in a nested graph
         (found,) = graphs.attention_arguments()
         assert found["attn_mask"] is None
         assert found["is_causal"] is True
@@ -131,12 +131,12 @@ def test_the_scale_of_a_layer_is_not_rounded_to_bf16() -> None:
     assert network.transformer.h[2].attn.query_scale.item() == pytest.approx(1 / 3, rel=1e-7)
     exact = loss_and_gradients(build())[1]
     compiled, plain = loss_and_gradients(network)[1], loss_and_gradients(build(dtype=torch.bfloat16))[1]
-    # Rounding errors are drawn anew by each way to compute: as far from fp32 as the plain one, give or take a tenth.
+    # Each way to compute has its own rounding errors: as far from fp32 as the plain one, within a tenth.
     assert apart(compiled, exact) <= 1.1 * apart(plain, exact)
 
 
 def test_nothing_of_a_micro_batch_needs_a_number_on_the_host() -> None:
-    network = build().to("meta")  # where there are no numbers: whoever asks for one fails
+    network = build().to("meta")  # the meta device has no values: reading one fails
     network(*batch("meta")[:1], targets=batch("meta")[1]).backward()
     with Counter() as counter:
         loss_and_gradients(build())
@@ -169,7 +169,7 @@ def head_of(chunk: int, fused: bool, dtype: torch.dtype) -> LossHead:
 
 @pytest.mark.parametrize("chunk", [64, 7])
 def test_the_fused_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    # As on a GPU but for the compiler, whose C++ takes seconds: the graph is run as it is.
+    # As on a GPU except for the compiler, whose C++ takes seconds: the graph is run unchanged.
     eager = torch.compile(kernels._loss_and_gradient, fullgraph=True, backend="eager")
     monkeypatch.setattr(kernels, "_compiled", lambda: eager)
     check_fused_loss(chunk)
@@ -181,7 +181,7 @@ def test_the_compiled_loss_is_the_loss() -> None:
 
 
 def check_fused_loss(chunk: int) -> None:
-    """Hold loss and gradients against the loss of all logits at once, in fp32 and in bf16."""
+    """Compare loss and gradients with those of all logits at once, in fp32 and in bf16."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 20, 16, generator=generator)
     targets = torch.randint(0, 48, (2, 20), generator=generator)
@@ -211,8 +211,10 @@ def check_fused_loss(chunk: int) -> None:
 
 
 def test_the_compiler_is_given_the_logits_once_and_keeps_nothing_of_their_size() -> None:
-    """Then a kernel reads them twice, for the sum and for the gradient, and writes the gradient: 6 bytes a logit in
-    bf16. The matrix products beside it write the logits once and read their gradient twice: 12 in all."""
+    """The kernel reads logits twice, for the sum and the gradient, and writes the gradient: 6 bytes per logit in bf16.
+
+    The adjacent matrix products write the logits once and read their gradient twice: 12 bytes in all.
+    """
     graphs = Graphs()
     compiled = torch.compile(kernels._loss_and_gradient, fullgraph=True, backend=graphs)
     logits, targets = torch.randn(24, 300, dtype=torch.bfloat16), torch.randint(0, 300, (24, 1))

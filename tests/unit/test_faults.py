@@ -10,11 +10,11 @@ import pytest
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "faults.md"
-WITHOUT_TEST = {22}  # nothing here runs generated code
+WITHOUT_TEST = {22}  # this package runs no generated code
 
 
 def rows() -> dict[int, list[str]]:
-    """Tests by the number of the fault."""
+    """Tests by fault number."""
     found = {}
     for line in PAGE.read_text().splitlines():
         if match := re.match(r"\| (\d+) \|.*\|(.*)\|$", line):
@@ -28,7 +28,7 @@ def functions(path: Path) -> dict[str, ast.FunctionDef]:
 
 
 def is_nightly(test: ast.FunctionDef) -> bool:
-    """Whether all of it is. A single parameter may be."""
+    """Whether the whole test is nightly, not just one parameter."""
     return any(ast.unparse(decorator) == "pytest.mark.nightly" for decorator in test.decorator_list)
 
 

@@ -1,4 +1,4 @@
-"""Whole or absent, locks, and what the operating system refuses."""
+"""Atomic files, locks, and errors of the operating system."""
 
 import errno
 import subprocess
@@ -44,7 +44,7 @@ def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
     first = start()
     with pytest.raises(ConfigError, match="another process is creating it now"), files.publish_directory(target):
         pass
-    first.communicate()  # it ends
+    first.communicate()  # it terminates
     assert [path.name for path in target.iterdir()] == ["its"]
     (target / "its").unlink()
     killed = start()

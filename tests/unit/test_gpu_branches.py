@@ -1,4 +1,4 @@
-"""What is only done on a GPU, with `torch.cuda` replaced: memory, times, ids on their way, a step's profile."""
+"""GPU-only code with `torch.cuda` replaced by a fake: memory, times, transfer of ids, step profile."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,11 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU that holds 3 bytes, has held 5, has reserved 8, and remembers what it was asked to do."""
+    """A fake GPU with 3 bytes allocated, a peak of 5 and 8 reserved, that records the calls to it."""
     asked = SimpleNamespace(reset=0, synchronized=0, events=0)
 
     class Event:
-        """Each comes 250 ms after the one before."""
+        """Events at intervals of 250 ms."""
 
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -108,7 +108,7 @@ def test_a_profile_has_the_kernels_alone(gpu: SimpleNamespace, monkeypatch: pyte
     ]
 
     class Profile:
-        """Saw those."""
+        """A fake profile with fixed events."""
 
         def __init__(self, activities: list[Any]) -> None:
             assert torch.profiler.ProfilerActivity.CUDA in activities
@@ -117,7 +117,7 @@ def test_a_profile_has_the_kernels_alone(gpu: SimpleNamespace, monkeypatch: pyte
             return self
 
         def __exit__(self, *_: object) -> None:
-            assert gpu.synchronized == 1  # or the last kernels would be missing
+            assert gpu.synchronized == 1  # otherwise the last kernels would be missing
 
         def key_averages(self) -> list[SimpleNamespace]:
             return rows

@@ -1,4 +1,4 @@
-"""Skipped steps, loss spikes, requests to stop and the watchdog, in one process."""
+"""Skipped steps, loss spikes, stop requests and the watchdog, in one process."""
 
 import math
 import os
@@ -22,7 +22,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
     skipped = SkippedSteps(most=2, so_far=5)
     assert not skipped.look(10, 5)
     assert [skipped.look(11, 6), skipped.look(12, 7)] == [True, True]
-    assert not skipped.look(13, 7)  # one good step between them
+    assert not skipped.look(13, 7)  # one good step in between
     skipped.look(14, 8)
     skipped.look(15, 9)
     with pytest.raises(TrainingError, match="step 16: 3 steps in a row were skipped"):

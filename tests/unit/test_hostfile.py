@@ -1,4 +1,4 @@
-"""Hostfiles, and the launch command above a rank."""
+"""Hostfiles, and detection of a rank's launch command."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reading and planning input: every container gives the same documents, and what is bad is named, never lost."""
+"""Reading and planning input: every container gives the same documents, and bad documents are named, never lost."""
 
 import gzip
 import json
@@ -34,11 +34,11 @@ from codeparrot_ds.tokenizer.encode import Encoder
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = ["def f():\n\treturn 1\n", "s = 'naïve 🦜'\r\n", "\u2028\x0b", " ", "x" * 70, "</s>\\n\"'\n"]
-VALID_FRACTION = 0.5  # of few documents some should fall to either split
+VALID_FRACTION = 0.5  # so that each split gets some of the few documents
 
 
 def row(text: str, **fields: Any) -> bytes:
-    """A row as JSON Lines has it, without the line's end."""
+    """A row as a JSON line, without the newline."""
     return json.dumps({"content": text, **fields}, ensure_ascii=False).encode()
 
 
@@ -47,12 +47,12 @@ def lines(texts: Iterable[str] = TEXTS, end: bytes = b"\n") -> bytes:
 
 
 def many(count: int = 40, start: int = 0) -> list[str]:
-    """Enough different texts for both splits."""
+    """Enough distinct texts for both splits."""
     return [f"value_{n} = {n * n}  # é{n}\n" for n in range(start, start + count)]
 
 
 def members(data: bytes, parts: int) -> list[bytes]:
-    """`data` in even parts, cut anywhere, even in a character."""
+    """`data` in equal parts, cut anywhere, even within a character."""
     bounds = [len(data) * part // parts for part in range(parts + 1)]
     return [data[a:b] for a, b in pairwise(bounds)]
 
@@ -215,7 +215,7 @@ def test_an_empty_file_holds_no_document(name: str, content: bytes, tmp_path: Pa
 
 
 def test_a_compressed_file_of_unknown_size_is_read(tmp_path: Path) -> None:
-    """Some stores do not tell a file's size: 0 stands for that, and not for an empty file."""
+    """Some stores do not report a file's size: 0 then means unknown, not an empty file."""
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
         content = next(content for key, content in CONTAINERS.values() if key == name)
         path = write(tmp_path / name, content)
@@ -255,7 +255,7 @@ def test_documents_do_not_depend_on_the_blocks_that_are_read(
 def _table(directory: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
     if kind == "parquet":
         return write(directory / "a.parquet", parquet({key: [r.get(key) for r in rows] for key in rows[0]}))
-    if kind == "slow":  # what msgspec refuses goes another way
+    if kind == "slow":  # what msgspec rejects takes another path
         rows = [{**r, "score": float("nan")} for r in rows]
     return write(directory / "a.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in rows))
 
@@ -347,7 +347,7 @@ def test_provenance_reaches_the_shards(data: Path, tmp_path: Path) -> None:
     assert {(d.repository, d.licence) for d in found} == {("o/r", "MIT, ISC")}
 
 
-# The field that holds the text
+# The text field
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -484,7 +484,7 @@ def test_a_corpus_directory_is_read_by_its_manifest(data: Path, tmp_path: Path) 
 
 
 def test_a_foreign_manifest_in_a_data_directory_is_no_data(data: Path, tmp_path: Path) -> None:
-    """Other software calls its files manifest.json too, and they hold no documents."""
+    """Other software also has files named manifest.json, which contain no documents."""
     write(tmp_path / "d" / "a.jsonl", lines(many()))
     write_json(tmp_path / "d" / MANIFEST, {"entries": [{"url": "a.jsonl"}], "version": 1})
     assert texts_of(read_all(tmp_path / "d")) == many()
@@ -560,7 +560,7 @@ def test_the_same_file_under_two_names_is_refused(
 
 
 def test_a_hub_dataset_of_several_parts_is_read_part_by_part(tmp_path: Path) -> None:
-    """A local directory that `datasets` understands stands for the Hub."""
+    """A local directory that `datasets` can load, in place of the Hub."""
     for n in range(3):
         write(tmp_path / "set" / f"train-{n}.jsonl", lines(many(5, 5 * n)))
     assert sorted(texts_of(read_all(f"hub:{tmp_path / 'set'}"))) == sorted(many(15))
@@ -582,12 +582,12 @@ def _in_pieces(piece: Piece, bounds: Iterable[tuple[int, int]]) -> list[Read]:
 
 
 def _content(reads: Iterable[Read]) -> list[tuple[str, str]]:
-    """What does not depend on the pieces: the texts, and the reasons against what is none."""
+    """The part of the result that does not depend on the pieces: texts, and reasons for rejection."""
     return [("text", r.text) if isinstance(r, Document) else ("bad", r.reason) for r in reads]
 
 
 def _places(reads: Iterable[Read]) -> list[int]:
-    """The bytes at which the lines start, as the documents of split files tell them."""
+    """Start offsets of the lines in bytes, from the documents of split files."""
     return [
         int(r.path.partition("@")[2])
         if isinstance(r, Document)
@@ -606,7 +606,7 @@ def test_a_cut_at_any_byte_loses_and_doubles_no_line(tmp_path: Path) -> None:
         assert _content(_in_pieces(piece, _cuts(len(content), [first]))) == whole, first
         for second in range(first, len(content) + 1, 3):
             assert _content(_in_pieces(piece, _cuts(len(content), [first, second]))) == whole, (first, second)
-    assert _content(_in_pieces(piece, _cuts(len(content), range(len(content))))) == whole  # a byte each
+    assert _content(_in_pieces(piece, _cuts(len(content), range(len(content))))) == whole  # one byte each
 
 
 LINES = st.one_of(
@@ -692,7 +692,7 @@ def test_tasks_keep_the_order_of_the_files_and_are_not_overfull(sizes: list[int]
     for task in tasks:
         assert len(task) == 1 or sum(3.9 * piece.size for piece in task) <= task_bytes + 1e-6
     for one, after in pairwise(tasks):
-        assert sum(3.9 * piece.size for piece in [*one, after[0]]) > task_bytes  # no task for want of patience
+        assert sum(3.9 * piece.size for piece in [*one, after[0]]) > task_bytes  # no task because of a timeout
 
 
 def test_a_split_file_is_built_to_the_same_tokens_and_leads_back_to_its_bytes(data: Path, tmp_path: Path) -> None:
@@ -711,7 +711,7 @@ def test_a_split_file_is_built_to_the_same_tokens_and_leads_back_to_its_bytes(da
     assert {s: split.tokens(s) for s in ("train", "valid")} == {s: whole.tokens(s) for s in ("train", "valid")}
 
 
-# What is bad
+# Bad input
 
 
 @dataclass(frozen=True)
@@ -719,19 +719,19 @@ class Bad:
     """A file with something bad in it.
 
     Attributes:
-        name: of the file.
-        content: its bytes.
-        where: of what is bad, behind the file's address.
-        reason: a pattern.
-        good: documents of it that can be read all the same.
-        suffix: of the build.
+        name: file name.
+        content: file content.
+        where: location of the error, appended to the file's path.
+        reason: pattern of the message.
+        good: number of its documents that can still be read.
+        suffix: --suffix of the build.
     """
 
     name: str
     content: Callable[[], bytes] | bytes
     where: str
     reason: str
-    good: int | None = None  # None: not told, as of damaged compression
+    good: int | None = None  # None: not specified, as for damaged compression
     suffix: str | None = None
 
     def make(self, root: Path) -> Path:
@@ -743,7 +743,7 @@ def _second(line: bytes) -> bytes:
 
 
 def _bulk() -> bytes:
-    """Text that does not compress to a block."""
+    """Text that does not compress into one block."""
     return b"".join(row(os.urandom(600).hex()) + b"\n" for _ in range(500))
 
 
@@ -850,7 +850,7 @@ BAD: dict[str, Bad] = {
     "bad UTF-8 in parquet": Bad("a.parquet", _parquet_with_bad_utf8, " row 2", "not UTF-8", 2),
     "a source file in Latin-1": Bad("p/a.py", b"# caf\xe9\n", "", r"not UTF-8 \(byte 5", 0, ".py"),
 }
-# What makes of a whole parquet file no file that can be read.
+# Damage that makes a valid parquet file unreadable.
 BAD_PARQUET: dict[str, Bad] = {
     "parquet cut in the middle": Bad("a.parquet", parquet({"content": many()})[:-300], "", "damaged parquet", 0),
     "parquet of no bytes": Bad("a.parquet", b"", "", "damaged parquet", 0),
@@ -874,7 +874,7 @@ BAD_PARQUET: dict[str, Bad] = {
 
 
 def _inputs(bad: Bad, tmp_path: Path) -> tuple[list[Path], Path, int]:
-    """Good input, the bad file with it, and the number of the good documents."""
+    """Good input plus the bad file, and the number of good documents."""
     path = bad.make(tmp_path)
     good = tmp_path / "good" if bad.suffix else tmp_path / "good.jsonl"
     if bad.suffix:
@@ -1015,7 +1015,7 @@ def test_a_piece_that_starts_in_a_line_of_100_megabytes_does_not_hold_it(tmp_pat
 
 
 def test_nesting_of_any_depth_is_read_or_named(tmp_path: Path) -> None:
-    """The depth at which a line is too deep is the interpreter's affair; that something is said of it is ours."""
+    """The nesting limit depends on the interpreter; that exceeding it is reported is our responsibility."""
     for field in (b"path", b"other", b"content"):
         depths = b"".join(b'{"content":"x","%s":%s%s}\n' % (field, b"[" * n, b"]" * n) for n in range(1, 1100))
         reads = read_all(write(tmp_path / "a.jsonl", depths))
@@ -1059,7 +1059,7 @@ def test_no_flipped_byte_of_a_compressed_file_passes_unnoticed(name: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def damaged_parquet(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], int | Exception]:
-    """How many of 12 rows are read, or what is raised, with each byte of a parquet file changed in three ways."""
+    """Rows read of 12, or the exception raised, for each byte of a parquet file changed in three ways."""
     whole = parquet(
         {"content": [f"text {n}" for n in range(12)], "path": [f"p{n}" for n in range(12)]},
         row_group_size=4,
@@ -1072,7 +1072,7 @@ def damaged_parquet(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int,
             path.write_bytes(_flip(whole, at, bits))
             try:
                 outcomes[at, bits] = sum(1 for read in read_all(path) if require_document(read))
-            except Exception as error:  # which kinds may be raised is what the tests say
+            except Exception as error:  # the tests define which exceptions are allowed
                 outcomes[at, bits] = error
     return outcomes
 
@@ -1089,18 +1089,18 @@ def test_damaged_parquet_is_refused_in_words_for_its_user(
 def test_damaged_parquet_loses_no_row_without_a_word(
     damaged_parquet: dict[tuple[int, int], int | Exception],
 ) -> None:
-    """The format has no digest of a text, so a letter may change; but the footer tells how many rows there are."""
+    """The format has no digest of a text, so a letter may change, but the footer gives the number of rows."""
     counts = {place: outcome for place, outcome in damaged_parquet.items() if isinstance(outcome, int)}
     assert len(counts) > 100
     assert {place: count for place, count in counts.items() if count != 12} == {}
 
 
-# Leaving out
+# Skipping bad documents
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A directory of good and bad of many kinds, 200 good documents."""
+    """A directory with many kinds of good and bad files, 200 good documents."""
     root = tmp_path / "mixed"
     write(root / "a.jsonl", lines(many(60)) + b"bad\n" + LONE + b"\n" + row("") + b"\n" + lines(many(40, 100)))
     write(root / "b.jsonl.gz", gzip.compress(lines(many(30, 200)) + b'{"content": 7}\n'))
@@ -1144,7 +1144,7 @@ def test_slices_list_what_one_build_lists(data: Path, mixed: Path, tmp_path: Pat
 
 
 def test_what_an_earlier_build_listed_is_not_left_beside_shards_without_it(data: Path, tmp_path: Path) -> None:
-    """Killed after the list and before the manifest, its input mended since."""
+    """Killed after writing the quarantine list and before the manifest, with the input fixed since."""
     path = write(tmp_path / "a.jsonl", lines(many()) + b"bad\n")
     make(data, path, tmp_path / "shards", on_bad_document="skip")
     assert len(quarantine_of(tmp_path / "shards")) == 1

@@ -1,4 +1,4 @@
-"""What a sequence holds and where it comes from; other software's datasets trained on where they lie."""
+"""Contents and provenance of a sequence; datasets of other software used in place."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ def test_the_documents_of_all_sequences_put_together_are_the_corpus(data: Path) 
 
 def test_a_sequence_across_shards_is_shown_whole(data: Path, tmp_path: Path) -> None:
     shards, sources = tmp_path / "shards", Path(asyncio.__file__).parent
-    options = {"suffix": ".py", "shard_tokens": 1, "valid_fraction": 0.1, "workers": 1}  # a shard a file
+    options = {"suffix": ".py", "shard_tokens": 1, "valid_fraction": 0.1, "workers": 1}  # one shard per file
     build(sources, data / "tokenizer", shards, BuildOptions(**options))
     one = inspect_sequence({shards: 1.0}, "train", 15_000, 3)
     assert len({excerpt.shard for excerpt in one}) > 1
@@ -102,7 +102,7 @@ def test_the_command_shows_text_and_provenance(data: Path, tiny_recipe: dict[str
 
 @pytest.fixture
 def megatron(data: Path, tmp_path: Path) -> Path:
-    """PREFIX of a Megatron-LM dataset: one of our shards under another name, without what only we write."""
+    """PREFIX of a Megatron-LM dataset: one of our shards under another name, without our additional files."""
     (tmp_path / "theirs").mkdir()
     for suffix in (".bin", ".idx"):
         shutil.copy(data / "shards" / f"train-00000{suffix}", tmp_path / "theirs" / f"code_text_document{suffix}")
@@ -197,7 +197,7 @@ def test_shards_are_held_against_their_input(data: Path, tmp_path: Path) -> None
     manifest = build(corpus, data / "tokenizer", shards, BuildOptions(valid_fraction=0.1, workers=1))
     assert manifest is not None
     assert verify_against_corpus(manifest) > 30
-    assert verify_against_corpus(Manifest.read(shards), [str(data / "corpus")]) > 30  # where it lies now
+    assert verify_against_corpus(Manifest.read(shards), [str(data / "corpus")]) > 30  # its new location
     ids = np.memmap(shards / "train-00000.bin", "<u2", "r+")
     ids[5] += 1
     ids.flush()

@@ -1,4 +1,4 @@
-"""Tasks run to their end or end with one error; slices of a list are its parts, whoever says which."""
+"""Tasks complete or fail with one error; slices partition a list, whichever scheduler selects them."""
 
 import multiprocessing
 import os
@@ -48,7 +48,7 @@ def test_slices_take_every_task_once_and_even_shares(tasks: int, count: int) -> 
 
 
 def array(number: int, low: int, high: int, count: int) -> dict[str, str]:
-    """The environment of a Slurm array job: its batch script is rank 0 of a task, but of no step."""
+    """The environment of a Slurm array job: its batch script is rank 0 of a task, outside any step."""
     return {
         "SLURM_ARRAY_TASK_ID": str(number),
         "SLURM_ARRAY_TASK_MIN": str(low),
@@ -95,7 +95,7 @@ def pmi(rank: int, count: int) -> dict[str, str]:
         (torchrun(1, 2), "1/2"),
         (open_mpi(5, 8), "5/8"),
         (pmi(0, 2), "0/2"),
-        ({**step(1, 2), **pmi(1, 2)}, "1/2"),  # srun --mpi=pmi2 says it twice
+        ({**step(1, 2), **pmi(1, 2)}, "1/2"),  # srun --mpi=pmi2 sets both
         ({**array(1, 0, 2, 3), **step(3, 4)}, "7/12"),
     ],
 )
@@ -107,9 +107,9 @@ def test_a_scheduler_says_which_slice_this_is(variables: dict[str, str], expecte
     "variables",
     [
         {},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script outside srun: it alone runs
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script outside srun: the only process
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
-        {"RANK": "1", "WORLD_SIZE": "4"},  # left over in a shell, not torchrun's
+        {"RANK": "1", "WORLD_SIZE": "4"},  # left over in a shell, not set by torchrun
         step(0, 1),
         torchrun(0, 1),
     ],
@@ -131,7 +131,7 @@ def test_each_step_of_each_array_job_has_a_slice_of_its_own(jobs: int, ranks: in
 
 @pytest.mark.parametrize("numbers", [(0, 1, 5), (1, 2, 4, 8), (1, 2, 5), (0, 3, 4)])
 def test_an_array_with_gaps_is_never_taken_for_a_whole_one(numbers: tuple[int, ...]) -> None:
-    """Some of its jobs may not see that there are gaps, but then the others end with an error."""
+    """Some of its jobs may not detect the gaps, but then the others fail."""
     found: list[Slice | None] = []
     for number in numbers:
         try:
@@ -176,7 +176,7 @@ def process_id(_: int) -> int:
 
 @pytest.fixture(params=["fork", "forkserver"])
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How workers start: as from a process without other threads, or as from one with some."""
+    """How workers start: from a process without other threads, or from one with threads."""
     monkeypatch.setattr(jobs, "threads", lambda: {1} if request.param == "fork" else {1, 2})
     return str(request.param)
 
@@ -223,7 +223,7 @@ def test_workers_end_with_the_list(start: str) -> None:
 
 
 def test_a_worker_killed_when_all_is_done_is_not_waited_for() -> None:
-    """It dies with the queue's lock, and the other never hears that it may end: stock Python then often hangs."""
+    """A worker dies holding the queue's lock, so the other is never told to exit: stock Python then often hangs."""
     subprocess.run([sys.executable, "-c", textwrap.dedent(KILLER)], cwd=ROOT, check=True, timeout=60)
 
 
@@ -246,7 +246,7 @@ def process_id_after(seconds: float) -> int:
     return os.getpid()
 
 
-# A worker says who it is and then waits, while its parent is killed. argv: a file to write to, threads, the module.
+# A worker reports its pid and waits while its parent is killed. argv: output file, threads, the module.
 PARENT = """
     import sys, threading, time
     from pathlib import Path
@@ -271,7 +271,7 @@ _die_with_parent = jobs.die_with_parent
 
 
 def late_die_with_parent() -> None:
-    """As it is on a busy machine: the parent is killed before the worker has come to this line."""
+    """As on a busy machine: the parent is killed before the worker reaches this line."""
     (Path(os.environ["SAY_PID"]) / str(os.getpid())).touch()
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -320,13 +320,13 @@ def _alive(pid: int) -> bool:
 
 
 def _gone(pids: Iterable[int], seconds: float = 5) -> bool:
-    """Whether these processes end within some seconds."""
+    """Whether these processes exit within some seconds."""
     left = list(pids)
     return _until(lambda: not any(map(_alive, left)), seconds)
 
 
 def _in_session(session: int) -> list[int]:
-    """Living processes of a session."""
+    """Running processes of a session."""
     found = []
     for pid in psutil.pids():
         try:
@@ -343,7 +343,7 @@ def _in_session(session: int) -> list[int]:
 def test_progress_in_a_log_is_a_plain_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 1000, 4))  # seconds, at each look
+    clock = iter(range(0, 1000, 4))  # seconds, at each call
     monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     assert list(progress(range(9), "encoding", 2012, "shard", done=2003)) == list(range(9))
     captured = capsys.readouterr()

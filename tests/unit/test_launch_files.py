@@ -1,4 +1,4 @@
-"""What launch/ holds beside Python: scripts that shells accept, and a Kubernetes example that agrees with itself."""
+"""Non-Python files of launch/: scripts are valid shell, and the Kubernetes example is consistent."""
 
 import subprocess
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_scripts_are_well_formed_and_say_how_they_are_used(script: Path) -> None
 
 @pytest.fixture
 def kubernetes() -> dict[str, dict[str, Any]]:
-    """Objects of the example, by kind."""
+    """Objects of the example by kind."""
     objects = list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
     assert all({"apiVersion", "kind", "metadata"} <= set(each) for each in objects)
     return {each["kind"]: each for each in objects}
@@ -54,7 +54,7 @@ def test_the_kubernetes_example_mounts_what_it_uses(kubernetes: dict[str, dict[s
     assert volumes["config"]["configMap"]["name"] == kubernetes["ConfigMap"]["metadata"]["name"]
     claim = kubernetes["PersistentVolumeClaim"]
     assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # of all hosts
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # by all hosts
     start = tmp_path / "start.sh"
     start.write_text(kubernetes["ConfigMap"]["data"]["start.sh"])
     subprocess.run(["bash", "-n", start], check=True)

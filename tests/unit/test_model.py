@@ -1,4 +1,4 @@
-"""Initial weights and parameter groups of the plain model; under ZeRO they are tested in tests/integration."""
+"""Initial weights and parameter groups of the plain model; tests/integration tests them under ZeRO."""
 
 import math
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(dtype: torch.dtype) 
 
     exact = torch.stack([gradient[ids == token].double().sum(0) for token in (0, 1)])
     assert torch.allclose(summed(TokenEmbedding), exact, rtol=4e-3)
-    if dtype == torch.bfloat16:  # or ours would not be needed
+    if dtype == torch.bfloat16:  # otherwise ours would not be needed
         assert not torch.allclose(summed(torch.nn.Embedding), exact, rtol=0.2)
 
 

@@ -1,4 +1,4 @@
-"""tests/mutations/mutations.yaml fits the tree, so that its next run tells of the tests and of nothing else."""
+"""tests/mutations/mutations.yaml matches the tree, so that a missed mutation indicates a gap in the tests."""
 
 import ast
 from pathlib import Path
@@ -32,9 +32,9 @@ def test_names_are_unique() -> None:
 def test_nearly_every_module_has_one() -> None:
     places = {mutation.place(ROOT) for mutation in MUTATIONS}
     modules = {path for path in (ROOT / "codeparrot_ds").rglob("*.py") if path.name != "__init__.py"}
-    modules = {path for path in modules if path.parent.name != "cli"}  # whose verbs do little but call
+    modules = {path for path in modules if path.parent.name != "cli"}  # whose commands do little but call other modules
     without = {path.name for path in modules - places}
-    # Speed alone; what only README's test sees; one call of the kernel's.
+    # Affects only speed; covered only by the README's test; a single system call.
     assert without <= {"preload.py", "summary.py", "network.py"}
 
 

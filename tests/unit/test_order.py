@@ -1,4 +1,4 @@
-"""The order of the data: a permutation, the same for every world size."""
+"""The data order: a permutation, the same for every world size."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_seeking_needs_no_walk() -> None:
 
 
 def test_it_looks_random() -> None:
-    """Against numpy's own shuffles: fixed points, and correlation of neighbours."""
+    """Compared with numpy's shuffles: fixed points, and correlation of neighbours."""
     n, trials = 1000, 200
     fixed, correlations = [], []
     for seed in range(trials):
@@ -43,7 +43,7 @@ def test_it_looks_random() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("micro", [1, 2, "auto"])
 def test_every_world_size_sees_the_same_global_batch(world_size: int, micro: Any) -> None:
-    """Each rank as training asks for its part: the global batch, of which it takes its slice."""
+    """Sequences of each rank as in training: its slice of the global batch."""
     order, batch = Order(1000, seed=7), Batch(global_batch_size=48, micro_batch_size=micro)
     size, accumulation = batch.micro_batch_and_accumulation(world_size)
     alone = np.concatenate([order.take(sample, 1) for sample in range(50 * 48)])  # one at a time, on one rank
@@ -135,7 +135,7 @@ def test_every_world_size_sees_the_same_global_batch_of_a_blend(world_size: int,
 
 
 def test_positions_are_as_random_as_numpys() -> None:
-    """Where one position is sent over many seeds: uniform by a chi-squared test, beside numpy's own shuffle."""
+    """The image of one position over many seeds is uniform by a chi-squared test, as for numpy's shuffle."""
     n, trials = 20, 4000
     ours, theirs = np.zeros((n, n)), np.zeros((n, n))
     for seed in range(trials):
@@ -152,7 +152,7 @@ def test_what_is_left_out_is_never_read_and_all_else_once() -> None:
     places = skip_ranges(np.arange(60), skipped_ranges)
     assert places.tolist() == [*range(10), *range(14, 30), *range(44, 78)]
     assert skip_ranges(np.arange(5), []).tolist() == [0, 1, 2, 3, 4]
-    for start in range(0, 60, 7):  # a function of the position alone
+    for start in range(0, 60, 7):  # depends only on the position
         assert (
             skip_ranges(np.arange(start, start + 7), skipped_ranges).tolist()
             == skip_ranges(np.arange(67), skipped_ranges).tolist()[start : start + 7]

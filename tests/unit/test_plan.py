@@ -1,4 +1,4 @@
-"""What a plan says without a single step: arithmetic, advice, refusals, and what a user gets to read."""
+"""Plans without running a step: arithmetic, recommendations, rejections, and the text shown to users."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def layout(stage: int, world_size: int = 1, *overrides: str) -> Layout:
 
 
 def plan(memory: float, gpus: int = 1, *overrides: str, **machine: Any) -> Plan:
-    """Of codeparrot-xl on GPUs with so many GB."""
+    """A plan of codeparrot-xl on GPUs with `gigabytes` GB."""
     recipe = load_recipe(XL, [f"engine.deepspeed={ROOT}/ds_configs/zero3.json", *overrides])
     return make_plan(recipe, find_machine(recipe, MachineSpec(gpus, gpu_memory_bytes=int(memory * 1e9), **machine)))
 
 
 def test_states_are_those_of_the_zero_paper_and_of_deepspeed_beside() -> None:
-    """ZeRO (Rajbhandari et al., 2020), section 3.1: 2 bytes a parameter for weights, 12 for AdamW in mixed precision.
-    DeepSpeed keeps gradients in fp32, whole at stage 1."""
+    """ZeRO (Rajbhandari et al., 2020), section 3.1: 2 bytes per parameter for weights, 12 for AdamW in mixed precision.
+    DeepSpeed keeps gradients in fp32, unpartitioned at stage 1."""
     parameters = layout(1).model.parameters
     for ranks in (1, 16):
         bytes_each = {
@@ -72,7 +72,7 @@ def test_recomputing_saves_activations_and_a_larger_micro_batch_takes_them() -> 
 
     for micro in (4, 8):
         assert peak("none", micro) > peak("selective", micro) > peak("full", micro)
-    # 16 numbers of 2 bytes for each token and unit of width, in each of 48 blocks.
+    # 16 numbers of 2 bytes per token and unit of width, in each of 48 blocks.
     assert peak("none", 8) - peak("none", 4) == pytest.approx(48 * 16 * 2 * 4 * 1024 * 1600, rel=0.05)
 
 
@@ -86,7 +86,7 @@ def test_compiled_blocks_keep_queries_of_their_own_where_layers_have_their_own_s
     assert peak(True, False) == peak(False, False) == peak(False, True)
 
 
-# Of `benchmarks/gpu.py` on an H200, torch 2.11: torch.cuda.max_memory_allocated, bytes.
+# torch.cuda.max_memory_allocated in bytes, from `benchmarks/gpu.py` on an H200 with torch 2.11.
 MEASURED = [
     (1, 8, 4, "none", False, 48_605_472_768),
     (1, 8, 4, "none", True, 49_863_788_544),
@@ -152,7 +152,7 @@ def test_offload_moves_states_to_the_host_and_is_advised_only_where_nothing_else
     made = plan(20, 1)
     assert made.advised is not None and made.advised.offloads
     parameters = made.recipe.model.parameters
-    # Weights, optimizer, gradients that accumulate and those that the optimizer reads: 2 + 12 + 4 + 4 bytes.
+    # Weights, optimizer, accumulated gradients and those the optimizer reads: 2 + 12 + 4 + 4 bytes.
     assert made.advised.host_bytes["offloaded"] == pytest.approx(22 * parameters, rel=1e-3)
     assert not plan(80, 1).advised.offloads  # type: ignore[union-attr]
     short = plan(20, 1, host_memory_bytes=int(30e9))
@@ -165,7 +165,7 @@ def test_time_and_cost_follow_mfu_and_price() -> None:
     layout = one.own.layout
     updated = update_bytes(one.recipe.model, layout.stage, layout.accumulation, 8) / 3.35e12  # seconds, at any MFU
     assert other.own.time.compute_seconds - updated == pytest.approx(2 * (one.own.time.compute_seconds - updated))
-    # 6 FLOPs a parameter and token, and a third more for recomputing; attention beside.
+    # 6 FLOPs per parameter and token, a third more for recomputation, and attention.
     least = 6 * one.recipe.model.parameters * one.tokens * 4 / 3 / (0.4 * 989e12 * 8) / 3600
     assert least < one.hours(one.own)[0] < 1.3 * least
     assert one.to_dict()["cost"][1] == pytest.approx(one.hours(one.own)[1] * 8 * 2.0)
@@ -173,7 +173,7 @@ def test_time_and_cost_follow_mfu_and_price() -> None:
 
 def test_the_update_costs_more_the_smaller_the_micro_batch() -> None:
     model = load_recipe(XL).model
-    assert update_bytes(model, 1, 1, 1) == 48 * model.parameters  # as tests/integration/test_step.py counts it
+    assert update_bytes(model, 1, 1, 1) == 48 * model.parameters  # as counted in tests/integration/test_step.py
     assert update_bytes(model, 1, 4, 1) == 78 * model.parameters
     assert update_bytes(model, 1, 4, 8) == (40 + 38 / 8) * model.parameters
     assert update_bytes(model, 3, 4, 8) < update_bytes(model, 1, 4, 8)
@@ -186,7 +186,7 @@ def test_the_update_costs_more_the_smaller_the_micro_batch() -> None:
         )
         for size in (8, 16)
     )
-    # 64 micro-batches of 8, or 32 of 16: half as often 10 bytes a parameter.
+    # 64 micro-batches of 8, or 32 of 16: 10 bytes per parameter half as often.
     assert small - large == pytest.approx(32 * 10 * model.parameters / 3.35e12)
 
 
@@ -291,7 +291,7 @@ def test_bandwidths_are_bits_per_second() -> None:
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`codeparrot-ds plan`."""
+    """Run `codeparrot-ds plan`."""
     return subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.cli", "plan", *map(str, arguments)],
         cwd=ROOT,
@@ -333,7 +333,7 @@ def test_planning_needs_no_torch() -> None:
 
 
 def result(seconds: float) -> dict[str, Any]:
-    """Of a trial of which the first step took long."""
+    """Result of a trial with a slow first step."""
     return {"step_seconds": [100.0, seconds, seconds], "tokens_per_step": 1000, "peak_bytes": 1}
 
 
@@ -345,7 +345,7 @@ def test_tune_tries_the_largest_first_and_smaller_ones_while_they_are_faster(mon
 
     def trial(recipe: Path, overrides: Any, choice: Any, ranks: int, steps: int, on_cpu: bool) -> dict[str, Any] | None:
         seen.append((choice.deepspeed.stem, choice.recompute, choice.micro_batch_size))
-        largest = len({way[:2] for way in seen}) == len(seen)  # the first of its way
+        largest = len({way[:2] for way in seen}) == len(seen)  # the first of its layout
         return None if choice.recompute == "none" and largest else result(1.0 + 1.0 / choice.micro_batch_size)
 
     monkeypatch.setattr("codeparrot_ds.planning.tune.run_trial", trial)
@@ -357,7 +357,7 @@ def test_tune_tries_the_largest_first_and_smaller_ones_while_they_are_faster(mon
         assert sizes == sorted(sizes, reverse=True)
         assert len(sizes) == (
             3 if way[1] == "none" else 2
-        )  # one slower one is enough; running out of memory is not slow
+        )  # one slower trial is enough; running out of memory does not count as slow
     assert winner(done).tokens_per_second == pytest.approx(1000 / (1 + 1 / 64))
     assert len(list(tune(made, XL, [], steps=3, most=4))) == 4
     with pytest.raises(ClusterError, match="no trial fit in memory"):

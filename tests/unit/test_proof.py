@@ -1,4 +1,4 @@
-"""The fast encoder gives the referee's ids, and one that does not is found, remembered and done without."""
+"""The fast encoder gives the reference ids; one that does not is detected, recorded and not used."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def fast(data: Path) -> FastEncoder:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory of the user's."""
+    """An empty user cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -124,7 +124,7 @@ def test_the_proof_asks_for_every_code_point() -> None:
     asked: set[str] = set()
     for text in code_points():
         asked.update(text)
-    assert len(asked) == 0x110000 - 0x800  # all but the surrogates, which are no characters
+    assert len(asked) == 0x110000 - 0x800  # all except surrogates, which are not characters
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_the_fast_encoder_is_proved(data: Path, referee: Encoder, fast: FastEnco
 
 
 class Mutant(FastEncoder):
-    """The fast encoder with a defect: the last id of a text in which `pattern` is found is another one."""
+    """The fast encoder with a defect: the last id of a text that matches `pattern` is wrong."""
 
     def __init__(self, directory: Path, pattern: str) -> None:
         super().__init__(directory)
@@ -152,10 +152,10 @@ class Mutant(FastEncoder):
 
 
 class StandIn:
-    """The fast encoder as its own referee, eight times as fast as the referee.
+    """The fast encoder as its own reference, eight times as fast as the real one.
 
-    `test_the_fast_encoder_is_proved` shows that both say the same of all that the proof asks; whether a mutant is
-    found is then a matter of what it asks.
+    `test_the_fast_encoder_is_proved` shows that both agree on all texts of the proof, so whether a mutant is detected
+    depends only on those texts.
     """
 
     def __init__(self, referee: Encoder, fast: FastEncoder) -> None:
@@ -176,11 +176,11 @@ def early_code_points() -> list[str]:
 
 @pytest.fixture
 def short_proof(monkeypatch: pytest.MonkeyPatch, early_code_points: list[str]) -> None:
-    """A part of the proof, some fifty times as fast: what it finds the whole finds."""
+    """A part of the proof, about fifty times as fast; the full proof detects everything it detects."""
     monkeypatch.setattr(proof, "code_points", lambda: iter(early_code_points))
 
 
-# Of all groups of characters that Unicode's versions or a library's tables have differed on.
+# From all groups of characters on which Unicode versions or library tables have differed.
 CODE_POINTS = [0x00, 0x0B, 0x1F, 0x85, 0xA0, 0x17F, 0x378, 0x180E, 0x1C89, 0x2028, 0x3000, 0xA7CB, 0xAC01, 0xE000]
 CODE_POINTS += [0xFEFF, 0xFFFE, 0x10D40, 0x1E5F0, 0x1F99C, 0x323B0, 0xE0100, 0x10FFFF]
 
@@ -242,7 +242,7 @@ def test_a_wrong_id_in_a_rare_context_is_found(data: Path, stand_in: Any, defect
 
 
 def test_a_wrong_id_for_any_token_of_the_vocabulary_is_found(data: Path, referee: Encoder, fast: FastEncoder) -> None:
-    """A merge that is missing: each token of the vocabulary must occur among the ids that are compared."""
+    """A missing merge: each token of the vocabulary must occur among the compared ids."""
     occurring: set[int] = set()
     for texts in ([text] for text in hard_cases(referee)):
         occurring.update(fast.encode_flat(texts)[0].tolist())
@@ -252,7 +252,7 @@ def test_a_wrong_id_for_any_token_of_the_vocabulary_is_found(data: Path, referee
 
 
 class EndTokenMutant(FastEncoder):
-    """Reads a literal end token as the end."""
+    """Treats a literal end token as the end."""
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids: list[int] = []
@@ -328,13 +328,13 @@ def test_the_text_that_differs_is_shown_in_ascii_and_in_short(data: Path, stand_
 
 @pytest.fixture
 def proves_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a whole proof finds, which takes seconds, at once."""
+    """The result of a full proof without its seconds of computation."""
     monkeypatch.setattr(proof, "prove", lambda fast, referee, sample: {"documents": sum(map(len, sample))})
 
 
 @pytest.fixture
 def wrong_after_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast encoder has a defect with U+000B behind a space, which the proof finds in its first texts."""
+    """The fast encoder has a defect with U+000B after a space, which the proof detects in its first texts."""
     right = FastEncoder.encode_flat
 
     def encode_flat(self: FastEncoder, texts: Sequence[str]) -> Flat:
@@ -467,7 +467,7 @@ def test_without_fastokens_the_referee_encodes(
 def test_without_fastokens_the_referee_encodes_even_where_it_was_proved_before(
     data: Path, referee: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The cache may lie in a home that hosts share, and the library load on some of them."""
+    """The cache may be in a home directory shared by hosts, and the library may load on only some of them."""
     record_proof(referee, None, {})
     monkeypatch.setitem(sys.modules, "fastokens", None)
     assert choose_encoder(data / "tokenizer", referee, "auto", []) == "tokenizers"
@@ -488,7 +488,7 @@ def test_a_tokenizer_that_fastokens_cannot_load_is_encoded_by_the_referee(
     assert "fastokens cannot load it (unsupported model type Unigram)" in capsys.readouterr().err
 
 
-# As pyo3 raises where Rust panics: no Exception.
+# As raised by pyo3 on a Rust panic: not an Exception.
 Panic: type[BaseException] = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
 
 
@@ -525,7 +525,7 @@ def test_an_unknown_encoder_is_refused(data: Path, referee: Encoder, wanted: str
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Three files of 40 documents each, a task each."""
+    """Three files of 40 documents each, one task per file."""
     paths = []
     for file in range(3):
         path = tmp_path / f"{file}.jsonl"
@@ -557,12 +557,12 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def proved(cache: Path, referee: Encoder) -> None:
-    """An outcome in the cache: a whole proof takes seconds."""
+    """Store an outcome in the cache, because a full proof takes seconds."""
     record_proof(referee, None, {})
 
 
 def break_encoder(monkeypatch: pytest.MonkeyPatch, *marks: str) -> None:
-    """From now on the fast encoder is wrong on texts that hold one of `marks`."""
+    """Make the fast encoder wrong on texts that contain one of `marks`."""
     right = FastEncoder.encode_flat
 
     def encode_flat(self: FastEncoder, texts: Sequence[str]) -> Flat:
@@ -591,7 +591,7 @@ def test_both_encoders_make_the_same_bytes_and_every_check_passes(
 def test_a_build_loads_each_encoder_once(
     data: Path, inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading is most of the start, which workers do not share out."""
+    """Loading is most of the start-up time, which is not parallel."""
     loaded: list[type] = []
     for encoder in (Encoder, FastEncoder):
 
@@ -645,7 +645,7 @@ def test_after_a_difference_the_same_command_gives_the_right_bytes(
 def test_shards_that_a_refuted_encoder_finished_are_made_again(
     data: Path, inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks are finished with wrong ids that no check saw; the third is checked, and refutes the encoder."""
+    """Two tasks finish with undetected wrong ids; the third is checked and refutes the encoder."""
     right = make(data, inputs, tmp_path / "right", "tokenizers")
     output = tmp_path / "shards"
     good = inputs[2].read_bytes()
@@ -667,7 +667,7 @@ def test_shards_that_a_refuted_encoder_finished_are_made_again(
     monkeypatch.setattr(building, "_REFEREE_EVERY", 1)
     with pytest.raises(DataError, match=r"on the document o/r2 7\.py"):
         make(data, inputs, output)
-    assert {name: (output / name).read_bytes() for name in finished} == before  # they were kept till then
+    assert {name: (output / name).read_bytes() for name in finished} == before  # they were kept until then
 
     manifest = make(data, inputs, output)
     assert files_of(output) == files_of(tmp_path / "right")

@@ -1,4 +1,4 @@
-"""Recipes and DeepSpeed JSON: what ships is right, and what is wrong is named."""
+"""Recipes and DeepSpeed JSON: shipped ones are valid, and errors are named."""
 
 import itertools
 import json
@@ -201,7 +201,7 @@ def test_an_equal_value_and_a_missing_key_are_both_fine(tiny_recipe: dict[str, A
     before = deepcopy(config)
     resolved = resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
     assert (resolved["train_batch_size"], resolved["gradient_clipping"]) == (4, 1.0)
-    assert config == before  # resolving changes nothing outside
+    assert config == before  # resolving does not modify its input
 
 
 def test_all_wrong_settings_are_named_at_once(tiny_recipe: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def test_a_schedule_in_tokens_is_one_in_steps_rounded_up(tiny_recipe: dict[str, 
 
 
 def test_yaml_floats_without_a_dot_are_numbers(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
-    """YAML 1.1 reads 5e-4 as text; users write it all the same."""
+    """YAML 1.1 reads 5e-4 as a string, but users write it."""
     text = yaml.safe_dump(tiny_recipe).replace("learning_rate: 0.01", "learning_rate: 5e-4")
     (tmp_path / "r.yaml").write_text(text)
     assert load_recipe(tmp_path / "r.yaml").optimizer.learning_rate == 5e-4

@@ -1,4 +1,4 @@
-"""The model of traffic and time on many GPUs, against what is known of ZeRO."""
+"""The model of traffic and time on many GPUs agrees with published properties of ZeRO."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_an_all_reduce_sends_twice_and_zero_3_half_as_much_again() -> None:
     sent = {stage: traffic(XL, stage, accumulation=1).link_bytes(10**9) for stage in (0, 1, 2, 3)}
     assert sent[0] == pytest.approx(2 * whole)
     assert sent[3] == pytest.approx(3 * whole)
-    assert sent[1] == pytest.approx(3 * whole)  # DeepSpeed 0.19.8 reduces whole gradients, and then gathers weights
+    assert sent[1] == pytest.approx(3 * whole)  # DeepSpeed 0.19.8 all-reduces whole gradients, then gathers weights
 
 
 def test_accumulation_is_free_only_where_nothing_is_partitioned_but_the_optimizer() -> None:

@@ -1,4 +1,4 @@
-"""Shards: the format read back by an independent reader, determinism, verification."""
+"""Shards: format checked with an independent reader, determinism, verification."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from codeparrot_ds.tokenizer.encode import Encoder
 
 
 def read_megatron(prefix: Path) -> list[np.ndarray]:
-    """Every sequence of a Megatron-LM dataset, written from its public description, without our code."""
+    """Every sequence of a Megatron-LM dataset, read by code based on the public description, not ours."""
     index = prefix.with_suffix(".idx").read_bytes()
     assert index[:9] == b"MMIDIDX\x00\x00"
     version, code, sequences, documents = struct.unpack("<QBQQ", index[9:34])
@@ -34,7 +34,7 @@ def read_megatron(prefix: Path) -> list[np.ndarray]:
     pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
     bounds = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
     assert len(index) == 34 + 12 * sequences + 8 * documents
-    assert bounds.tolist() == list(range(sequences + 1))  # one sequence a document
+    assert bounds.tolist() == list(range(sequences + 1))  # one sequence per document
     data = prefix.with_suffix(".bin").read_bytes()
     return [np.frombuffer(data, dtype, n, offset) for n, offset in zip(lengths, pointers, strict=True)]
 
@@ -72,7 +72,7 @@ def test_ids_are_16_bit_while_the_vocabulary_fits(tmp_path: Path, vocab_size: in
 
 
 def write_shard(directory: Path, name: str, documents: list[np.ndarray], dtype: np.dtype) -> ShardInfo:
-    """A shard of the split that its name starts with."""
+    """Path of a shard; its name starts with the split."""
     with LocalDirectory(directory).scratch() as scratch:
         writer = ShardWriter(scratch, name, name.partition("-")[0], dtype)
         for ids in documents:
@@ -106,7 +106,7 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_pat
 
 
 def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, tmp_path: Path) -> None:
-    """Three builds, two of them interrupted: a receipt must not outlive the shards that it speaks of."""
+    """Three builds, two of them interrupted: a receipt must not outlive its shards."""
     output = tmp_path / "shards"
     manifest = build(data / "corpus", data / "tokenizer", output, BuildOptions(valid_fraction=0.1, workers=1))
     assert manifest is not None
@@ -135,7 +135,7 @@ def test_two_builds_at_once_are_refused(data: Path, tmp_path: Path) -> None:
 
 
 def _split_corpus(corpus: Path, parts: int) -> None:
-    """Deal the documents of a one-file corpus to `parts` files."""
+    """Distribute the documents of a one-file corpus over `parts` files."""
     import gzip
 
     manifest = json.loads((corpus / MANIFEST).read_text())
@@ -152,7 +152,7 @@ def _build_with_damaged_last_file(corpus: Path, tokenizer: Path, output: Path) -
     last = corpus / "part-2.jsonl.gz"
     good = last.read_bytes()
     damaged = bytearray(good)
-    damaged[len(good) // 2 :] = bytes(len(good) - len(good) // 2)  # the same size, so that opening does not tell
+    damaged[len(good) // 2 :] = bytes(len(good) - len(good) // 2)  # the same size, so that opening does not detect it
     last.write_bytes(damaged)
     try:
         build(corpus, tokenizer, output, BuildOptions(shard_tokens=1, valid_fraction=0.1, workers=1))
@@ -170,7 +170,7 @@ def test_copies_never_straddle_the_split() -> None:
 
 
 def test_a_sampled_corpus_keeps_the_validation_share() -> None:
-    """Sampling takes the smallest digests: the split must not look at the same end of them."""
+    """Sampling takes the smallest digests, so the split must use the other end of them."""
     documents = sorted((Document(f"text {n}", "", "", "", "") for n in range(8_000)), key=Document.digest)
     valid = [d for d in documents[:2_000] if split_of(d, 0.1) == "valid"]
     assert 140 < len(valid) < 260
@@ -264,7 +264,7 @@ def test_a_stale_or_foreign_manifest_is_refused(shards: Path) -> None:
         verify(shards)
 
 
-# The second has sequences that end with a shard, and as many tokens as whole sequences have without the last target.
+# In the second, sequences end with a shard, and the tokens fill whole sequences except for the last target.
 @pytest.mark.parametrize("lengths", [(10, 1, 57, 33), (16, 8, 72)])
 def test_packed_sequences_use_every_token_once_across_shards(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Room for checkpoints: the doctor asks for what training will ask for."""
+"""Space for checkpoints: the doctor requires the same as training."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_disk_has_what_its_ranks_write() -> None:
     whole = checkpoint_room_bytes(recipe, 3, parameters, 4)
     assert whole == pytest.approx(4 * CHECKPOINT_BYTES, rel=1e-3)
     assert checkpoint_room_bytes(recipe, 3, parameters, 4, Fraction(1, 4), False) == pytest.approx(whole / 4)
-    # Below ZeRO-3 the bf16 weights are in a file of rank 0's.
+    # Below ZeRO-3 the bf16 weights are in a file of rank 0.
     first = checkpoint_room_bytes(recipe, 1, parameters, 1, Fraction(1, 2))
     other = checkpoint_room_bytes(recipe, 1, parameters, 1, Fraction(1, 2), False)
     assert first - other == pytest.approx(1.08 * 2 * parameters, rel=1e-6)

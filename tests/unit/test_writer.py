@@ -1,4 +1,4 @@
-"""Copies of what is saved, and files that are written from them."""
+"""Copies of saved state, and files written from them."""
 
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -16,7 +16,7 @@ Address = namedtuple("Address", "numel start")
 
 
 def state() -> dict[str, Any]:
-    """What the engine saves is like this."""
+    """State in the form that the engine saves."""
     weight = torch.arange(12.0).reshape(3, 4)
     return {
         "module": OrderedDict(wte=weight, lm_head=weight, part=weight[1:]),
@@ -26,7 +26,7 @@ def state() -> dict[str, Any]:
 
 
 class Config:
-    """What DeepSpeed's writer looks at."""
+    """The part of the configuration that DeepSpeed's writer reads."""
 
     checkpoint_config: ClassVar = {CHECKPOINT_SERIALIZATION: True}
 
@@ -72,7 +72,7 @@ def test_a_failure_beside_training_is_raised_when_it_is_waited_for(tmp_path: Pat
     writer.start()
     with pytest.raises(FileNotFoundError):
         writer.wait()
-    writer.begin(True)  # and the next is not touched by it
+    writer.begin(True)  # and the next one is not affected
     writer.save(state(), str(tmp_path / "a.pt"))
     writer.start()
     writer.wait()
