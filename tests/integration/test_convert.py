@@ -170,7 +170,7 @@ def test_a_model_that_is_not_what_the_engine_trained_is_refused(
         return {**right(self, eos_id), "activation_function": "relu"}
 
     monkeypatch.setattr(Model, "hugging_face_config", wrong)
-    with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, the engine's was \d\.\d+"):
+    with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, but the engine's was \d\.\d+"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=8 * GB)
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_are_refused(
 
     for value, dtype, said in (
         (1e6, "float16", r"beyond the range of float16"),
-        (float("nan"), "float32", "not finite"),
+        (float("nan"), "float32", "non-finite"),
     ):
         monkeypatch.setattr(ZeroCheckpoint, "read", with_one(value))
         with pytest.raises(CheckpointError, match=rf"h\.1\.mlp\.c_fc\.bias.*{said}"):
