@@ -91,8 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, list[tuple[float, float]]] = {}
     for number in range(options.rounds):
-        in_turn = options.trees if number % 2 == 0 else options.trees[::-1]
-        results = {tree: run_round(tree.resolve(), options.steps) for tree in in_turn}
+        order = options.trees if number % 2 == 0 else options.trees[::-1]
+        results = {tree: run_round(tree.resolve(), options.steps) for tree in order}
         old, new = (results[tree] for tree in options.trees)
         for case in old:
             found.setdefault(case, []).append((old[case], new[case]))

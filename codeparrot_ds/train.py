@@ -101,7 +101,7 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     # torch warns about every address without a hostname, as on machines without DNS. Errors are still printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from codeparrot_ds.training import ranks as rank_module
-    from codeparrot_ds.training.disks import find_resume_point
+    from codeparrot_ds.training.resume import find_resume_point
 
     rank_module.die_with_launcher()
     ranks = rank_module.join()

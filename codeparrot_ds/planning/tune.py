@@ -109,9 +109,9 @@ def candidates(plan: Plan) -> list[Prediction]:
     ways: dict[tuple[Path, str], list[Prediction]] = {}
     for each in sorted(on_device or fitting, key=lambda each: -each.choice.micro_batch_size):
         ways.setdefault((each.choice.deepspeed, each.choice.recompute), []).append(each)
-    in_turn = sorted(ways.values(), key=lambda way: way[0].time.no_overlap_seconds)
-    rounds = max(map(len, in_turn), default=0)
-    return [way[number] for number in range(rounds) for way in in_turn if number < len(way)]
+    by_speed = sorted(ways.values(), key=lambda way: way[0].time.no_overlap_seconds)
+    rounds = max(map(len, by_speed), default=0)
+    return [way[number] for number in range(rounds) for way in by_speed if number < len(way)]
 
 
 def tune(plan: Plan, recipe: Path, overrides: Sequence[str], steps: int, most: int) -> Iterator[Trial]:

@@ -226,8 +226,8 @@ def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
         f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
     ]
     if problems:
-        mend = "Resume with the settings it was saved with, or start a run under another name (--set name=…)."
-        raise CheckpointError(list_problems(str(checkpoint.path), problems, mend))
+        fix = "Resume with the settings it was saved with, or start a run under another name (--set name=…)."
+        raise CheckpointError(list_problems(str(checkpoint.path), problems, fix))
 
 
 def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:

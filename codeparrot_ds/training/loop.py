@@ -20,7 +20,6 @@ from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.system.files import write_json
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
-from codeparrot_ds.training import disks
 from codeparrot_ds.training.engine import forget_trace
 from codeparrot_ds.training.guards import (
     SkippedSteps,
@@ -31,6 +30,7 @@ from codeparrot_ds.training.guards import (
 )
 from codeparrot_ds.training.metrics import Instant, Metrics, Step, log, peak_memory_bytes, read_tensors
 from codeparrot_ds.training.ranks import Ranks
+from codeparrot_ds.training.resume import find_resume_point
 
 _GO_BACK_STEPS = 8  # steps up to a spike whose samples may have caused it
 _MOST_GO_BACKS = 5
@@ -251,7 +251,7 @@ class Trainer:
     def _newest_checkpoint_up_to(self, step: int) -> Checkpoint | None:
         """Return the newest undamaged checkpoint of at most `step` steps, or None. Collective: all ranks must call."""
         try:
-            return disks.find_resume_point(self.run, self.ranks, step)
+            return find_resume_point(self.run, self.ranks, step)
         except CheckpointError:
             return None
 

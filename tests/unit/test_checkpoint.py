@@ -15,8 +15,8 @@ from codeparrot_ds.export.convert import _check_losses
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.system.files import digest_file
 from codeparrot_ds.training.checkpoint import check_identity
-from codeparrot_ds.training.disks import find_resume_point
 from codeparrot_ds.training.ranks import Ranks
+from codeparrot_ds.training.resume import find_resume_point
 
 IDENTITY = {"model": {"n_layer": 1}, "seed": 1}
 

@@ -3,45 +3,45 @@
 from pathlib import Path
 
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
-from codeparrot_ds.training import disks
+from codeparrot_ds.training import resume
 
 FILES = {name: {"bytes": 1, "xxh3_128": "", "host": f"host-{name[-1]}"} for name in ("part-a", "part-b", "part-c")}
 
 
-def copy(*good: str, manifest: str = "one", **problems: str) -> "disks._Copy":
+def copy(*good: str, manifest: str = "one", **problems: str) -> "resume._Copy":
     """Contents of a disk."""
     checkpoint = Checkpoint(Path("step-00000003"), 3, 12, 5, 3, 3, "fp32", {}, FILES, None)
-    return disks._Copy(
+    return resume._Copy(
         checkpoint, manifest, frozenset(good), {name.replace("_", "-"): it for name, it in problems.items()}
     )
 
 
 def test_parts_that_make_a_whole_do() -> None:
     copies = [copy("part-a"), None, copy("part-b"), copy("part-b", "part-c")]
-    assert disks._choose(copies) == (copies[0], [])
+    assert resume._choose(copies) == (copies[0], [])
 
 
 def test_a_damaged_part_is_taken_from_another_disk_or_named() -> None:
     damaged = copy("part-a", "part-c", part_b="part-b: its bytes are not those that were written")
-    assert disks._choose([damaged, copy("part-b")])[0] is damaged
-    assert disks._choose([damaged]) == (None, ["part-b: its bytes are not those that were written"])
+    assert resume._choose([damaged, copy("part-b")])[0] is damaged
+    assert resume._choose([damaged]) == (None, ["part-b: its bytes are not those that were written"])
 
 
 def test_the_host_of_a_missing_part_is_named() -> None:
-    chosen, problems = disks._choose([copy("part-a"), copy("part-c")])
+    chosen, problems = resume._choose([copy("part-a"), copy("part-c")])
     assert chosen is None
     assert problems == ["1 files written by host-b are on none of these hosts, e.g. part-b"]
 
 
 def test_parts_of_another_attempt_at_the_step_do_not_count() -> None:
-    chosen, problems = disks._choose([copy("part-a", "part-b"), copy("part-c", manifest="another")])
+    chosen, problems = resume._choose([copy("part-a", "part-b"), copy("part-c", manifest="another")])
     assert chosen is None and len(problems) == 3
     whole = copy("part-a", "part-b", "part-c", manifest="another")
-    assert disks._choose([copy("part-a"), copy("part-b"), whole])[0] is whole
+    assert resume._choose([copy("part-a"), copy("part-b"), whole])[0] is whole
 
 
 def test_a_disk_without_any_manifest_has_nothing() -> None:
-    assert disks._choose([None, None]) == (None, ["no readable manifest, so the checkpoint is incomplete"])
+    assert resume._choose([None, None]) == (None, ["no readable manifest, so the checkpoint is incomplete"])
 
 
 def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
