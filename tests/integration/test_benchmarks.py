@@ -120,7 +120,7 @@ def test_a_process_that_takes_too_long_is_ended_and_what_is_known_is_printed(tmp
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", ["first", "second"])
+@pytest.mark.parametrize("part", ["first", "second", "third"])
 def test_each_part_runs_on_tiny_models_within_its_seconds(part: str, tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     done = benchmark("--part", part, "--tiny", "--output", output)
@@ -129,6 +129,7 @@ def test_each_part_runs_on_tiny_models_within_its_seconds(part: str, tmp_path: P
     expected = {
         "first": {"versions", "ceiling", "correctness", "step", "profile", "child"},
         "second": {"step", "peer", "child"},
+        "third": {"step", "child"},
     }
     assert {row["part"] for row in rows} == expected[part]
     assert [row["cell"] for row in rows if row["part"] == "step" and row.get("error")] == []
