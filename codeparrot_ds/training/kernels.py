@@ -3,18 +3,19 @@
 import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can be used: they need a GPU, and a C compiler for Triton."""
-    return device.type == "cuda" and _has_compiler()
+    """Whether the kernels can be used: they need a GPU, Triton, and the C compiler that Triton calls."""
+    return device.type == "cuda" and _can_compile()
 
 
 @cache
-def _has_compiler() -> bool:
-    return any(map(shutil.which, ("cc", "gcc", "clang")))
+def _can_compile() -> bool:
+    return find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def loss_and_gradient(

@@ -59,9 +59,11 @@ def test_a_read_of_each_micro_batch_or_step_is_seen(probe: Callable[..., dict[st
 def zero1(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Six clipped steps of ZeRO-1 under bf16 on two ranks, with one of the optimizers."""
 
-    def run(way: str, micro_batch: int = 2, clipping: float = 0.3) -> dict[str, Any]:
+    def run(way: str, micro_batch: int = 2, clipping: float = 0.3, **ds_keys: str) -> dict[str, Any]:
         body = recipe_on(data, tmp_path)
-        body["engine"] |= {"deepspeed": str(ROOT / "ds_configs" / "zero1.json"), "precision": "bf16"}
+        ds_config = tmp_path / "zero1.json"
+        ds_config.write_text(json.dumps(json.loads((ROOT / "ds_configs" / "zero1.json").read_text()) | ds_keys))
+        body["engine"] |= {"deepspeed": str(ds_config), "precision": "bf16"}
         body["batch"] = {"global_batch_size": 16, "micro_batch_size": micro_batch}
         body["optimizer"] = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clipping": clipping}
         out = tmp_path / "found.json"
@@ -93,3 +95,9 @@ def test_a_parameter_without_a_gradient_does_not_get_the_last_ones(zero1: Callab
     found = zero1("missing")
     assert found["largest_of_the_missing"] == 0
     assert found["largest_of_the_next"] > 0
+
+
+def test_gradients_are_averaged_in_the_type_that_the_json_names(zero1: Callable[..., dict[str, Any]]) -> None:
+    rounded, exact = zero1("ours"), zero1("ours", communication_data_type="fp32")
+    assert exact["norms"] != rounded["norms"]
+    assert exact["norms"] == pytest.approx(rounded["norms"], rel=1e-2)

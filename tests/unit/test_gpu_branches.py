@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from codeparrot_ds import trial
+from codeparrot_ds.training import kernels
 from codeparrot_ds.training.loop import Trainer
 from codeparrot_ds.training.memory import DeviceMemory, device_memory
 from codeparrot_ds.training.metrics import Instant, read_tensors
@@ -125,3 +126,17 @@ def test_a_profile_has_the_kernels_alone(gpu: SimpleNamespace, monkeypatch: pyte
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     trainer: Any = SimpleNamespace(ranks=SimpleNamespace(device=GPU), train_step=lambda: None)
     assert [each["name"] for each in trial.trace_step(trainer)] == ["large kernel", "small kernel"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "expected"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_the_fused_loss_needs_triton_and_a_compiler(
+    triton: bool, compiler: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: "/usr/bin/cc" if compiler and name == "cc" else None)
+    kernels._can_compile.cache_clear()
+    assert kernels.available(GPU) is expected
+    assert not kernels.available(torch.device("cpu"))
+    kernels._can_compile.cache_clear()
