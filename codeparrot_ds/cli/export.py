@@ -9,6 +9,12 @@ import typer
 from codeparrot_ds.cli.output import JsonOption, parse_size, print_result
 from codeparrot_ds.errors import ConfigError
 
+_ATTENTION_SCALE = {
+    "none": "none",
+    "folded": "folded into the weights",
+    "kept": "a setting, which needs transformers>=5.4",
+}
+
 
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Run directory or one checkpoint; with --check, a converted model.")],
@@ -16,6 +22,14 @@ def convert_command(
     tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
     average: Annotated[int, typer.Option(help="Average the weights of the last N checkpoints.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    keep_attention_scale: Annotated[
+        bool,
+        typer.Option(
+            "--keep-attention-scale",
+            help="Write scale_attn_by_inverse_layer_idx as a setting, which most runtimes ignore, instead of folding "
+            "the scale into the weights.",
+        ),
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one safetensors file.")] = "5GB",
     memory_cap: Annotated[str, typer.Option(help="Memory limit of this process.")] = "1.5GB",
     sequences: Annotated[
@@ -49,8 +63,11 @@ def convert_command(
         for each in source_checkpoints(source, tag, average):
             gather(each, list(read_hostfile(hostfile)))
     if output is not None and universal:
-        if (average, dtype) != (1, "float32"):
-            raise ConfigError("--to-universal keeps one checkpoint's weights unchanged: omit --average and --dtype.")
+        if (average, dtype, keep_attention_scale) != (1, "float32", False):
+            raise ConfigError(
+                "--to-universal keeps one checkpoint's weights unchanged: omit --average, --dtype and "
+                "--keep-attention-scale."
+            )
         from codeparrot_ds.checkpoint.source import source_checkpoint
         from codeparrot_ds.export.universal import to_universal
 
@@ -72,6 +89,7 @@ def convert_command(
             source_checkpoints(source, tag, average),
             output,
             dtype=dtype,
+            keep_attention_scale=keep_attention_scale,
             max_shard_bytes=parse_size(max_shard_size),
             memory_cap_bytes=parse_size(memory_cap),
             sequences=sequences,
@@ -83,6 +101,8 @@ def convert_command(
         ("step", ", ".join(f"{part['step']:,}" for part in certificate["source"])),
         ("parameters", f"{certificate['parameters']:,} in {certificate['dtype']}"),
     ]
+    if "attention_scale" in certificate:  # like loss_transformers, not in certificates of earlier versions
+        rows.append(("attention scale", _ATTENTION_SCALE[certificate["attention_scale"]]))
     if engine["loss_valid"] is not None:
         rows.append(("validation loss in training", f"{engine['loss_valid']:.6f}"))
     if forward is not None:
@@ -92,8 +112,11 @@ def convert_command(
             ("validation loss of this model", f"{forward['loss_written']:.6f} {over}"),
             ("largest logit difference", f"{forward['largest_logit_difference']:.2g}"),
         ]
+        if "loss_transformers" in forward:
+            rows.append(("validation loss according to transformers", f"{forward['loss_transformers']:.6f}"))
     if check:
         rows.append(("every file and tensor", "matches the certificate"))
+        rows.append(("the installed transformers", "computes what the weights and the configuration say"))
     print_result(json_output, str(output), rows, certificate)
 
 

@@ -6,15 +6,17 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import DataError
+from codeparrot_ds.system.libraries import require_transformers
 
 
 def load_pretrained(directory: Path) -> tuple[Any, Any, torch.device]:
-    """Return (model in evaluation mode, tokenizer, device) of a converted model. Raises DataError if it is not one."""
+    """Return (model in evaluation mode, tokenizer, device) of a converted model. Raises UserError."""
     import transformers
     from safetensors import SafetensorError
 
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: no Hugging Face model here. Create one with `codeparrot-ds convert`.")
+    require_transformers()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,7 +1,6 @@
 """The certificate of a converted model: its source, what was verified, and the data to verify it again."""
 
 import importlib.metadata
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,15 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import CheckpointError, DataError, list_problems
+from codeparrot_ds.export.forward import check_transformers
+from codeparrot_ds.export.statements import find_contradictions
+from codeparrot_ds.export.written import WrittenWeights
 from codeparrot_ds.system.files import FORMAT_VERSION, digest_bytes, digest_file, read_json
 
 CERTIFICATE = "certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Values of `attention_scale`: the model has none; it was folded into the weights; it was kept as a setting.
+NO_SCALE, FOLDED, KEPT = "none", "folded", "kept"
 # Suffixes of files that transformers loads if present.
 _LOADED = (".safetensors", ".bin", ".pt", ".py", ".json", ".h5", ".msgpack")
 
@@ -40,14 +44,21 @@ def read_certificate(directory: Path) -> dict[str, Any]:
 def check(directory: Path) -> dict[str, Any]:
     """Verify every file and tensor of a converted model against its certificate, and return the certificate.
 
+    The installed transformers must also compute what the weights and the configuration say.
+
     Raises:
         DataError: the directory has no valid certificate.
-        CheckpointError: names each file and tensor that does not match.
+        CheckpointError: names each file and tensor that does not match, each contradiction between files, or what
+            transformers computes differently.
     """
     certificate = read_certificate(directory)
     problems = _files(directory, certificate["files"])
     if not problems:
         problems = check_tensors(directory, certificate)
+    if not problems:
+        problems = find_contradictions(directory)
+    if not problems and (difference := check_transformers(directory)):
+        raise CheckpointError(f"{directory}: {difference}")
     if problems:
         fix = "Copy the directory again, or convert the checkpoint again."
         raise CheckpointError(list_problems(str(directory), problems, fix))
@@ -85,45 +96,4 @@ def check_tensors(directory: Path, certificate: dict[str, Any]) -> list[str]:
 
     with ThreadPoolExecutor(2) as pool:
         problems += filter(None, pool.map(problem, sorted(tensors.keys() & written.names)))
-    config = read_json(directory / "config.json", "model configuration")
-    if certificate["tied"] and not config.get("tie_word_embeddings", True):
-        problems.append("config.json unties the embeddings, which were tied in training")
     return problems
-
-
-class WrittenWeights:
-    """The weights in a Hugging Face directory's safetensors files.
-
-    Attributes:
-        names: names of all tensors.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Read the index. Raises DataError if the weights cannot be read."""
-        from safetensors import SafetensorError, safe_open
-
-        index = directory / "model.safetensors.index.json"
-        self._files: dict[str, Path] = {}
-        try:
-            if index.exists():
-                weight_map = read_json(index, "index of weights")["weight_map"]
-                self._files = {name: directory / Path(file).name for name, file in weight_map.items()}
-            else:
-                with safe_open(directory / "model.safetensors", "pt") as file:
-                    self._files = dict.fromkeys(file.keys(), directory / "model.safetensors")
-        except (SafetensorError, OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"{directory}: its weights cannot be read ({error}). Convert the checkpoint again."
-            ) from None
-        self.names = set(self._files)
-
-    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Read a tensor as written; `rows` (first, end) selects rows, `end` excluded. Raises DataError."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._files[name], "pt") as file:  # opened for each read: mapped pages count as memory
-                found: torch.Tensor = file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{self._files[name]}: {name} cannot be read ({error}).") from None
-        return found

@@ -7,19 +7,35 @@ from typing import Any
 
 import torch
 
+from codeparrot_ds.checkpoint.attention_scale import fold
 from codeparrot_ds.checkpoint.zero import FP32, OPTIMIZER_STATE, SavedState, open_state
-from codeparrot_ds.errors import CheckpointError, ConfigError, DataError
+from codeparrot_ds.errors import CheckpointError, ConfigError, DataError, list_problems
 from codeparrot_ds.export.certificate import (
     CERTIFICATE,
     DTYPES,
-    WrittenWeights,
+    FOLDED,
+    KEPT,
+    NO_SCALE,
     check_tensors,
     read_certificate,
     versions,
 )
-from codeparrot_ds.export.forward import Comparison, activation_bytes_per_token, compare, largest_weight_bytes
+from codeparrot_ds.export.forward import (
+    Comparison,
+    activation_bytes_per_token,
+    agree,
+    compare_models,
+    largest_weight_bytes,
+    load_config,
+)
+from codeparrot_ds.export.gpt2 import Reader
+from codeparrot_ds.export.model_card import write_model_card
+from codeparrot_ds.export.statements import CONFIG, find_contradictions
+from codeparrot_ds.export.tokenizer import write_tokenizer
 from codeparrot_ds.export.write import BLOCK_ELEMENTS, Weights, write_weights
-from codeparrot_ds.run.directory import Checkpoint, RunDirectory
+from codeparrot_ds.export.written import WrittenWeights
+from codeparrot_ds.run.directory import Checkpoint
+from codeparrot_ds.run.gpt2 import GPT2
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import validation_sequences
@@ -29,11 +45,13 @@ from codeparrot_ds.system.files import (
     digest_file,
     make_directory,
     publish_directory,
+    read_json,
     require_free_space,
     write_json,
 )
 from codeparrot_ds.system.jobs import progress, say
-from codeparrot_ds.tokenizer.encode import Encoder, copy_tokenizer
+from codeparrot_ds.system.libraries import require_transformers
+from codeparrot_ds.tokenizer.encode import Encoder
 
 DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -48,6 +66,7 @@ def convert(
     output: Path,
     *,
     dtype: str = "float32",
+    keep_attention_scale: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     memory_cap_bytes: int = DEFAULT_MEMORY_CAP_BYTES,
     sequences: int | None = None,
@@ -58,6 +77,8 @@ def convert(
         checkpoints: checkpoints of one run; files that hold weights are verified first.
         output: must not exist; it is written atomically. A directory made from the same checkpoints is kept.
         dtype: "float32", "bfloat16" or "float16".
+        keep_attention_scale: write `scale_attn_by_inverse_layer_idx` as a setting, instead of folding the scale into
+            the weights. Most runtimes, and transformers before 5.4, ignore the setting.
         max_shard_bytes: maximum size of a safetensors file.
         memory_cap_bytes: memory limit of this process, everything included.
         sequences: validation sequences to run both models on; by default those of the run's own evaluation, or
@@ -69,41 +90,46 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}.")
-    source = [{"step": checkpoint.step, "files": checkpoint.files} for checkpoint in checkpoints]
-    if (output / CERTIFICATE).is_file():
-        done = read_certificate(output)
-        if (done["source"], done["dtype"]) == (source, dtype):
-            return done
-    weights = _open(checkpoints)
+    require_transformers()
     newest = checkpoints[-1]
     run = newest.run
     recipe = load_recipe(run.recipe)
+    scale = (KEPT if keep_attention_scale else FOLDED) if recipe.model.scale_attn_by_inverse_layer_idx else NO_SCALE
+    source = [{"step": checkpoint.step, "files": checkpoint.files} for checkpoint in checkpoints]
+    if (output / CERTIFICATE).is_file():
+        done = read_certificate(output)
+        if (done["source"], done["dtype"], done.get("attention_scale")) == (source, dtype, scale):
+            return done
+    weights = _open(checkpoints)
     parameters = sum(shape.numel() for shape in weights.shapes.values())
     make_directory(output.parent)
     require_free_space(output.parent, parameters * DTYPES[dtype].itemsize, "the converted model")
+    written = weights if scale != FOLDED else _Folded(weights, recipe.model.n_embd)
     with publish_directory(output) as unfinished:
-        copy_tokenizer(run.tokenizer, unfinished)
-        config = _write_configs(unfinished, recipe, Encoder(unfinished).eos_id, dtype)
-        _check_parameters(config, set(weights.shapes))
-        _require_memory(config, memory_cap_bytes)
-        tensors, files = write_weights(unfinished, weights, DTYPES[dtype], max_shard_bytes, _shown("converting"))
+        write_tokenizer(run.tokenizer, unfinished, recipe.model.seq_len)
+        model = _write_configs(unfinished, recipe, Encoder(unfinished).eos_id, dtype, scale)
+        _check_parameters(unfinished, set(weights.shapes))
+        _require_memory(model, memory_cap_bytes)
+        tensors, files = write_weights(unfinished, written, DTYPES[dtype], max_shard_bytes, _shown("converting"))
         certificate: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "kind": "certificate",
             "versions": versions(),
             "source": source,
             "dtype": dtype,
+            "attention_scale": scale,
             "parameters": parameters,
             "tied": dict(weights.tied),
             "tensors": {name: proof.as_json() for name, proof in tensors.items()},
         }
-        problems = check_tensors(unfinished, certificate)
+        problems = check_tensors(unfinished, certificate) or find_contradictions(unfinished)
         if problems:
             raise CheckpointError(f"{newest.path}: verification failed, nothing was written: {problems[0]}.")
         memory.manage_freed_memory(scarce=True)  # until here, freed blocks are better kept for reuse
         same_weights = all(proof.master == proof.written for proof in tensors.values())
+        same_model = same_weights and model == GPT2.of_recipe(recipe.model)
         compared, total = _compare(
-            None if same_weights else weights, unfinished, config, recipe, memory_cap_bytes, sequences
+            None if same_model else weights, unfinished, model, recipe, memory_cap_bytes, sequences
         )
         certificate["forward"] = compared and asdict(compared)
         certificate["engine"] = _engine(checkpoints, compared, total)
@@ -137,6 +163,23 @@ class _Mean:
             part.leave_cache()
 
 
+class _Folded:
+    """Weights with the attention scale divided into the queries, in fp32."""
+
+    def __init__(self, weights: Weights, n_embd: int) -> None:
+        self._weights, self._n_embd = weights, n_embd
+        self.shapes, self.tied = weights.shapes, weights.tied
+
+    def read(self, name: str, what: str = FP32, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read elements of a folded weight."""
+        assert what == FP32
+        return fold(name, self._weights.read(name, what, start, stop), self._n_embd, start)
+
+    def leave_cache(self) -> None:
+        """Drop from the page cache what has been read."""
+        self._weights.leave_cache()
+
+
 def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
     """Verify the files that hold weights, and open them. Raises CheckpointError."""
     opened = []
@@ -158,23 +201,23 @@ def _shown(what: str) -> Callable[[Sequence[str]], Iterator[str]]:
     return lambda names: progress(names, what, len(names), "tensor")
 
 
-def _write_configs(directory: Path, recipe: Recipe, eos_id: int, dtype: str) -> Any:
+def _write_configs(directory: Path, recipe: Recipe, eos_id: int, dtype: str, scale: str) -> GPT2:
+    """Write config.json and generation_config.json. Returns the model that config.json describes, as read back."""
     from transformers import GenerationConfig, GPT2Config
 
-    config = GPT2Config(
-        **recipe.model.hugging_face_config(eos_id), architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype]
-    )
-    config.save_pretrained(directory)
+    settings = recipe.model.hugging_face_config(eos_id)
+    settings["scale_attn_by_inverse_layer_idx"] = scale == KEPT
+    GPT2Config(**settings, architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype]).save_pretrained(directory)
     GenerationConfig(bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id).save_pretrained(directory)
-    return config
+    return GPT2.of_config(read_json(directory / CONFIG, "model configuration"), str(directory / CONFIG))
 
 
-def _check_parameters(config: Any, held: set[str]) -> None:
+def _check_parameters(directory: Path, held: set[str]) -> None:
     """Check that the checkpoint's parameter names are exactly those of the configured model."""
     from transformers import GPT2LMHeadModel
 
     with torch.device("meta"):
-        network = GPT2LMHeadModel(config)
+        network = GPT2LMHeadModel(load_config(directory))
     expected = {name for name, _ in network.named_parameters()}
     if expected != held:
         missing, extra = sorted(expected - held), sorted(held - expected)
@@ -183,9 +226,9 @@ def _check_parameters(config: Any, held: set[str]) -> None:
         )
 
 
-def _require_memory(config: Any, memory_cap_bytes: int) -> None:
+def _require_memory(model: GPT2, memory_cap_bytes: int) -> None:
     """Raise ConfigError if verifying a single sequence would exceed the memory limit."""
-    needed = memory.resident_bytes() + _proof_bytes(config)
+    needed = memory.resident_bytes() + _proof_bytes(model)
     if needed > memory_cap_bytes:
         raise ConfigError(
             f"--memory-cap {memory_cap_bytes / 1e9:.2f}GB: this model needs {needed / 1e9:.2f} GB, of which "
@@ -193,23 +236,23 @@ def _require_memory(config: Any, memory_cap_bytes: int) -> None:
         )
 
 
-def _proof_bytes(config: Any) -> int:
+def _proof_bytes(model: GPT2) -> int:
     """Return the bytes needed to verify one sequence or to hold the blocks of weights being written."""
-    activations = int(config.n_positions) * activation_bytes_per_token(config)
-    return max(activations + largest_weight_bytes(config), 4 * 4 * BLOCK_ELEMENTS)
+    activations = model.n_positions * activation_bytes_per_token(model)
+    return max(activations + largest_weight_bytes(model), 4 * 4 * BLOCK_ELEMENTS)
 
 
 def _compare(
     weights: Weights | None,
     directory: Path,
-    config: Any,
+    model: GPT2,
     recipe: Recipe,
     memory_cap_bytes: int,
     wanted: int | None,
 ) -> tuple[Comparison | None, int]:
-    """Run both models on validation sequences. Returns their comparison and the size of the engine's evaluation.
+    """Run the models on validation sequences. Returns their comparison and the size of the engine's evaluation.
 
-    The comparison is None without shards. Without `weights`, only the converted model is run: it has the same bits.
+    The comparison is None without shards. Without `weights`, only the converted model is run: it is the same.
     """
     try:
         valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).valid
@@ -220,7 +263,7 @@ def _compare(
     count = min(total, wanted) if wanted is not None else total
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted is None and device.type == "cpu":
-        models = 1 if weights is None else 2
+        models = 2 if weights is None else 3  # the converted one is run twice: by plain code and by transformers
         operations = models * 2 * recipe.model.parameters * recipe.model.seq_len  # per sequence
         count = max(1, min(count, int(_CPU_OPERATIONS / operations)))
         if count < total:
@@ -232,12 +275,11 @@ def _compare(
         return None, total
     # The sequences of the evaluation, or an evenly spaced subset of them.
     chosen = validation_sequences(len(valid), recipe.evaluation.sequences)[validation_sequences(total, count)]
-    written = WrittenWeights(directory)
-    free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(config)
-    found = compare(
-        config,
-        None if weights is None else _reader(weights),
-        lambda name, rows=None: written.tensor(name, rows).float(),
+    free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(model)
+    found = compare_models(
+        None if weights is None else (GPT2.of_recipe(recipe.model), _reader(weights)),
+        (model, WrittenWeights(directory).read),
+        load_config(directory),
         valid.batch(chosen),
         free,
         device,
@@ -245,7 +287,7 @@ def _compare(
     return found, total
 
 
-def _reader(weights: Weights) -> Any:
+def _reader(weights: Weights) -> Reader:
     def read(name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         shape = weights.shapes[name]
         if rows is None:
@@ -277,72 +319,30 @@ def _check_losses(checkpoint: Checkpoint, certificate: dict[str, Any], dtype: st
     if forward is None:
         return
     precision = _PRECISIONS[dtype]
-    pairs = [
+    written = forward["loss_written"]
+    problems = []
+    comparisons = [
         (
             "the checkpoint's weights give",
             forward["loss_master"],
             _SAME_WEIGHTS_TOLERANCE if precision == "fp32" else _LOSS_TOLERANCE[precision],
-        )
+        ),
+        ("transformers computes", forward["loss_transformers"], _SAME_WEIGHTS_TOLERANCE),
     ]
     if engine["not_compared"] is None:
         tolerance = max(_LOSS_TOLERANCE[checkpoint.precision], _LOSS_TOLERANCE[precision])
-        pairs.append(("the engine's was", engine["loss_valid"], tolerance))
-    for what, expected, tolerance in pairs:
-        if not abs(forward["loss_written"] - expected) <= tolerance:  # negated, so that NaN fails
-            raise CheckpointError(
-                f"{checkpoint.path}: the converted model's validation loss is {forward['loss_written']:.6f}, but "
-                f"{what} {expected:.6f} (tolerance {tolerance}). Nothing was written."
+        comparisons.append(("the engine's was", engine["loss_valid"], tolerance))
+    for what, expected, tolerance in comparisons:
+        if not abs(written - expected) <= tolerance:  # negated, so that NaN fails
+            problems.append(
+                f"the converted model's validation loss is {written:.6f}, but {what} {expected:.6f} (tolerance "
+                f"{tolerance})"
             )
-
-
-def write_model_card(
-    directory: Path, run: RunDirectory, checkpoints: Sequence[Checkpoint], certificate: dict[str, Any]
-) -> None:
-    """Write README.md, which the Hub shows."""
-    newest, forward = checkpoints[-1], certificate["forward"]
-    recipe = load_recipe(run.recipe)
-    steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in checkpoints)
-    rows = [
-        ("parameters", f"{certificate['parameters']:,}"),
-        ("layers, heads, width", f"{recipe.model.n_layer}, {recipe.model.n_head}, {recipe.model.n_embd}"),
-        ("vocabulary", f"{recipe.model.vocab_size:,} (byte-level BPE)"),
-        ("context", f"{recipe.model.seq_len:,} tokens"),
-        ("optimizer steps", steps if len(checkpoints) == 1 else f"the mean of the weights after {steps}"),
-        ("tokens seen", f"{newest.samples_seen * recipe.model.seq_len:,}"),
-        ("trained in", f"{newest.precision}, ZeRO stage {newest.zero_stage}, {newest.world_size} ranks"),
-        ("weights here", certificate["dtype"]),
-    ]
-    if forward is not None:
-        rows.append(
-            ("validation loss", f"{forward['loss_written']:.4f} nats per token, {forward['sequences']} sequences")
-        )
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    (directory / "README.md").write_text(
-        f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- code
-- gpt2
-- codeparrot-ds
----
-
-# {recipe.name}
-
-A GPT-2 model of source code, trained from scratch with codeparrot-ds.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import pipeline
-
-complete = pipeline("text-generation", "PATH_OR_REPOSITORY")
-print(complete("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])
-```
-
-`{CERTIFICATE}` holds the digest of every tensor, that of the fp32 weights in the checkpoint it was converted from, and
-the losses of both. `codeparrot-ds convert --check DIRECTORY` verifies these files against it.
-"""
-    )
+    differences = {"transformers'": forward["largest_transformers_difference"]}
+    if precision == "fp32":
+        differences["the checkpoint's"] = forward["largest_logit_difference"]
+    for whose, difference in differences.items():
+        if not agree(difference, forward["largest_logit"]):
+            problems.append(f"the converted model's logits differ from {whose} by up to {difference:.2g}")
+    if problems:
+        raise CheckpointError(list_problems(str(checkpoint.path), problems, "Nothing was written."))

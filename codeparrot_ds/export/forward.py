@@ -1,39 +1,46 @@
-"""Run GPT-2 with weights that are read layer by layer, so that models larger than memory can be compared."""
+"""Compare what models compute: logits and losses of weights that are read layer by layer.
 
-import itertools
+Models larger than memory can be compared. Each is run by the plain code of `gpt2`; the written one also by
+transformers, which most users will run it with.
+"""
+
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-_EMBEDDING = "transformer.wte.weight"
+from codeparrot_ds.export.gpt2 import EMBEDDING, Prefetch, Reader, hidden_states
+from codeparrot_ds.export.written import WrittenWeights
+from codeparrot_ds.run.gpt2 import GPT2
+from codeparrot_ds.system.files import read_json
+
+_CHECKED_TOKENS = 128
 _HEAD_ROWS = 4096  # vocabulary rows whose logits are computed together
-
-
-class Reader(Protocol):
-    """Reader of weights, in fp32 on the CPU."""
-
-    def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return a parameter in its shape; `rows` (first, end) selects rows, `end` excluded."""
+_Run = tuple[Reader, Callable[[torch.Tensor], torch.Tensor]]  # reads the head's weights; ids -> last hidden state
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of two models' outputs on the same sequences. Losses are nats per token.
+    """Comparison of models on the same sequences, all in fp32. Losses are nats per token.
 
     Attributes:
-        same_weights: whether the weights are bit-equal, so that only one model was run.
+        same_weights: whether checkpoint and result have the same bits and configuration, so that they were run once.
         sequences: number of sequences compared.
         tokens: number of targets in them.
         loss_master: loss with the checkpoint's weights.
-        loss_written: loss with the weights that were written.
-        largest_logit_difference: maximum over all positions and token ids.
-        same_prediction: fraction of positions at which both predict the same token.
+        loss_written: loss with the weights and the configuration that were written.
+        loss_transformers: loss of the same according to transformers.
+        largest_logit_difference: checkpoint to result; maximum over all positions and token ids.
+        largest_transformers_difference: the same, between the plain code and transformers.
+        largest_logit: largest absolute value of any logit of the result.
+        same_prediction: fraction of positions at which checkpoint and result predict the same token.
     """
 
     same_weights: bool
@@ -41,61 +48,124 @@ class Comparison:
     tokens: int
     loss_master: float
     loss_written: float
+    loss_transformers: float
     largest_logit_difference: float
+    largest_transformers_difference: float
+    largest_logit: float
     same_prediction: float
 
 
-def compare(
-    config: Any, master: Reader | None, written: Reader, ids: np.ndarray, memory_bytes: int, device: torch.device
+def compare_models(
+    master: tuple[GPT2, Reader] | None,
+    written: tuple[GPT2, Reader],
+    config: Any,
+    ids: np.ndarray,
+    memory_bytes: int,
+    device: torch.device,
 ) -> Comparison:
-    """Run both models over `ids` and compare logits and losses.
+    """Run the models over `ids` and compare logits and losses.
 
     Args:
-        config: `transformers.GPT2Config` of both models.
-        master: reads the checkpoint's weights; None if the converted weights are bit-equal to them.
-        written: reads the converted weights.
+        master: the checkpoint's model and its weights; None if they are equal to `written`.
+        written: the converted model and its weights.
+        config: `transformers.GPT2Config` of the converted model.
         ids: token ids, [sequences, seq_len + 1] int64.
         memory_bytes: memory for activations; at least one sequence is run at a time.
         device: device to compute on, in fp32.
     """
+    models = [written] if master is None else [master, written]
+    runs: list[_Run] = [(read, partial(hidden_states, model, read)) for model, read in models]
+    runs.append((written[1], partial(_transformers_hidden_states, config, written[1])))
     count, seq_len = len(ids), ids.shape[1] - 1
-    at_once = max(1, min(count, memory_bytes // (seq_len * activation_bytes_per_token(config))))
-    readers = [written] if master is None else [master, written]
-    losses = torch.zeros(len(readers), dtype=torch.float64)
-    largest, same = 0.0, 0
+    at_once = max(1, min(count, memory_bytes // (seq_len * activation_bytes_per_token(written[0]))))
+    losses = torch.zeros(len(runs), dtype=torch.float64)
+    differences, largest, same = np.zeros(len(runs) - 1), 0.0, 0
     for start in range(0, count, at_once):
         batch = torch.from_numpy(ids[start : start + at_once]).to(device)
-        hidden = [_hidden(config, read, batch[:, :-1]) for read in readers]
-        found = _compare_heads(config, readers, hidden, batch[:, 1:].flatten())
-        losses += found[0]
-        largest = max(largest, found[1]) if not math.isnan(found[1]) else math.nan
-        same += found[2]
+        found = _compare_heads(written[0].vocab_size, runs, batch)
+        losses += found.losses
+        differences = np.maximum(differences, found.differences)  # NaN stays NaN
+        largest = max(largest, found.largest)
+        same += found.same_predictions
     tokens = count * seq_len
-    found_losses = (losses / tokens).tolist()
-    return Comparison(master is None, count, tokens, found_losses[0], found_losses[-1], largest, same / tokens)
-
-
-def activation_bytes_per_token(config: Any) -> int:
-    """Return the activation bytes per token: residual streams of both models, and the MLP at four times the width."""
-    return 4 * (20 * int(config.n_embd) + 4 * _HEAD_ROWS)
-
-
-def largest_weight_bytes(config: Any) -> int:
-    """Return the bytes of weights in memory together: the embedding or two weights of a block, and one prefetched."""
-    return 4 * (
-        max(int(config.vocab_size) * int(config.n_embd), 8 * int(config.n_embd) ** 2) + 4 * int(config.n_embd) ** 2
+    mean = (losses / tokens).tolist()
+    return Comparison(
+        same_weights=master is None,
+        sequences=count,
+        tokens=tokens,
+        loss_master=mean[0],
+        loss_written=mean[-2],
+        loss_transformers=mean[-1],
+        largest_logit_difference=0.0 if master is None else float(differences[0]),
+        largest_transformers_difference=float(differences[-1]),
+        largest_logit=largest,
+        same_prediction=1.0 if master is None else same / tokens,
     )
 
 
+def check_transformers(directory: Path) -> str:
+    """Compare transformers' logits with those of the plain code, on one sequence of random ids.
+
+    Returns what is wrong and how to mend it; empty if they agree. Raises DataError if the directory cannot be read.
+    """
+    from transformers import __version__
+
+    where = directory / "config.json"
+    model = GPT2.of_config(read_json(where, "model configuration"), str(where))
+    written = WrittenWeights(directory)
+    seq_len = min(model.n_positions, _CHECKED_TOKENS)
+    ids = np.random.default_rng(0).integers(model.vocab_size, size=(1, seq_len + 1))
+    found = compare_models(None, (model, written.read), load_config(directory), ids, 0, torch.device("cpu"))
+    if agree(found.largest_transformers_difference, found.largest_logit):
+        return ""
+    scale = "scale_attn_by_inverse_layer_idx" if model.scale_by_layer else ""
+    mend = (
+        f"It may ignore {scale}, as versions before 5.4 do: install transformers>=5.4, or convert the checkpoint again "
+        "without --keep-attention-scale."
+        if scale
+        else "Use another version."
+    )
+    return (
+        f"transformers {__version__} computes another model than these weights and this config.json describe: logits "
+        f"differ by up to {found.largest_transformers_difference:.2g}. {mend}"
+    )
+
+
+def agree(difference: float, largest_logit: float) -> bool:
+    """Whether two fp32 computations of a logit differ by rounding only.
+
+    Measured for up to 48 layers: rounding 1.3e-6 of the largest logit. An ignored attention scale changes the logits of
+    an untrained model of four layers by 1.5e-3 of it, those of larger or trained models by more.
+    """
+    return difference <= 1e-5 * max(1.0, largest_logit)  # false for NaN
+
+
+def activation_bytes_per_token(model: GPT2) -> int:
+    """Return the activation bytes per token: hidden states, an MLP at four times their size, scores and logits."""
+    return 4 * (20 * model.n_embd + 3 * model.n_positions + 6 * _HEAD_ROWS)
+
+
+def largest_weight_bytes(model: GPT2) -> int:
+    """Return the bytes of weights in memory together: the embedding or two weights of a block, and one prefetched."""
+    return 4 * (max(model.vocab_size * model.n_embd, 8 * model.n_embd**2) + 4 * model.n_embd**2)
+
+
+def load_config(directory: Path) -> Any:
+    """Return the `transformers.GPT2Config` in a directory."""
+    from transformers import GPT2Config
+
+    return GPT2Config.from_pretrained(directory, local_files_only=True)
+
+
 @torch.inference_mode()
-def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden state, [sequences, seq_len, n_embd]."""
+def _transformers_hidden_states(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden state, [sequences, seq_len, n_embd], with transformers' default attention."""
     from transformers import GPT2Model
 
     with torch.device("meta"):
         network = GPT2Model(config).eval()
     with ThreadPoolExecutor(1) as reader:
-        ahead = _Ahead(read, [f"transformer.{name}" for name, _ in network.named_parameters()], reader)
+        ahead = Prefetch(read, [f"transformer.{name}" for name, _ in network.named_parameters()], reader)
         for prefix, module in network.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 _read_when_called(module, f"transformer.{prefix}", ahead, ids.device)
@@ -103,25 +173,7 @@ def _hidden(config: Any, read: Reader, ids: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-class _Ahead:
-    """Prefetches each weight while the previous one is in use. `names` is in order of use."""
-
-    def __init__(self, read: Reader, names: Sequence[str], reader: ThreadPoolExecutor) -> None:
-        self._read, self._reader = read, reader
-        self._next = dict(itertools.pairwise(names))
-        self._waiting: dict[str, Future[torch.Tensor]] = {}
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a weight, and start reading the next one."""
-        found = self._waiting.pop(name, None)
-        value = found.result() if found is not None else self._read(name)
-        following = self._next.get(name)
-        if following is not None and not self._waiting:
-            self._waiting[following] = self._reader.submit(self._read, following)
-        return value
-
-
-def _read_when_called(module: nn.Module, prefix: str, ahead: _Ahead, device: torch.device) -> None:
+def _read_when_called(module: nn.Module, prefix: str, ahead: Prefetch, device: torch.device) -> None:
     empty = dict(module.named_parameters(recurse=False))
 
     def fill(*_: Any) -> None:
@@ -137,36 +189,44 @@ def _read_when_called(module: nn.Module, prefix: str, ahead: _Ahead, device: tor
     module.register_forward_hook(drop)
 
 
-@torch.inference_mode()
-def _compare_heads(
-    config: Any, readers: Sequence[Reader], hidden: list[torch.Tensor], targets: torch.Tensor
-) -> tuple[torch.Tensor, float, int]:
-    """Return summed losses per model, the largest logit difference, and the number of equal predictions.
+@dataclass(frozen=True)
+class _Heads:
+    losses: torch.Tensor  # [runs] float64, summed over tokens
+    differences: list[float]  # largest difference of logits between each run and the next
+    largest: float  # absolute value of a logit of the last run
+    same_predictions: int  # of the first run and the last but one
 
-    hidden: [sequences, seq_len, n_embd] per model; targets: [tokens].
-    """
-    flat = [state.flatten(0, 1) for state in hidden]
+
+@torch.inference_mode()
+def _compare_heads(vocab_size: int, runs: Sequence[_Run], batch: torch.Tensor) -> _Heads:
+    """Run all models on a batch, [sequences, seq_len + 1] int64, and compare their logits, a part at a time."""
+    states = [run(batch[:, :-1]).flatten(0, 1) for _, run in runs]
+    targets = batch[:, 1:].flatten()
     tokens = len(targets)
-    normaliser = [torch.full((tokens,), -math.inf, dtype=torch.float64, device=targets.device) for _ in flat]
-    right = [torch.zeros(tokens, dtype=torch.float64, device=targets.device) for _ in flat]
-    best = [torch.full((tokens,), -math.inf, device=targets.device) for _ in flat]
-    predicted = [torch.zeros(tokens, dtype=torch.int64, device=targets.device) for _ in flat]
+    normaliser = [torch.full((tokens,), -math.inf, dtype=torch.float64, device=targets.device) for _ in runs]
+    right = [torch.zeros(tokens, dtype=torch.float64, device=targets.device) for _ in runs]
+    best = [torch.full((tokens,), -math.inf, device=targets.device) for _ in runs]
+    predicted = [torch.zeros(tokens, dtype=torch.int64, device=targets.device) for _ in runs]
+    differences = torch.zeros(len(runs) - 1, device=targets.device)
     largest = torch.zeros((), device=targets.device)
-    for first, last in _rows(int(config.vocab_size)):
-        logits = [
-            state @ read(_EMBEDDING, (first, last)).to(state).T for read, state in zip(readers, flat, strict=True)
-        ]
-        largest = torch.maximum(largest, (logits[0] - logits[-1]).abs().max())  # NaN stays NaN
+    for first, last in _rows(vocab_size):
         here = (targets >= first) & (targets < last)
-        for number, part in enumerate(logits):
-            normaliser[number] = torch.logaddexp(normaliser[number], part.logsumexp(1).double())
-            right[number][here] = part[here].gather(1, targets[here, None] - first)[:, 0].double()
-            value, index = part.max(1)
+        previous = None
+        for number, ((read, _), state) in enumerate(zip(runs, states, strict=True)):
+            logits = state @ read(EMBEDDING, (first, last)).to(state).T
+            if previous is not None:  # NaN stays NaN
+                differences[number - 1] = torch.maximum(differences[number - 1], (logits - previous).abs().max())
+            normaliser[number] = torch.logaddexp(normaliser[number], logits.logsumexp(1).double())
+            right[number][here] = logits[here].gather(1, targets[here, None] - first)[:, 0].double()
+            value, index = logits.max(1)
             better = value > best[number]
             best[number] = torch.where(better, value, best[number])
             predicted[number] = torch.where(better, index + first, predicted[number])
+            previous = logits
+        largest = torch.maximum(largest, logits.abs().max())
     losses = torch.stack([(total - hit).sum() for total, hit in zip(normaliser, right, strict=True)])
-    return losses.cpu(), float(largest), int((predicted[0] == predicted[-1]).sum())
+    same = int((predicted[0] == predicted[-2]).sum())
+    return _Heads(losses.cpu(), differences.tolist(), float(largest), same)
 
 
 def _rows(vocab_size: int) -> Iterator[tuple[int, int]]:

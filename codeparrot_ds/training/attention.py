@@ -55,6 +55,13 @@ def causal_attention(
     return attended.transpose(1, 2), None
 
 
+def set_scale(network: Any) -> None:
+    """Set each block's scale of the attention logits, so that it does not depend on the version of transformers."""
+    for number, block in enumerate(network.transformer.h, start=1):
+        divisor = number if network.config.scale_attn_by_inverse_layer_idx else 1
+        block.attn.scaling = block.attn.head_dim**-0.5 / divisor
+
+
 def share_scale(network: Any, device: torch.device) -> None:
     """Move the per-block factor of the attention scale from a Python number to a tensor.
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ import xxhash
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from codeparrot_ds.errors import CheckpointError, list_problems
 from codeparrot_ds.run.sections import Model
+from codeparrot_ds.system.libraries import require_transformers
 from codeparrot_ds.training import attention
 from codeparrot_ds.training.loss import LossHead
+from codeparrot_ds.training.pretrained import load_pretrained
 
 _INIT_STD = 0.02  # GPT-2's `initializer_range`
 
@@ -47,11 +47,13 @@ def build_model(
         The network, with activation checkpointing set up as in `model`.
 
     Raises:
-        CheckpointError: `model.init_from` is not a GPT-2 directory of this shape.
+        CheckpointError, DataError: `model.init_from` is not a GPT-2 directory of this shape.
+        ConfigError: transformers is too old.
     """
     import deepspeed
     from transformers import GPT2Config
 
+    require_transformers()
     attention.register()
     make = _class_with_loss()
     config = GPT2Config(
@@ -69,13 +71,14 @@ def build_model(
             network = make(config)
         network.to_empty(device=draw_on or "cpu")
     network.tie_weights()
+    attention.set_scale(network)
     network.lm_head.chunk_tokens = loss_chunk_tokens
     if draw_on is not None:
         _draw(network)
     elif model.init_from is None or from_checkpoint:
         initialise(network, model, seed)
     else:
-        load_pretrained(network, model.init_from)
+        load_pretrained(network, model, model.init_from)
     recompute_activations(network, model.activation_checkpointing)
     return network
 
@@ -199,46 +202,6 @@ def _draw(network: nn.Module) -> None:
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, _INIT_STD)
-
-
-def load_pretrained(network: nn.Module, directory: Path) -> None:
-    """Load every parameter from a Hugging Face GPT-2 directory, whether or not partitioned. Raises CheckpointError."""
-    import deepspeed
-    from safetensors import SafetensorError, safe_open
-
-    where: dict[str, Path] = {}  # our parameter name -> file that contains it
-    try:
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    where[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = path
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}).") from None
-    parameters = dict(network.named_parameters())
-    problems = []
-    for name, parameter in parameters.items():
-        if name not in where:
-            problems.append(f"{name} is missing")
-            continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        with safe_open(where[name], "pt") as file:
-            found = file.get_slice(_key_in(file, name)).get_shape()
-        if list(shape) != list(found):
-            problems.append(f"{name}: its shape is {list(found)}, but the recipe's model needs {list(shape)}")
-    if problems:
-        shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])]
-        fix = "Use a Hugging Face GPT-2 directory with safetensors, and set the recipe's model section to its shape."
-        raise CheckpointError(list_problems(f"{directory} (model.init_from)", shown, fix))
-    for name, parameter in parameters.items():
-        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
-            if parameter.numel() > 0:
-                with safe_open(where[name], "pt") as file:
-                    parameter.copy_(file.get_tensor(_key_in(file, name)))
-
-
-def _key_in(file: Any, name: str) -> str:
-    """Return the key of parameter `name` in the file: files of a bare GPT2Model omit the `transformer.` prefix."""
-    return name if name in file.keys() else name.removeprefix("transformer.")  # noqa: SIM118 (not a dict)
 
 
 def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from codeparrot_ds.run.sections import Model
 from codeparrot_ds.system.files import digest_file
 from tests.conftest import ROOT, Trained
 from tests.hub_server import TOKEN, Fault, serve
+from tests.integration.test_meaning import folded
 
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
@@ -50,9 +51,12 @@ def converted(baseline: Trained, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_certificate_says_what_transformers_computes(baseline: Trained, converted: Path) -> None:
     certificate = check(converted)
     forward = certificate["forward"]
-    assert forward["same_weights"]
-    assert forward["loss_master"] == forward["loss_written"]
-    assert (forward["largest_logit_difference"], forward["same_prediction"]) == (0.0, 1.0)
+    assert certificate["attention_scale"] == "folded"
+    assert not forward["same_weights"]  # the scale is in them
+    assert abs(forward["loss_master"] - forward["loss_written"]) < 1e-6
+    assert abs(forward["loss_transformers"] - forward["loss_written"]) < 1e-6
+    assert forward["largest_logit_difference"] < 1e-5
+    assert forward["same_prediction"] == 1.0
     assert certificate["engine"]["not_compared"] is None
     assert abs(forward["loss_written"] - certificate["engine"]["loss_valid"]) < 1e-4
     assert certificate["engine"]["loss_valid"] == baseline.valid_losses()[6]
@@ -74,7 +78,9 @@ def test_a_result_in_another_type_is_compared_with_the_masters(baseline: Trained
         assert 0 < abs(forward["loss_master"] - forward["loss_written"]) < 2e-2
         assert 0 < forward["largest_logit_difference"] < 1
         tensors = load_file(tmp_path / dtype / "model.safetensors")
-        assert all(torch.equal(tensors[name], value.to(getattr(torch, dtype))) for name, value in masters.items())
+        assert all(
+            torch.equal(tensors[name], folded(name, value).to(getattr(torch, dtype))) for name, value in masters.items()
+        )
         assert check(tmp_path / dtype) == certificate
 
 
@@ -85,7 +91,9 @@ def test_checkpoints_are_averaged(baseline: Trained, tmp_path: Path) -> None:
     parts = [dict(ZeroCheckpoint(checkpoint).tensors()) for checkpoint in found]
     mean = load_file(tmp_path / "mean" / "model.safetensors")
     for name in mean:
-        assert torch.equal(mean[name], torch.stack([part[name].double() for part in parts]).mean(0).float())
+        assert torch.equal(
+            mean[name], folded(name, torch.stack([part[name].double() for part in parts]).mean(0).float())
+        )
     assert [source["step"] for source in certificate["source"]] == [checkpoint.step for checkpoint in found]
     assert "mean" in certificate["engine"]["not_compared"]
 
@@ -167,7 +175,7 @@ def test_a_model_that_is_not_what_the_engine_trained_is_refused(
     right = Model.hugging_face_config
 
     def wrong(self: Model, eos_id: int) -> dict[str, Any]:
-        return {**right(self, eos_id), "activation_function": "relu"}
+        return {**right(self, eos_id), "layer_norm_epsilon": 0.1}
 
     monkeypatch.setattr(Model, "hugging_face_config", wrong)
     with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, but the engine's was \d\.\d+"):

@@ -129,8 +129,15 @@ def test_a_missing_file_is_named(run: RunDirectory) -> None:
 
 
 def test_a_conversion_whose_loss_differs_or_is_no_number_fails(run: RunDirectory) -> None:
-    def losses(master: float, written: float) -> dict[str, Any]:
-        forward = {"loss_master": master, "loss_written": written}
+    def losses(master: float, written: float, logits: float = 0.0, transformers: float = 0.0) -> dict[str, Any]:
+        forward = {
+            "loss_master": master,
+            "loss_written": written,
+            "loss_transformers": written + transformers,
+            "largest_logit_difference": logits,
+            "largest_transformers_difference": abs(transformers),
+            "largest_logit": 10.0,
+        }
         return {"forward": forward, "engine": {"loss_valid": 5.0, "not_compared": None}}
 
     checkpoint = publish(run, 1)
@@ -140,5 +147,12 @@ def test_a_conversion_whose_loss_differs_or_is_no_number_fails(run: RunDirectory
         with pytest.raises(CheckpointError, match="Nothing was written"):
             _check_losses(checkpoint, losses(loss, loss), "float32")
     for loss in (5.0001, math.nan):
-        with pytest.raises(CheckpointError, match=r"the checkpoint's weights give.*Nothing was written"):
+        with pytest.raises(CheckpointError, match=r"(?s)the checkpoint's weights give.*Nothing was written"):
             _check_losses(checkpoint, losses(5.0, loss), "float32")
+    _check_losses(checkpoint, losses(5.0, 5.0, logits=9e-5), "float32")  # rounding, of logits up to 10
+    for logits in (1.1e-4, math.nan):
+        with pytest.raises(CheckpointError, match=r"logits differ from the checkpoint's by up to"):
+            _check_losses(checkpoint, losses(5.0, 5.0, logits=logits), "float32")
+    _check_losses(checkpoint, losses(5.0, 5.0, logits=0.1), "bfloat16")
+    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*transformers computes 5.0.*transformers' by up to"):
+        _check_losses(checkpoint, losses(5.0, 5.0, transformers=2e-4), "bfloat16")

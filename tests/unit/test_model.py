@@ -1,15 +1,12 @@
 """Initial weights and parameter groups of the plain model; tests/integration tests them under ZeRO."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.run.sections import Model
 from codeparrot_ds.training.loss import LossHead
@@ -143,25 +140,3 @@ def test_selective_checkpointing_spares_every_second_block() -> None:
     )
     checkpointed = [block.gradient_checkpointing for block in network.transformer.h]
     assert checkpointed == [i % 2 == 0 for i in range(len(checkpointed))]
-
-
-@pytest.mark.parametrize("bare", [False, True])
-def test_a_model_starts_from_a_hugging_face_directory(tmp_path: Path, bare: bool) -> None:
-    source: Any = build_model(TINY, eos_id=0, seed=3)
-    plain: Any = transformers.GPT2LMHeadModel(source.config)
-    plain.load_state_dict(source.state_dict())
-    (plain.transformer if bare else plain).save_pretrained(tmp_path / "gpt2", max_shard_size="50KB")
-    started: Any = build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "gpt2"}), 0, 1)
-    for (name, ours), (_, theirs) in zip(started.named_parameters(), source.named_parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert started.lm_head.weight is started.transformer.wte.weight
-
-
-def test_a_directory_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
-    wider = Model.model_validate({**TINY.model_dump(), "n_embd": 2 * TINY.n_embd})
-    plain: Any = transformers.GPT2LMHeadModel(build_model(wider, eos_id=0, seed=3).config)
-    plain.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match=r"transformer\.wte\.weight: its shape is"):
-        build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "gpt2"}), 0, 1)
-    with pytest.raises(CheckpointError, match="is missing"):
-        build_model(Model.model_validate({**TINY.model_dump(), "init_from": tmp_path / "nowhere"}), 0, 1)
