@@ -28,8 +28,8 @@ from codeparrot_ds.export.forward import (
     largest_weight_bytes,
     load_config,
 )
-from codeparrot_ds.export.gpt2 import Reader
 from codeparrot_ds.export.model_card import write_model_card
+from codeparrot_ds.export.plain_gpt2 import Reader
 from codeparrot_ds.export.statements import CONFIG, find_contradictions
 from codeparrot_ds.export.tokenizer import write_tokenizer
 from codeparrot_ds.export.write import BLOCK_ELEMENTS, Weights, write_weights

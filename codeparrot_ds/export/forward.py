@@ -1,6 +1,6 @@
 """Compare what models compute: logits and losses of weights that are read layer by layer.
 
-Models larger than memory can be compared. Each is run by the plain code of `gpt2`; the written one also by
+Models larger than memory can be compared. Each is run by the plain code of `plain_gpt2`; the written one also by
 transformers, which most users will run it with.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from codeparrot_ds.export.gpt2 import EMBEDDING, Prefetch, Reader, hidden_states
+from codeparrot_ds.export.plain_gpt2 import EMBEDDING, Prefetch, Reader, hidden_states
 from codeparrot_ds.export.written import WrittenWeights
 from codeparrot_ds.run.gpt2 import GPT2
 from codeparrot_ds.system.files import read_json
