@@ -21,7 +21,7 @@ import numpy as np
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 from codeparrot_ds.hosts.lifeline import Lifeline
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.ds_config import load_ds_config, resolve, swap_directory
+from codeparrot_ds.run.ds_config import load_ds_config, nvme_path, resolve
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.system.files import write_json
@@ -141,7 +141,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
         draw_on=ranks.device if draw_weights else None,
     )
     sizes = [getattr(p, "ds_numel", p.numel()) for p in network.parameters()]
-    parameters, swap = sum(sizes), swap_directory(ds_config)
+    parameters, swap = sum(sizes), nvme_path(ds_config)
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())

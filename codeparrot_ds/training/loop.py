@@ -267,7 +267,7 @@ class Trainer:
     def load(self, checkpoint: Checkpoint) -> None:
         """Resume from `checkpoint`. Collective: all ranks must call."""
         self.watchdog.beat(f"loading {checkpoint.path.name}", 10.0)
-        checkpoints.load(self.engine, checkpoint, self.checkpoint(), self.ranks)
+        checkpoints.load_checkpoint(self.engine, checkpoint, self.checkpoint(), self.ranks)
         self.step = self._saved_step = checkpoint.step
         self._skipped = SkippedSteps(self.recipe.guards.max_skipped_steps, self.engine.skipped_steps)
         self._spikes = SpikeDetector(self.recipe.guards.spike_threshold)

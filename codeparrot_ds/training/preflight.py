@@ -24,10 +24,10 @@ from codeparrot_ds.hosts.hostfile import check_launch_command
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
     load_ds_config,
+    nvme_path,
     offload_device,
     resolve,
     swap_bytes_per_parameter,
-    swap_directory,
 )
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
@@ -80,7 +80,7 @@ def check_shards(recipe: Recipe) -> Dataset:
 def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int) -> None:
     """Raise ConfigError unless this host's disks have enough space for the files that the run writes from `step` on."""
     recipe = checked.recipe
-    swap = swap_directory(checked.ds_config)
+    swap = nvme_path(checked.ds_config)
     needs: list[tuple[Path, int, str]] = []
     if ranks.is_fs_leader:
         to_come = checkpoints_to_come(recipe, step, len(checked.run.checkpoint_directories()))
