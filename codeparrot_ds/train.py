@@ -189,7 +189,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
             _write_finished(run, resume_from, ranks)
         return True
     for op in required_ops(ds_config):
-        log.info("DeepSpeed's %s operator is compiled unless this machine has done so before; this takes minutes.", op)
+        log.info("compiling DeepSpeed's %s operator unless it is built already; this takes minutes", op)
     facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
     def on_hang(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The `codeparrot-ds convert` and `push` verbs."""
+"""The `codeparrot-ds convert` and `push` commands."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from codeparrot_ds.errors import ConfigError
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Run directory or one checkpoint; with --check, a converted model.")],
     output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to create.")] = None,
-    tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    tag: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     average: Annotated[int, typer.Option(help="Average the weights of the last N checkpoints.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one safetensors file.")] = "5GB",
@@ -21,7 +21,8 @@ def convert_command(
     sequences: Annotated[
         int | None,
         typer.Option(
-            help="Validation sequences to verify the model on; all by default, fewer without a GPU (a few minutes).",
+            help="Number of validation sequences to verify the model on. Default: all; without a GPU, at most as many "
+            "as take a few minutes.",
             min=0,
         ),
     ] = None,

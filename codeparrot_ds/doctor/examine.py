@@ -134,9 +134,9 @@ class _Probe:
             self._process.stdin.write(json.dumps([command, argument]).encode() + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-            answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words(timer)}
+            answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_error(timer)}
         except (OSError, ValueError) as error:
-            answer = {"error": self._last_words(timer) or str(error)}
+            answer = {"error": self._last_error(timer) or str(error)}
         finally:
             timer.cancel()
         if command == "facts" and "error" not in answer:
@@ -146,7 +146,7 @@ class _Probe:
             answer["skew_seconds"] = float(answer["time"]) - min(max(float(answer["time"]), asked), now)
         return answer
 
-    def _last_words(self, timer: threading.Timer) -> str:
+    def _last_error(self, timer: threading.Timer) -> str:
         self._process.kill()
         _, errors = self._process.communicate()
         lines = errors.decode(errors="replace").strip().splitlines()

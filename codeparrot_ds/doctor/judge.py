@@ -183,7 +183,7 @@ def _judge_slots(report: HostReport, facts: Mapping[str, Any], expected: Expecte
         report.bad(
             "slots",
             f"{slots} of {gpus}",
-            f"the hostfile gives it slots={slots}, but it has {gpus} GPUs: lower its slots.",
+            f"its hostfile entry has slots={slots}, but it has {gpus} GPUs: lower its slots.",
         )
     else:
         report.good("slots", str(slots) if expected.cpu else f"{slots} of {gpus}")

@@ -1,4 +1,4 @@
-"""Run a verb on all hosts of a hostfile. Each host takes slices of the work; others take over those of a lost host."""
+"""Run a command on all hosts of a hostfile, each on slices of the work. The others take the slices of a lost host."""
 
 import os
 import shlex

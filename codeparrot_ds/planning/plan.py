@@ -144,12 +144,12 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
     host = {"processes": ranks_here * _PROCESS_BYTES}
     if recipe.checkpoints.background and offload_device(ds_config) != "nvme":
         partitions, rank_0s = checkpoint_bytes(sum(layout.groups), layout.stage, layout.precision)
-        host["copy of a checkpoint"] = partitions * ranks_here // ranks + rank_0s
+        host["checkpoint copy"] = partitions * ranks_here // ranks + rank_0s
     if memory.on_host:
         host["offloaded"] = ranks_here * sum(memory.on_host.values())
     if nvme:
         largest = max(tensor.elements for tensor in layout.parameters) // ranks
-        host["buffers of the disk"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
+        host["NVMe buffers"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
     if layout.stage < 3:  # each rank builds the model in host memory, in fp32
         building = 4 * sum(layout.groups) * ranks_here
         host["building the model"] = max(0, building - sum(host.values()) + host["processes"])

@@ -20,7 +20,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  #
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, [n] uint64 -> [n] uint64: every output bit depends on every input bit."""
+    """splitmix64's finalizer, [n] uint64 -> [n] uint64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))

@@ -44,7 +44,7 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
             if sources:
                 problem = _transfer(checkpoint, name, sources[0], ranks, name in lacking_here)
             else:
-                problem = f"{checkpoint.path / name}: is gone from all disks since it was looked at"
+                problem = f"{checkpoint.path / name}: has disappeared from all disks since it was checked"
             if problem is not None:
                 failure = CheckpointError(problem)
     ranks.agree(failure)
@@ -83,7 +83,7 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
         if not wanted:
             return None
         if failure is None and (file is None or digest.hexdigest() != entry["xxh3_128"]):
-            failure = f"{path}: could not be written here, or could not be read on its source host"
+            failure = f"{path}: could not be written here, or not read on the host that sent it"
         if failure is None:
             flush_to_disk(beside)
             beside.rename(path)

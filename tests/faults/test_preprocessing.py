@@ -350,7 +350,7 @@ def test_schedulers_share_out_the_work_by_their_environment(
     left = 8
     for index in reversed(range(len(parts))):
         done = shards(*small.command(output, "--workers", "1"), **parts[index])
-        assert f"slice {index}/{len(parts)} of the work, set by the scheduler's environment" in done.stderr
+        assert f"building only slice {index}/{len(parts)}, as set by the scheduler's environment" in done.stderr
         left -= len(range(index, 8, len(parts)))
         if left:
             expect_others(done, output, left)

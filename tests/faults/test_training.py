@@ -171,10 +171,10 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undistu
     assert done.returncode not in (0, EXIT_PREEMPTED)
     status = run.status()
     assert status["state"] == "failed"
-    assert status["error"] == "rank 0 hung in step 3: no progress within guards.hang_seconds"
+    assert status["error"] == "rank 0 hung during step 3: no progress within guards.hang_seconds"
     log = run.log(0)
-    assert "hung in step 3" in log
-    stacks = log.split("hung in step 3")[1]
+    assert "hung during step 3" in log
+    stacks = log.split("hung during step 3")[1]
     assert "in train_step" in stacks and "in _watch" in stacks  # the stacks of the main thread and of the watchdog
     assert run.newest() == 2
     expect_finished(run, undisturbed[3])

@@ -254,7 +254,7 @@ def test_offload_trains_after_saying_that_it_builds_an_operator(
 ) -> None:
     done = forked("--module", "codeparrot_ds.train", offload_recipe)
     assert done.returncode == 0, done.output
-    assert "DeepSpeed's cpu_adam operator is compiled" in done.output
+    assert "compiling DeepSpeed's cpu_adam operator" in done.output
     status = json.loads((Path(tiny_recipe["runs"]) / "tiny" / "status.json").read_text())
     assert status["loss_valid"] < math.log(VOCAB_SIZE) - 0.3
 

@@ -99,8 +99,8 @@ def test_equal_runs_are_the_same_to_the_bit(make: Make) -> None:
     assert found.loss_valid.steps == 2
     rows = dict(as_rows(found))
     assert rows["data"] == "same digests at all 40 common steps"
-    assert rows["training loss"] == "bit-equal at all 40 common steps"
-    assert rows["validation loss"] == "bit-equal at all 2 common steps"
+    assert rows["training loss"] == "bit-identical at all 40 common steps"
+    assert rows["validation loss"] == "bit-identical at all 2 common steps"
     assert rows["verdict"] == "same data, equal losses"
 
 
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_equals_only_another(make: Make, nothing: float
     assert next(line for line in as_table(found) if line.split()[0] == "25").endswith("not finite           -")
     both = compare(b, also, tolerance=0)
     assert both.same
-    assert dict(as_rows(both))["training loss"] == "bit-equal at all 40 common steps; 1 step not finite"
+    assert dict(as_rows(both))["training loss"] == "bit-identical at all 40 common steps; 1 step not finite"
     nowhere = rows_of(2, {0: {"loss": nothing}, 1: {"loss": nothing}})
     assert compare(make("d", nowhere), make("e", nowhere)).loss.absolute is None
 
