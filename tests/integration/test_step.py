@@ -45,11 +45,11 @@ def test_zero_1_goes_through_memory_half_as_often_as_deepspeed_does(probe: Calla
 
 
 @pytest.mark.parametrize("broken", ["clip", "reduce", "zero", "add"])
-def test_a_pass_more_is_seen(probe: Callable[..., dict[str, Any]], broken: str) -> None:
+def test_an_additional_pass_over_memory_is_detected(probe: Callable[..., dict[str, Any]], broken: str) -> None:
     assert probe(1, broken)["bytes_a_parameter"] > MOST_BYTES_A_PARAMETER
 
 
-def test_a_read_of_each_micro_batch_or_step_is_seen(probe: Callable[..., dict[str, Any]]) -> None:
+def test_a_host_read_in_each_micro_batch_or_step_is_detected(probe: Callable[..., dict[str, Any]]) -> None:
     found = probe(1, "read")
     assert found["a_micro_batch"] == 1
     assert found["a_step"] == 1

@@ -137,7 +137,7 @@ def test_preprocessing_starts_without_torch() -> None:
     assert not loaded & {"torch", "transformers", "deepspeed", "datasets"}
 
 
-def test_the_command_line_loads_no_stage_before_its_verb_is_called() -> None:
+def test_the_command_line_imports_no_stage_before_a_command_runs() -> None:
     assert heavy_imports("import codeparrot_ds.cli") == set()
 
 

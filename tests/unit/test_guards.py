@@ -29,7 +29,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
         skipped.check(16, 10)
 
 
-def test_a_spike_is_found_and_does_not_become_the_rule() -> None:
+def test_a_spike_is_detected_and_excluded_from_the_median() -> None:
     spikes = SpikeDetector(threshold=1.0)
     assert all(spikes.check(3.0 + 0.01 * i) is None for i in range(20))
     assert spikes.check(3.9) is None
@@ -102,7 +102,7 @@ def test_a_hang_ends_the_process_and_leaves_every_stack(tmp_path: Path, how: str
         assert "hung during the first step" in (tmp_path / "stacks.message").read_text()
 
 
-def test_replicas_are_told_apart_by_a_single_bit() -> None:
+def test_replicas_that_differ_in_a_single_bit_are_found() -> None:
     networks = [torch.nn.Linear(5, 7) for _ in range(3)]
     for network in networks[1:]:
         network.load_state_dict(networks[0].state_dict())

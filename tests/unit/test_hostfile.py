@@ -49,7 +49,7 @@ def test_a_hostfile_that_the_launch_command_names_must_exist(tmp_path: Path) -> 
     check_launch_command([["bash", "-c", f"something --hostfile {missing}"]])
 
 
-def test_launch_takes_as_many_gpus_as_the_batch_can_be_dealt_to() -> None:
+def test_launch_uses_as_many_gpus_as_the_batch_can_be_divided_among() -> None:
     batch = Batch(global_batch_size=192, micro_batch_size=12)  # 16 micro-batches
     assert [most_ranks(batch, gpus) for gpus in (1, 2, 3, 6, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 16]
 
