@@ -145,7 +145,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
-        nowhere = stack.enter_context(open(os.devnull, "w"))
+        devnull = stack.enter_context(open(os.devnull, "w"))
         if swap is not None and ranks.local_rank == 0:
             stack.enter_context(hold_swap_directory(swap))
         ranks.gather(None)  # no rank writes to the swap directory until it is empty
@@ -159,7 +159,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
                 parameters=parameters,
                 run=run_directory,
                 metrics=None,
-                watchdog=Watchdog(None, nowhere, lambda message: None),
+                watchdog=Watchdog(None, devnull, lambda message: None),
                 stop_requests=StopRequests(run_directory.stop_file, ranks, Lifeline(None, ranks.rank)),
             ),
             memory,

@@ -30,7 +30,7 @@ _FACTS_SECONDS = 15.0
 _MEASURE_SECONDS = 10.0
 _ALL_REDUCE_SECONDS = 60  # includes imports from a cold disk
 _ALL_REDUCE_BYTES = 1 << 24
-_MOST_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
+_MAX_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
 _SLOW_LINK = 0.4  # fraction of the median bandwidth
 
 
@@ -173,7 +173,7 @@ def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
     by_host = {each.host: each for each in report.hosts}
     failures: dict[tuple[str, str], str] = {}
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
-        for pairs in itertools.islice(rounds(len(probes)), _MOST_ROUNDS):
+        for pairs in itertools.islice(rounds(len(probes)), _MAX_ROUNDS):
             for flip in (False, True):
                 ends = [(probes[b], probes[a]) if flip else (probes[a], probes[b]) for a, b in pairs]
                 targets = [(by_host[a.host].facts["addresses"][b.host], by_host[b.host].facts) for a, b in ends]

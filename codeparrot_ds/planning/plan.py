@@ -30,7 +30,7 @@ from codeparrot_ds.shards.format import dtype_for
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> fraction of blocks
 _TOKENS_THAT_FILL_A_GPU = 16_384  # per micro-batch: on an H200, xl reaches 47 % MFU with 8,192 and 51 % with 16,384
-_MOST_SEQUENCES = 64  # largest micro-batch that is tried
+_MAX_SEQUENCES = 64  # largest micro-batch that is tried
 _PROCESS_BYTES = 800_000_000  # resident memory of a rank with a small model on CPU cores: Python, PyTorch, DeepSpeed
 
 
@@ -276,7 +276,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 def choices(recipe: Recipe, ranks: int) -> Iterator[Choice]:
     """Yield every ZeRO stage, recomputation and micro-batch, from the recipe's DeepSpeed JSON and those next to it."""
     share = recipe.batch.global_batch_size // ranks
-    micros = [size for size in range(1, min(share, _MOST_SEQUENCES) + 1) if share % size == 0 and _round(size)]
+    micros = [size for size in range(1, min(share, _MAX_SEQUENCES) + 1) if share % size == 0 and _round(size)]
     for deepspeed in _ds_configs(recipe):
         for recompute in RECOMPUTED:
             for micro in micros:

@@ -157,10 +157,10 @@ class Saving:
 
 def _remove(directory: Path) -> None:
     """Remove a published checkpoint. A crash leaves it complete, or under a name that the next save removes."""
-    doomed = directory.with_name(f"{directory.name}.removed.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    unpublished = directory.with_name(f"{directory.name}.removed.tmp")
+    shutil.rmtree(unpublished, ignore_errors=True)
+    directory.rename(unpublished)
+    shutil.rmtree(unpublished)
 
 
 def abandon_after(run: RunDirectory, newest: Path) -> None:

@@ -25,7 +25,7 @@ from codeparrot_ds.training.ranks import LAUNCHER, Ranks
 
 _POLL_SECONDS = 1.0
 _FIRST_STEP = 3.0  # factor on the limit: the first step compiles, allocates, and waits for slow disks
-_KEPT_LOSSES, _FEWEST_LOSSES = 64, 16
+_KEPT_LOSSES, _MIN_LOSSES = 64, 16
 _DIGEST_WORDS = 1 << 22  # hashed at a time: 32 MB as int64
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -170,7 +170,7 @@ class SpikeDetector:
 
     def check(self, loss: float) -> float | None:
         """Return the recent median (nats) if `loss` is a spike, else None. Spikes do not enter the median."""
-        if len(self._recent) >= _FEWEST_LOSSES:
+        if len(self._recent) >= _MIN_LOSSES:
             median = statistics.median(self._recent)
             if not loss <= median + self._threshold:
                 return median

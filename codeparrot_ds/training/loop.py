@@ -14,7 +14,7 @@ from codeparrot_ds.errors import CheckpointError, TrainingError
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.inspect import describe_sequences
-from codeparrot_ds.shards.order import BlendedOrder, Order, places_of_step
+from codeparrot_ds.shards.order import BlendedOrder, Order, positions_of_step
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.system.files import write_json
@@ -33,7 +33,7 @@ from codeparrot_ds.training.ranks import Ranks
 from codeparrot_ds.training.resume import find_resume_point
 
 _GO_BACK_STEPS = 8  # steps up to a spike whose samples may have caused it
-_MOST_GO_BACKS = 5
+_MAX_GO_BACKS = 5
 
 
 @dataclass
@@ -153,10 +153,10 @@ class Trainer:
 
     def sequences(self, step: int) -> np.ndarray:
         """Return the indices of the training sequences of optimizer step `step`, [global_batch_size] int64."""
-        return self._order.at(self._places(step))
+        return self._order.at(self._positions(step))
 
-    def _places(self, step: int) -> np.ndarray:
-        return places_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
+    def _positions(self, step: int) -> np.ndarray:
+        return positions_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64, on the device."""
@@ -232,10 +232,10 @@ class Trainer:
         self.publish()
         checkpoint = self._newest_checkpoint_up_to(first)
         self._go_backs += 1
-        if checkpoint is None or self._go_backs > _MOST_GO_BACKS:
+        if checkpoint is None or self._go_backs > _MAX_GO_BACKS:
             why = "there is no earlier checkpoint" if checkpoint is None else f"this is spike number {self._go_backs}"
             raise TrainingError(f"{message}. Cannot go back: {why}. {listed}")
-        places = np.concatenate([self._places(each) for each in suspects])
+        places = np.concatenate([self._positions(each) for each in suspects])
         self.skipped_ranges = [*self.skipped_ranges, (int(places.min()), int(places.max()) + 1)]
         if self.ranks.is_fs_leader:
             checkpoints.abandon_after(self.run, checkpoint.path)
