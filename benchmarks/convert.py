@@ -117,7 +117,7 @@ def main() -> None:
         manifest = json.loads((newest / "manifest.json").read_text())
         parameters = manifest["parameters"]
         print(f"\n{parameters / 1e6:,.1f} M parameters, {manifest['world_size']} ranks, offload {manifest['offload']}")
-        print(f"{'':34}{'peak GB':>10}{'wall s':>9}{'CPU s':>9}{'x the copy':>14}")
+        print(f"{'':34}{'peak GB':>10}{'wall s':>9}{'CPU s':>9}{'wall / copy':>14}")
         weights = [newest / name for name in manifest["files"] if name.endswith(("optim_states.pt", ".swp"))]
         for dtype in options.dtypes.split(","):
             output = directory / dtype

@@ -26,9 +26,9 @@ from codeparrot_ds.errors import (
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
+    nvme_path,
     offload_device,
     required_ops,
-    swap_directory,
 )
 from codeparrot_ds.system.files import (
     as_user_error,
@@ -149,7 +149,7 @@ def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.E
     if ranks.is_fs_leader:
         busy = f"{run.path}: another process is training in this directory. Stop it, or use --set name=…"
         stack.enter_context(exclusive_lock(run.lock, busy))
-    swap = swap_directory(checked.ds_config)
+    swap = nvme_path(checked.ds_config)
     if swap is not None and ranks.local_rank == 0:
         stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
@@ -189,7 +189,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
             _write_finished(run, resume_from, ranks)
         return True
     for op in required_ops(ds_config):
-        log.info("DeepSpeed's %s operator is compiled unless this machine has done so before; this takes minutes.", op)
+        log.info("compiling DeepSpeed's %s operator unless it is built already; this takes minutes", op)
     facts: dict[str, Any] = {"world_size": ranks.world_size, "device": ranks.device.type}
 
     def on_hang(message: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 from codeparrot_ds.hosts.lifeline import Lifeline
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.ds_config import load_ds_config, resolve, swap_directory
+from codeparrot_ds.run.ds_config import load_ds_config, nvme_path, resolve
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.system.files import write_json
@@ -141,11 +141,11 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
         draw_on=ranks.device if draw_weights else None,
     )
     sizes = [getattr(p, "ds_numel", p.numel()) for p in network.parameters()]
-    parameters, swap = sum(sizes), swap_directory(ds_config)
+    parameters, swap = sum(sizes), nvme_path(ds_config)
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
-        nowhere = stack.enter_context(open(os.devnull, "w"))
+        devnull = stack.enter_context(open(os.devnull, "w"))
         if swap is not None and ranks.local_rank == 0:
             stack.enter_context(hold_swap_directory(swap))
         ranks.gather(None)  # no rank writes to the swap directory until it is empty
@@ -159,7 +159,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
                 parameters=parameters,
                 run=run_directory,
                 metrics=None,
-                watchdog=Watchdog(None, nowhere, lambda message: None),
+                watchdog=Watchdog(None, devnull, lambda message: None),
                 stop_requests=StopRequests(run_directory.stop_file, ranks, Lifeline(None, ranks.rank)),
             ),
             memory,

@@ -50,7 +50,7 @@ class StoredTensor:
         return torch.from_numpy(values).view(self.dtype)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_lazily(path: Path) -> dict[str, Any]:
     """Load a dictionary written by torch.save, with a `StoredTensor` for each tensor. Raises CheckpointError."""
     stored = load_value(path)
     if not isinstance(stored, dict):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codeparrot_ds.checkpoint.lazy_tensor import load
+from codeparrot_ds.checkpoint.lazy_tensor import load_lazily
 from codeparrot_ds.checkpoint.zero import OPTIMIZER_STATE, model_states
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory, step_of
@@ -48,7 +48,7 @@ def _describe_universal(path: Path) -> Checkpoint:
     found = [stage for stage in (3, 0) if (path / model_states(stage)).is_file()]
     if not found:
         raise CheckpointError(f"{path}: no {model_states(0)}, so this checkpoint is incomplete.")
-    state = load(path / model_states(found[0]))
+    state = load_lazily(path / model_states(found[0]))
     try:
         config = state["ds_config"]
         zero_stage = int(config["zero_optimization"]["stage"])

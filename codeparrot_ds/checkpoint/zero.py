@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds.checkpoint.lazy_tensor import StoredTensor, load, load_value
+from codeparrot_ds.checkpoint.lazy_tensor import StoredTensor, load_lazily, load_value
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.run.directory import Checkpoint
 from codeparrot_ds.system.files import drop_from_cache
@@ -63,7 +63,7 @@ class SavedState(ABC):
         """Open the checkpoint's files. Raises CheckpointError when they are incomplete or contain more than tensors."""
         self._path = checkpoint.path
         self._files = checkpoint.files
-        self.model_state = load(self._path / model_states(checkpoint.zero_stage))
+        self.model_state = load_lazily(self._path / model_states(checkpoint.zero_stage))
         self.tied = dict(self.model_state.get("shared_params") or {})
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -147,7 +147,7 @@ class ZeroCheckpoint(SavedState):
         self.shapes = {name: shape for group in groups for name, shape in group.items()}
         prefix = "bf16_" if checkpoint.precision == "bf16" else ""
         for rank in range(ranks):
-            state = load(self._path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            state = load_lazily(self._path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             self._states.append(state["optimizer_state_dict"])
         # Stage 3: elements of each group per rank, which a swapped-out tensor does not record itself.
         self._group_sizes = [sum(self._share(shape.numel()) for shape in group.values()) for group in groups]
@@ -252,7 +252,7 @@ class UniversalCheckpoint(SavedState):
         super().__init__(checkpoint)
         groups: list[dict[str, torch.Size]] = list(self.model_state["param_shapes"])
         self.shapes = {name: shape for group in groups for name, shape in group.items()}
-        self._optimizer = load(self._path / OPTIMIZER_STATE)
+        self._optimizer = load_lazily(self._path / OPTIMIZER_STATE)
 
     def files(self, what: str) -> set[str]:
         """See `SavedState`."""

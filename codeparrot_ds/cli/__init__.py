@@ -1,4 +1,4 @@
-"""The `codeparrot-ds` command. Each verb imports its stage only when it is called, which keeps --help fast."""
+"""The `codeparrot-ds` command. Each command imports its modules only when it runs, which keeps --help fast."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 
 app = group("Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.")
-for name, noun in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
-    app.add_typer(noun.app, name=name)
+for name, module in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
+    app.add_typer(module.app, name=name)
 app.command("plan")(planning.plan_command)
 app.command("tune")(planning.tune_command)
 app.command("doctor")(training.doctor_command)
@@ -28,7 +28,7 @@ app.command("complete")(evaluate.complete_command)
 
 
 def main() -> NoReturn:
-    """Run a verb. Exit codes: 0 success, 1 user error, 2 usage error. A traceback is a bug in this package."""
+    """Run a command. Exit codes: 0 success, 1 user error, 2 usage error. A traceback is a bug in this package."""
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The `codeparrot-ds corpus` verbs."""
+"""The `codeparrot-ds corpus` commands."""
 
 from pathlib import Path
 from typing import Annotated

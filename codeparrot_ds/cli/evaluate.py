@@ -1,4 +1,4 @@
-"""The `codeparrot-ds evaluate` and `complete` verbs."""
+"""The `codeparrot-ds evaluate` and `complete` commands."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def evaluate_loss(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     shards: Annotated[Path, typer.Argument(help="Shard directory.")],
     sequences: Annotated[int, typer.Option(help="Maximum number of validation sequences.", min=1)] = 512,
-    part: Annotated[str | None, typer.Option("--slice", help="I/N: evaluate only slice I of N, from 0.")] = None,
+    part: Annotated[str | None, typer.Option("--slice", help="I/N: evaluate only slice I (from 0) of N.")] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -58,7 +58,7 @@ def complete_command(
     seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 1,
     json_output: JsonOption = False,
 ) -> None:
-    """Complete prompts with a converted model. Each completion is cut where a new code block starts."""
+    """Complete prompts with a converted model. Each completion ends where a new top-level block starts."""
     from codeparrot_ds.evaluation.complete import Sampling, complete
 
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ["-"]]

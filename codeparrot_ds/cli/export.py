@@ -1,4 +1,4 @@
-"""The `codeparrot-ds convert` and `push` verbs."""
+"""The `codeparrot-ds convert` and `push` commands."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ _ATTENTION_SCALE = {
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Run directory or one checkpoint; with --check, a converted model.")],
     output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to create.")] = None,
-    tag: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    tag: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     average: Annotated[int, typer.Option(help="Average the weights of the last N checkpoints.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
     keep_attention_scale: Annotated[
@@ -35,7 +35,8 @@ def convert_command(
     sequences: Annotated[
         int | None,
         typer.Option(
-            help="Validation sequences to verify the model on; all by default, fewer without a GPU (a few minutes).",
+            help="Number of validation sequences to verify the model on. Default: all; without a GPU, at most as many "
+            "as take a few minutes.",
             min=0,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Shared by all verbs: command groups, results as a table or JSON, and parsing of option values."""
+"""Shared by all commands: command groups, results as a table or JSON, and parsing of option values."""
 
 import json
 import re

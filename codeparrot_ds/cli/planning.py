@@ -1,4 +1,4 @@
-"""The `codeparrot-ds plan` and `tune` verbs, used before a run."""
+"""The `codeparrot-ds plan` and `tune` commands, used before a run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from codeparrot_ds.cli.output import (
 )
 from codeparrot_ds.errors import ConfigError
 
-GpusOption = Annotated[int | None, typer.Option(help="Number of GPUs; those of this machine by default.", min=1)]
+GpusOption = Annotated[int | None, typer.Option(help="Number of GPUs. Default: those of this machine.", min=1)]
 MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization, excluding communication.")]
 
 
@@ -25,7 +25,7 @@ def plan_command(
     gpus: GpusOption = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, e.g. 80GB.")] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="GPU model, for its speed; this machine's by default, else H100.")
+        str | None, typer.Option(help="GPU model, which sets the speed. Default: this machine's, else H100.")
     ] = None,
     gpus_per_host: Annotated[int, typer.Option(help="GPUs per host.", min=1)] = 8,
     host_memory: Annotated[str | None, typer.Option(help="Memory per host, e.g. 1TB.")] = None,
@@ -81,14 +81,15 @@ def plan_command(
     require_fit(made)
     if measure and result["measured"] is None:
         raise ConfigError(
-            f"{recipe}: out of memory in measured steps, although the plan predicts that it fits. Leave headroom."
+            f"{recipe}: ran out of memory in the measured steps, although the plan predicts that it fits. Lower "
+            "batch.micro_batch_size, or recompute more (model.activation_checkpointing)."
         )
 
 
 def tune_command(
     recipe: Annotated[Path, typer.Argument(help="Recipe.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Recipe to write; RECIPE-tuned.yaml by default.")
+        Path | None, typer.Option("--output", "-o", help="Recipe to write. Default: RECIPE-tuned.yaml.")
     ] = None,
     gpus: GpusOption = None,
     steps: Annotated[int, typer.Option(help="Steps per trial; the first is not timed.", min=2)] = 4,

@@ -1,4 +1,4 @@
-"""The `codeparrot-ds status`, `compare` and `report` verbs: results of runs."""
+"""The `codeparrot-ds status`, `compare` and `report` commands: results of runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,8 +24,8 @@ def status(
 def compare_command(
     run_a: Annotated[Path, typer.Argument(help="Run directory.")],
     run_b: Annotated[Path, typer.Argument(help="Run directory with the same global batch size.")],
-    tolerance: Annotated[float, typer.Option(help="Relative tolerance of losses; 0 requires bit-equal losses.")] = 1e-3,
-    steps: Annotated[str, typer.Option(help="A:B compares steps A to B, B excluded; 100: is all from 100.")] = ":",
+    tolerance: Annotated[float, typer.Option(help="Relative tolerance of losses; 0: bit-identical.")] = 1e-3,
+    steps: Annotated[str, typer.Option(help="Steps to compare: A:B (B excluded); 100: is all from 100 on.")] = ":",
     json_output: JsonOption = False,
 ) -> None:
     """Check that two runs saw the same data and had the same losses. Exits with 0 if they did, else with 1."""
@@ -53,7 +53,7 @@ def report(
 ) -> None:
     """Print the figures of a finished run, from source files to converted model."""
     from codeparrot_ds.evaluation.loss import validation_loss
-    from codeparrot_ds.report.summary import as_rows, summarise
+    from codeparrot_ds.report.summary import as_rows, summarize
     from codeparrot_ds.run.directory import RunDirectory
     from codeparrot_ds.run.recipe import load_recipe
     from codeparrot_ds.system.files import write_json
@@ -61,7 +61,7 @@ def report(
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe)
     loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences)
-    summary = summarise(directory, model, tokenizer, loss, seconds)
+    summary = summarize(directory, model, tokenizer, loss, seconds)
     if summary_file is not None:
         write_json(summary_file, summary.to_dict())
     print_result(json_output, str(run), as_rows(summary), summary.to_dict())

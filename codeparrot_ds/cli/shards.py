@@ -1,4 +1,4 @@
-"""The `codeparrot-ds shards` verbs."""
+"""The `codeparrot-ds shards` commands."""
 
 import json
 import os
@@ -36,20 +36,25 @@ def shards_build(
     ] = None,
     valid_fraction: Annotated[float, typer.Option(help="Fraction of documents in the validation split.")] = 0.005,
     shard_tokens: Annotated[
-        int | None, typer.Option(help="Approximate tokens per shard; 1/64 of all by default, 4 to 128 million.", min=1)
+        int | None,
+        typer.Option(help="Approximate tokens per shard. Default: 1/64 of all tokens, within 4 to 128 million.", min=1),
     ] = None,
-    on_bad_document: Annotated[str, typer.Option(help="fail, or skip and list it in quarantine.jsonl.")] = "fail",
+    on_bad_document: Annotated[
+        str, typer.Option(help="fail: stop the build. skip: omit the document, list it in quarantine.jsonl.")
+    ] = "fail",
     encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one per core by default.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one per core.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     part: Annotated[
         str | None,
-        typer.Option("--slice", help="I/N: process only slice I of N, from 0; detected under Slurm, torchrun and MPI."),
+        typer.Option(
+            "--slice", help="I/N: process only slice I of N, counted from 0. Detected under Slurm, torchrun, MPI."
+        ),
     ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Encode documents into shards. Running it again resumes where it stopped."""
+    """Encode documents into shards. Run the command again to resume an interrupted build."""
     if hostfile is not None:
         from codeparrot_ds.hosts.slices import run_slices
         from codeparrot_ds.shards.format import Manifest
@@ -64,7 +69,7 @@ def shards_build(
 
     share = Slice.parse(part) if part else None
     if share is None and engine == "local" and (share := slice_from_environment(os.environ)):
-        say(f"slice {share} of the work, set by the scheduler's environment (for all of it: --slice 0/1)")
+        say(f"building only slice {share}, as set by the scheduler's environment (to build everything: --slice 0/1)")
     manifest = build(
         inputs,
         tokenizer,
@@ -97,7 +102,7 @@ def shards_verify(
         bool, typer.Option("--against-corpus", help="Encode a sample of the input again and compare.")
     ] = False,
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="Where the input is now, if it has moved.")
+        list[str] | None, typer.Option("--input", help="Current location of the input, if it has moved.")
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -115,7 +120,7 @@ def shards_inspect(
     sequence: Annotated[int | None, typer.Option(help="Index of the sequence to show.", min=0)] = None,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per sequence; the recipe's by default, else 1,024.", min=1)
+        int | None, typer.Option(help="Tokens per sequence. Default: the recipe's, else 1,024.", min=1)
     ] = None,
     step: Annotated[int | None, typer.Option(help="With a recipe: the optimizer step to show.", min=0)] = None,
     rank: Annotated[int | None, typer.Option(help="Show only this rank's part of the step.", min=0)] = None,
@@ -155,7 +160,9 @@ def shards_adopt(
     valid_prefix: Annotated[
         Path | None, typer.Option(help="PREFIX of the validation split, in the same directory.")
     ] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Otherwise: fraction of the tokens, from the end.")] = 0.005,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Without --valid-prefix: fraction of the tokens, taken from the end.")
+    ] = 0.005,
     json_output: JsonOption = False,
 ) -> None:
     """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it."""

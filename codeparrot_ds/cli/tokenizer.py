@@ -1,4 +1,4 @@
-"""The `codeparrot-ds tokenizer` verbs."""
+"""The `codeparrot-ds tokenizer` commands."""
 
 from pathlib import Path
 from typing import Annotated

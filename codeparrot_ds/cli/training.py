@@ -1,4 +1,4 @@
-"""The `codeparrot-ds doctor` and `launch` verbs."""
+"""The `codeparrot-ds doctor` and `launch` commands."""
 
 import json
 import os
@@ -16,19 +16,21 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
 
 def launch(
     recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
-    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots; this machine only without it.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots. Default: only this machine.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks on this machine, or per host with srun; one per GPU by default.", min=1)
+        int | None, typer.Option(help="Ranks on this machine, or per host with srun. Default: one per GPU.", min=1)
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
-    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh, mpirun; srun inside a Slurm allocation.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; inside a Slurm allocation: srun.")] = None,
     min_hosts: Annotated[
-        int | None, typer.Option(help="Fewest hosts to continue with when some are lost.", min=1)
+        int | None, typer.Option(help="Minimum number of hosts to continue with when hosts are lost.", min=1)
     ] = None,
-    spare_hosts: Annotated[int, typer.Option(help="Number of spares: the last hosts of the hostfile.", min=0)] = 0,
+    spare_hosts: Annotated[
+        int, typer.Option(help="Number of hosts at the end of the hostfile to use as spares.", min=0)
+    ] = 0,
     regrow_seconds: Annotated[float, typer.Option(help="Seconds between checks for recovered hosts.", min=1)] = 300.0,
     address: Annotated[str | None, typer.Option(help="Address at which the hosts reach this machine.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Address at which the others reach the first host.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Address at which the other hosts reach the first.")] = None,
     doctor: Annotated[bool, typer.Option(help="Check all hosts first.")] = True,
     max_restarts: Annotated[int, typer.Option(help="Maximum restarts in a row without a new checkpoint.", min=0)] = 3,
     restart_delay: Annotated[
@@ -59,7 +61,7 @@ def doctor_command(
     port: Annotated[int, typer.Option(help="Rendezvous port.")] = 29500,
     json_output: JsonOption = False,
 ) -> None:
-    """Check all hosts in parallel, and report each problem with its fix. Exits with 1 if there is any."""
+    """Check all hosts in parallel, and report each problem with its fix. Exits with 1 if a check fails."""
     from codeparrot_ds.doctor.examine import examine
     from codeparrot_ds.hosts.hostfile import read_hostfile
     from codeparrot_ds.hosts.launchers import forwarded

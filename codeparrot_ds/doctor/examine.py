@@ -30,7 +30,7 @@ _FACTS_SECONDS = 15.0
 _MEASURE_SECONDS = 10.0
 _ALL_REDUCE_SECONDS = 60  # includes imports from a cold disk
 _ALL_REDUCE_BYTES = 1 << 24
-_MOST_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
+_MAX_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
 _SLOW_LINK = 0.4  # fraction of the median bandwidth
 
 
@@ -134,9 +134,9 @@ class _Probe:
             self._process.stdin.write(json.dumps([command, argument]).encode() + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-            answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words(timer)}
+            answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_error(timer)}
         except (OSError, ValueError) as error:
-            answer = {"error": self._last_words(timer) or str(error)}
+            answer = {"error": self._last_error(timer) or str(error)}
         finally:
             timer.cancel()
         if command == "facts" and "error" not in answer:
@@ -146,7 +146,7 @@ class _Probe:
             answer["skew_seconds"] = float(answer["time"]) - min(max(float(answer["time"]), asked), now)
         return answer
 
-    def _last_words(self, timer: threading.Timer) -> str:
+    def _last_error(self, timer: threading.Timer) -> str:
         self._process.kill()
         _, errors = self._process.communicate()
         lines = errors.decode(errors="replace").strip().splitlines()
@@ -173,7 +173,7 @@ def _measure_links(report: Report, probes: Sequence[_Probe]) -> None:
     by_host = {each.host: each for each in report.hosts}
     failures: dict[tuple[str, str], str] = {}
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
-        for pairs in itertools.islice(rounds(len(probes)), _MOST_ROUNDS):
+        for pairs in itertools.islice(rounds(len(probes)), _MAX_ROUNDS):
             for flip in (False, True):
                 ends = [(probes[b], probes[a]) if flip else (probes[a], probes[b]) for a, b in pairs]
                 targets = [(by_host[a.host].facts["addresses"][b.host], by_host[b.host].facts) for a, b in ends]

@@ -11,10 +11,10 @@ COLUMNS = ("ssh", "name", "software", "slots", "clock", "disk", "memory", "data"
 _CLOCK_SECONDS = 2.0
 
 
-_LEAST_TEMPORARY_BYTES = 1 << 30
+_MIN_TEMPORARY_BYTES = 1 << 30
 
 
-_LEAST_MEMORY_BYTES = 4 << 30
+_MIN_MEMORY_BYTES = 4 << 30
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _judge_slots(report: HostReport, facts: Mapping[str, Any], expected: Expecte
         report.bad(
             "slots",
             f"{slots} of {gpus}",
-            f"the hostfile gives it slots={slots}, but it has {gpus} GPUs: lower its slots.",
+            f"its hostfile entry has slots={slots}, but it has {gpus} GPUs: lower its slots.",
         )
     else:
         report.good("slots", str(slots) if expected.cpu else f"{slots} of {gpus}")
@@ -191,7 +191,7 @@ def _judge_slots(report: HostReport, facts: Mapping[str, Any], expected: Expecte
 
 def _judge_room(report: HostReport, facts: Mapping[str, Any], expected: Expected) -> None:
     free = {**facts["disk_bytes"], "temporary": facts["temporary_bytes"]}
-    needed = {"temporary": _LEAST_TEMPORARY_BYTES, **expected.disk_bytes}
+    needed = {"temporary": _MIN_TEMPORARY_BYTES, **expected.disk_bytes}
     problems = [
         f"its {name} directory is not writable"
         if free[name] is None
@@ -204,7 +204,7 @@ def _judge_room(report: HostReport, facts: Mapping[str, Any], expected: Expected
     else:
         report.good("disk", f"{min(free.values()) / 1e9:,.0f} GB")
     memory = facts["memory_bytes"]
-    if memory is not None and memory < _LEAST_MEMORY_BYTES:
+    if memory is not None and memory < _MIN_MEMORY_BYTES:
         report.bad(
             "memory",
             f"{memory / 1e9:,.1f} GB",

@@ -32,14 +32,14 @@ class ValidationLoss:
         try:
             return cls(**json.loads(output[output.rindex("{") :]))  # the shell may print text before it
         except (ValueError, TypeError):
-            raise DataError(f"a host returned no loss, but {output[-200:]!r}.") from None
+            raise DataError(f"a host returned no loss. The end of its output: {output[-200:]!r}.") from None
 
     @classmethod
     def merge(cls, parts: Sequence["ValidationLoss"]) -> "ValidationLoss":
         """Combine the slices of one set of sequences. Raises DataError if the sequences differ."""
         unigram_loss = parts[0].loss_unigram
         if not all(math.isclose(part.loss_unigram, unigram_loss, rel_tol=1e-9) for part in parts):
-            raise DataError("the hosts have evaluated different sequences: place the same shards at the same path.")
+            raise DataError("the hosts evaluated different sequences. Place the same shards at the same path on each.")
         tokens = sum(part.tokens for part in parts)
         loss = sum(part.loss_valid * part.tokens for part in parts) / tokens
         sequences = sum(part.sequences for part in parts)
@@ -69,8 +69,8 @@ def validation_loss(
     ids = torch.from_numpy(valid.batch(numbers))
     if int(ids.max()) >= model.config.vocab_size:
         raise ConfigError(
-            f"{', '.join(map(str, sources))}: holds token ids beyond the model's {model.config.vocab_size:,}. "
-            "Use shards that were built with the model's tokenizer."
+            f"{', '.join(map(str, sources))}: contains token ids beyond the model's vocabulary of "
+            f"{model.config.vocab_size:,}. Use shards that were built with the model's tokenizer."
         )
     unigram = unigram_loss(ids[:, 1:].numpy(), model.config.vocab_size)
     total, ids = 0.0, ids if part is None else ids[part.index :: part.count]

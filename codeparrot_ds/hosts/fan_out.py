@@ -41,7 +41,7 @@ def main() -> int:
             preexec_fn=die_with_parent,
         )
         assert process.stdout is not None
-        threads.append(threading.Thread(target=pass_on, args=(host, process.stdout, sys.stdout)))
+        threads.append(threading.Thread(target=copy_lines, args=(host, process.stdout, sys.stdout)))
         threads[-1].start()
         processes.append(process)
     codes = [process.wait() & 0xFF for process in processes]
@@ -57,7 +57,7 @@ def launcher_command(slots: Mapping[str, int], master: str, port: int) -> list[s
     return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options]
 
 
-def pass_on(host: str, output: IO[bytes], to: TextIO) -> None:
+def copy_lines(host: str, output: IO[bytes], to: TextIO) -> None:
     """Copy `output` to `to`, each line prefixed with the host name."""
     for line in output:
         to.write(f"{host}: {line.decode(errors='replace')}")

@@ -32,7 +32,7 @@ Command = tuple[
 ]  # program, without the ranks' own command; variables to add to its environment
 
 
-class Reach(Protocol):
+class HostAccess(Protocol):
     """Access to the hosts of a job."""
 
     def unreachable(self, hosts: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Run a verb on all hosts of a hostfile. Each host takes slices of the work; others take over those of a lost host."""
+"""Run a command on all hosts of a hostfile, each on slices of the work. The others take the slices of a lost host."""
 
 import os
 import shlex
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from codeparrot_ds.errors import EXIT_USER_ERROR, ClusterError
-from codeparrot_ds.hosts.fan_out import pass_on
+from codeparrot_ds.hosts.fan_out import copy_lines
 from codeparrot_ds.hosts.hostfile import read_hostfile
 from codeparrot_ds.hosts.launchers import forwarded
 from codeparrot_ds.hosts.ssh import remote_script, ssh_command
@@ -94,7 +94,7 @@ def _serve(host: str, work: _Work, arguments: Sequence[str]) -> None:
                 stderr=subprocess.PIPE,
             )
             assert process.stdout is not None and process.stderr is not None
-            notes = threading.Thread(target=pass_on, args=(host, process.stderr, sys.stderr))
+            notes = threading.Thread(target=copy_lines, args=(host, process.stderr, sys.stderr))
             notes.start()
             output = process.stdout.read().decode(errors="replace")
             notes.join()

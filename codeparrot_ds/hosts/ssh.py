@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONNECT_SECONDS = 5
-_MOST_AT_ONCE = 64
+_MAX_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
 
 def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Answer]:
     """Run a command on each host in parallel. Returns the results by host."""
-    with ThreadPoolExecutor(min(_MOST_AT_ONCE, max(1, len(commands)))) as pool:
+    with ThreadPoolExecutor(min(_MAX_AT_ONCE, max(1, len(commands)))) as pool:
         futures = {host: pool.submit(run_on, host, command, timeout) for host, command in commands.items()}
     return {host: future.result() for host, future in futures.items()}
 

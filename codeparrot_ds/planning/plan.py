@@ -30,7 +30,7 @@ from codeparrot_ds.shards.format import dtype_for
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> fraction of blocks
 _TOKENS_THAT_FILL_A_GPU = 16_384  # per micro-batch: on an H200, xl reaches 47 % MFU with 8,192 and 51 % with 16,384
-_MOST_SEQUENCES = 64  # largest micro-batch that is tried
+_MAX_SEQUENCES = 64  # largest micro-batch that is tried
 _PROCESS_BYTES = 800_000_000  # resident memory of a rank with a small model on CPU cores: Python, PyTorch, DeepSpeed
 
 
@@ -144,12 +144,12 @@ def predict(recipe: Recipe, choice: Choice, machine: Machine) -> Prediction:
     host = {"processes": ranks_here * _PROCESS_BYTES}
     if recipe.checkpoints.background and offload_device(ds_config) != "nvme":
         partitions, rank_0s = checkpoint_bytes(sum(layout.groups), layout.stage, layout.precision)
-        host["copy of a checkpoint"] = partitions * ranks_here // ranks + rank_0s
+        host["checkpoint copy"] = partitions * ranks_here // ranks + rank_0s
     if memory.on_host:
         host["offloaded"] = ranks_here * sum(memory.on_host.values())
     if nvme:
         largest = max(tensor.elements for tensor in layout.parameters) // ranks
-        host["buffers of the disk"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
+        host["NVMe buffers"] = ranks_here * swap_buffer_bytes(ds_config, share // ranks_here, largest)
     if layout.stage < 3:  # each rank builds the model in host memory, in fp32
         building = 4 * sum(layout.groups) * ranks_here
         host["building the model"] = max(0, building - sum(host.values()) + host["processes"])
@@ -276,7 +276,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 def choices(recipe: Recipe, ranks: int) -> Iterator[Choice]:
     """Yield every ZeRO stage, recomputation and micro-batch, from the recipe's DeepSpeed JSON and those next to it."""
     share = recipe.batch.global_batch_size // ranks
-    micros = [size for size in range(1, min(share, _MOST_SEQUENCES) + 1) if share % size == 0 and _round(size)]
+    micros = [size for size in range(1, min(share, _MAX_SEQUENCES) + 1) if share % size == 0 and _round(size)]
     for deepspeed in _ds_configs(recipe):
         for recompute in RECOMPUTED:
             for micro in micros:

@@ -17,7 +17,7 @@ from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.system.files import read_json
 
 # Keys that two runs cannot share, or that are mere paths. The content of ds_config.json is compared instead.
-_ASIDE = {"name", "runs", "engine.deepspeed"}
+_IGNORED = {"name", "runs", "engine.deepspeed"}
 _SPREAD, _BEFORE, _AFTER = 6, 2, 3  # rows of the table: over all steps, and around the first difference
 
 
@@ -98,7 +98,7 @@ class Comparison:
     """Comparison of two runs over their common steps.
 
     Attributes:
-        tolerance: relative tolerance of losses; 0 requires bit-equal losses.
+        tolerance: relative tolerance of losses; 0 requires bit-identical losses.
         first_step, last_step: first and last step compared.
         recipe: dotted key -> its values in A and B, for keys that differ (engine keys are prefixed with "ds_config.");
             None for a key that one of them lacks.
@@ -134,7 +134,7 @@ def compare(
 
     Args:
         run_a, run_b: the run directories.
-        tolerance: relative tolerance of losses; 0 requires bit-equal losses.
+        tolerance: relative tolerance of losses; 0 requires bit-identical losses.
         first, end: compare training steps from `first` to `end`, `end` excluded, and validation losses from `first` to
             `end` included, which is the evaluation after the last of these steps.
 
@@ -174,13 +174,13 @@ def compare(
         recipe={
             key: (a.recipe.get(key), b.recipe.get(key))
             for key in [*a.recipe, *(key for key in b.recipe if key not in a.recipe)]
-            if key not in _ASIDE and a.recipe.get(key) != b.recipe.get(key)
+            if key not in _IGNORED and a.recipe.get(key) != b.recipe.get(key)
         },
         data=data,
         loss=loss,
         loss_valid=_agreement([(k, a.valid[k], b.valid[k]) for k in evaluated], tolerance),
         learning_rate=_agreement(rates, tolerance),
-        table=[_row(k, a.train[k], b.train[k]) for k in _worth_showing(common, data, loss)],
+        table=[_row(k, a.train[k], b.train[k]) for k in _table_steps(common, data, loss)],
     )
 
 
@@ -326,7 +326,7 @@ def _row(step: int, a: _Step, b: _Step) -> Row:
     return Row(step, a.batch_digest == b.batch_digest, a.loss, b.loss, difference)
 
 
-def _worth_showing(common: Sequence[int], data: DataAgreement, loss: Agreement) -> list[int]:
+def _table_steps(common: Sequence[int], data: DataAgreement, loss: Agreement) -> list[int]:
     """Choose table steps: evenly spaced, around the first difference, first beyond the tolerance, most different."""
     shown = {common[i * (len(common) - 1) // (_SPREAD - 1)] for i in range(_SPREAD)}
     firsts = [step for step in (data.first_different, loss.first_different) if step is not None]

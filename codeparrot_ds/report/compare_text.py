@@ -61,7 +61,7 @@ def _describe(name: str, agreement: Agreement, tolerance: float) -> list[tuple[s
         return [(name, "not recorded at any common step")]
     odd = f"; {_count(agreement.not_finite, 'step')} not finite" if agreement.not_finite else ""
     if agreement.first_different is None:
-        return [(name, f"bit-equal at all {agreement.steps:,} common steps{odd}")]
+        return [(name, f"bit-identical at all {agreement.steps:,} common steps{odd}")]
     rows = [(name, f"{_difference(agreement)}{odd}")]
     absolute, relative = agreement.absolute, agreement.relative
     if absolute is not None and relative is not None and absolute.difference:

@@ -1,4 +1,4 @@
-"""State of a run: the last status of its rank 0, whether a process trains it now, and its attempts."""
+"""State of a run: the last status of its rank 0, whether a process is training it now, and its attempts."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ class RunStatus:
 
     Attributes:
         facts: content of status.json. Rank 0 writes the `state` "running" when it starts.
-        in_use: whether a process trains the run now.
+        in_use: whether a process is training the run now.
         attempts: attempts of `codeparrot-ds launch`, oldest first.
     """
 
@@ -30,7 +30,7 @@ class RunStatus:
         """State of the run in a few words."""
         state = str(self.facts["state"])
         if state == "running" and not self.in_use:
-            return "dead: it was running, but no process trains it now; the same command resumes from its checkpoint"
+            return "dead: it was running, but no process is training it now; run the same command to resume"
         return state
 
     def to_dict(self) -> dict[str, Any]:

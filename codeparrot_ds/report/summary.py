@@ -35,7 +35,7 @@ class Summary:
         return asdict(self)
 
 
-def summarise(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationLoss, seconds: float | None) -> Summary:
+def summarize(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationLoss, seconds: float | None) -> Summary:
     """Collect the figures of a finished run.
 
     Args:

@@ -59,7 +59,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON line per logged step."""
+        """One JSON line per optimizer step, and one per evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -94,7 +94,7 @@ class RunDirectory:
 
     @property
     def incidents(self) -> Path:
-        """One JSON line per loss spike: its step, its samples and their provenance, and the action taken."""
+        """One JSON line per suspect step of a loss spike and per skipped step: reason, samples, documents."""
         return self.path / "incidents.jsonl"
 
     @property

@@ -155,7 +155,7 @@ def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
     return ops + (["async_io"] if "nvme" in devices.values() else [])
 
 
-def swap_directory(ds_config: Mapping[str, Any]) -> Path | None:
+def nvme_path(ds_config: Mapping[str, Any]) -> Path | None:
     """Directory that a resolved configuration offloads to on each host; None if it does not use NVMe."""
     zero = ds_config["zero_optimization"]
     for section in (zero.get("offload_optimizer"), zero.get("offload_param")):

@@ -11,7 +11,7 @@ from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
-from codeparrot_ds.shards.order import places_of_step
+from codeparrot_ds.shards.order import positions_of_step
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import Encoder
 
@@ -60,7 +60,7 @@ def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: i
     share = micro * accumulation
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     skipped_ranges = RunDirectory(recipe.run_directory).skipped_ranges()  # skipped after loss spikes
-    numbers = data.order(recipe.seed).at(places_of_step(step, recipe.batch.global_batch_size, skipped_ranges))
+    numbers = data.order(recipe.seed).at(positions_of_step(step, recipe.batch.global_batch_size, skipped_ranges))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()
 
 

@@ -36,10 +36,10 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.valid_fraction < 1.0:
-            raise ConfigError(f"valid fraction {self.valid_fraction}: must be between 0 and 1, e.g. 0.005.")
+            raise ConfigError(f"--valid-fraction {self.valid_fraction}: must be between 0 and 1, e.g. 0.005.")
         if self.on_bad_document not in ("fail", "skip"):
-            raise ConfigError(f"on bad document {self.on_bad_document!r}: must be fail or skip.")
+            raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
         if self.engine not in ENGINES:
-            raise ConfigError(f"engine {self.engine!r}: must be one of {', '.join(ENGINES)}.")
+            raise ConfigError(f"--engine {self.engine}: must be one of {', '.join(ENGINES)}.")
         if self.engine == "ray" and self.part is not None:
             raise ConfigError("a Ray cluster distributes all tasks by itself: omit --slice, or omit --engine ray.")

@@ -20,7 +20,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  #
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, [n] uint64 -> [n] uint64: every output bit depends on every input bit."""
+    """splitmix64's finalizer, [n] uint64 -> [n] uint64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
@@ -88,7 +88,7 @@ class Order:
         return taken
 
 
-def places_of_step(step: int, global_batch_size: int, skipped_ranges: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+def positions_of_step(step: int, global_batch_size: int, skipped_ranges: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     """Positions in the data order that optimizer step `step` (from 0) reads, [global_batch_size] int64."""
     return skip_ranges(np.arange(step * global_batch_size, (step + 1) * global_batch_size), skipped_ranges)
 
@@ -135,7 +135,7 @@ class Blend:
                 f"{_LONGEST_PERIOD:,}. Use fewer digits."
             )
         self._counts = np.array([int(share * period) for share in shares], np.int64)  # samples per source and period
-        self._source = _deal(self._counts.tolist(), period)  # [period] source of each sample
+        self._source = _interleave(self._counts.tolist(), period)  # [period] source of each sample
         self._earlier = np.empty(period, np.int64)  # [period] earlier samples of that source in the period
         for source, count in enumerate(self._counts):
             self._earlier[self._source == source] = np.arange(count)
@@ -147,24 +147,24 @@ class Blend:
         return source, periods * self._counts[source] + self._earlier[places]
 
 
-def _deal(counts: Sequence[int], period: int) -> np.ndarray:
+def _interleave(counts: Sequence[int], period: int) -> np.ndarray:
     """The source of each position in a period, [period] int64, in which source i occurs `counts[i]` times."""
     waiting = [(0, -(-period // count), source, 0) for source, count in enumerate(counts)]  # ordered by release
     heapq.heapify(waiting)
     ready: list[tuple[int, int, int]] = []  # ordered by deadline
-    dealt = np.empty(period, np.int64)
+    pattern = np.empty(period, np.int64)
     for place in range(period):
         while waiting and waiting[0][0] <= place:
             _, deadline, source, done = heapq.heappop(waiting)
             heapq.heappush(ready, (deadline, source, done))
         deadline, source, done = heapq.heappop(ready)
         assert deadline > place, "the earliest-deadline rule always finds room"
-        dealt[place] = source
+        pattern[place] = source
         done += 1
         if done < counts[source]:
             release, deadline = done * period // counts[source], -(-(done + 1) * period // counts[source])
             heapq.heappush(waiting, (release, deadline, source, done))
-    return dealt
+    return pattern
 
 
 class BlendedOrder:

@@ -29,7 +29,7 @@ _END_SECONDS = 10.0  # for ranks that were told to exit; then they are killed
 _FIRST_SECONDS = 600.0  # until the first rank connects: imports from a cold disk
 _OTHERS_SECONDS = 120.0  # from then until the last rank connects
 _AGAIN_SECONDS = 2.0  # a scheduler may also signal the enclosing script, which forwards the signal
-_MOST_SECONDS_BETWEEN = 300.0
+_MAX_SECONDS_BETWEEN = 300.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -124,7 +124,7 @@ class Attempt:
         self._silent = ""  # a host whose ranks never connected
 
     def run(
-        self, command: Sequence[str], environment: Mapping[str, str], stop: Stop, give_up: Callable[[], str]
+        self, command: Sequence[str], environment: Mapping[str, str], stop: Stop, restart_reason: Callable[[], str]
     ) -> Outcome:
         """Start `command` and wait for the attempt to end.
 
@@ -132,14 +132,14 @@ class Attempt:
             command: command that starts the ranks.
             environment: environment of the command.
             stop: stop requests that this process has received.
-            give_up: polled; returns a reason to save and stop the job, or an empty string.
+            restart_reason: polled; returns a reason to save and stop the job, or an empty string.
         """
         # Own session: only this process handles Ctrl-C, and asks the ranks to save first.
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
         )
         try:
-            self._watch(process, stop, give_up)
+            self._watch(process, stop, restart_reason)
         finally:
             self._end(process)
         outcome = self._outcome(process.returncode, stop)
@@ -147,11 +147,11 @@ class Attempt:
         ours = outcome.state == "preempted" and self._told and not stop.count
         return replace(outcome, state="regrow") if ours else outcome
 
-    def _watch(self, process: "subprocess.Popen[bytes]", stop: Stop, give_up: Callable[[], str]) -> None:
+    def _watch(self, process: "subprocess.Popen[bytes]", stop: Stop, restart_reason: Callable[[], str]) -> None:
         failed_at, began = None, time.monotonic()
         while process.poll() is None and stop.count < 2:
             self._listen(_POLL_SECONDS)
-            if not self._told and (reason := stop.name or give_up()):
+            if not self._told and (reason := stop.name or restart_reason()):
                 self._told = reason
                 for rank in self._ranks:
                     self._tell(rank)
@@ -291,7 +291,7 @@ class Restarts:
 
     def delay_seconds(self, in_a_row: int) -> float:
         """Return the delay before consecutive restart `in_a_row` (1, 2, …) without progress."""
-        return min(_MOST_SECONDS_BETWEEN, self.first_delay_seconds * 2 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
+        return min(_MAX_SECONDS_BETWEEN, self.first_delay_seconds * 2 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
 
 
 def sleep_unless(stop: Stop, seconds: float) -> None:

@@ -58,7 +58,7 @@ class _Job:
             began, began_at = time.time(), _newest_step(self.directory)
             outcome, hosts = self._attempt(stop)
             reached = _newest_step(self.directory)
-            self._note(outcome, hosts, began, began_at, reached)
+            self._record(outcome, hosts, began, began_at, reached)
             self.in_a_row = 1 if reached > began_at else self.in_a_row + 1
             if outcome.state == "regrow":
                 continue
@@ -86,7 +86,7 @@ class _Job:
         say(f"$ {shlex.join([*shown, *command])}")
         attempt = Attempt(start.address, start.slots, start.kill)
         supervised = [*command, "--supervisor", str(attempt.supervisor)]
-        return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.give_up), list(start.slots)
+        return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.restart_reason), list(start.slots)
 
     def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:
         """Return the delay before the next attempt, or None for none, and print the reason."""
@@ -106,7 +106,7 @@ class _Job:
         say(f"{outcome.reason}{where}. {kept} Restarting in {delay:.0f} s ({count}).")
         return delay
 
-    def _note(self, outcome: Outcome, hosts: Sequence[str], began: float, began_at: int, reached: int) -> None:
+    def _record(self, outcome: Outcome, hosts: Sequence[str], began: float, began_at: int, reached: int) -> None:
         """Record the outcome of an attempt for `codeparrot-ds status`."""
         facts = {"began": began, "seconds": time.time() - began, "from_step": began_at, "to_step": reached}
         # A full disk has already been reported by the ranks.

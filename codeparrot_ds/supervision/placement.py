@@ -12,7 +12,16 @@ from pathlib import Path
 from codeparrot_ds.doctor.examine import examine
 from codeparrot_ds.errors import ClusterError, ConfigError
 from codeparrot_ds.hosts.hostfile import read_hostfile
-from codeparrot_ds.hosts.launchers import Mpirun, Reach, Srun, Ssh, find_deepspeed, forwarded, ranks_here, slurm_slots
+from codeparrot_ds.hosts.launchers import (
+    HostAccess,
+    Mpirun,
+    Srun,
+    Ssh,
+    find_deepspeed,
+    forwarded,
+    ranks_here,
+    slurm_slots,
+)
 from codeparrot_ds.planning.machine import CPU_RANKS
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe
@@ -32,7 +41,7 @@ class Hosts:
         spare_hosts: number of hosts at the end of the file that only replace others.
         regrow_seconds: interval of checks for recovered hosts; if one is back, the job saves and restarts with it.
         address: address at which the hosts reach this machine; detected by default.
-        master_addr: address at which the others reach the first host; by default its name, resolved here.
+        master_addr: address at which the other hosts reach the first; by default its name, resolved here.
         doctor: check all hosts first, over ssh; unfit hosts are skipped, or refused if too few remain.
         launcher: "pdsh", "ssh", "mpirun" or "srun"; by default pdsh if it is installed, else ssh.
         ranks: ranks per host, with srun.
@@ -58,7 +67,7 @@ class Start:
         extra: variables to add to its environment.
         address: address at which the ranks reach this machine.
         slots: hosts in rank order, with the number of ranks of each.
-        give_up: returns a reason to stop and restart the job, or an empty string.
+        restart_reason: returns a reason to stop and restart the job, or an empty string.
         kill: kills processes on a host.
         quote: quotes an argument of the ranks for the layers in between.
     """
@@ -67,7 +76,7 @@ class Start:
     extra: Mapping[str, str]
     address: str
     slots: Mapping[str, int]
-    give_up: Callable[[], str]
+    restart_reason: Callable[[], str]
     kill: Callable[[str, Iterable[int]], None]
     quote: Callable[[str], str] = str
 
@@ -78,7 +87,7 @@ class ThisMachine:
     def __init__(self, ranks: int | None, batch: Batch) -> None:
         gpus = _count_gpus()
         self._extra = {} if gpus else {"DS_ACCELERATOR": "cpu"}
-        self._ranks = ranks or (most_ranks(batch, gpus) if gpus else CPU_RANKS)
+        self._ranks = ranks or (max_ranks(batch, gpus) if gpus else CPU_RANKS)
 
     def prepare(self, number: int) -> Start:
         """Return what attempt `number` needs to start."""
@@ -102,12 +111,12 @@ class ManyHosts:
     def __init__(self, hosts: Hosts, recipe: Recipe) -> None:
         self._hosts, self._recipe, self._batch = hosts, recipe, recipe.batch
         self._run = RunDirectory(recipe.run_directory)
-        self._reach: Reach
+        self._access: HostAccess
         if hosts.hostfile is None:
-            self._reach, self._slots = Srun(), slurm_slots(hosts.ranks)
+            self._access, self._slots = Srun(), slurm_slots(hosts.ranks)
             self._from = "this Slurm allocation"
         else:
-            self._reach = Mpirun() if hosts.launcher == "mpirun" else Ssh(hosts.launcher)
+            self._access = Mpirun() if hosts.launcher == "mpirun" else Ssh(hosts.launcher)
             self._slots, self._from = read_hostfile(hosts.hostfile), str(hosts.hostfile)
         self._wanted = len(self._slots) - hosts.spare_hosts
         self._fewest = self._wanted if hosts.min_hosts is None else hosts.min_hosts
@@ -125,28 +134,28 @@ class ManyHosts:
         """Return what attempt `number` needs to start. Raises ClusterError if too few hosts are fit."""
         if self._regrow is not None:
             self._regrow.stop()
-        silent = self._reach.unreachable(self._slots)
+        silent = self._access.unreachable(self._slots)
         answer = set(self._slots) - set(silent)
-        if self._hosts.doctor and isinstance(self._reach, Ssh) and answer - self._answered:
+        if self._hosts.doctor and isinstance(self._access, Ssh) and answer - self._answered:
             self._unfit = self._examine()
         self._answered = answer
         active = self._choose({**self._unfit, **silent})
         # Ranks of the previous attempt may still hold its port.
         port = _DEEPSPEED_PORT + number % 100
-        program, extra = self._reach.command(self._run, active, self._master_address(active), port)
+        program, extra = self._access.command(self._run, active, self._master_address(active), port)
         self._regrow = None
         if len(active) < self._wanted:
             without = ", ".join(host for host in self._slots if host not in active)
             say(f"training on {len(active)} of {self._wanted} hosts, without {without}")
-            self._regrow = _Regrow(self._reach, set(silent), self._hosts.regrow_seconds)
+            self._regrow = _Regrow(self._access, set(silent), self._hosts.regrow_seconds)
         return Start(
             program,
             extra,
-            self._hosts.address or _address_towards(map(self._reach.address, active)),
+            self._hosts.address or _address_towards(map(self._access.address, active)),
             active,
             lambda: self._regrow.found if self._regrow else "",
-            self._reach.kill,
-            self._reach.quote,
+            self._access.kill,
+            self._access.quote,
         )
 
     def lost(self, host: str | None, in_a_row: int) -> None:
@@ -188,18 +197,18 @@ class ManyHosts:
         if self._hosts.master_addr:
             return self._hosts.master_addr
         first, *others = active
-        found = self._reach.address(first)
+        found = self._access.address(first)
         # A machine's own name often resolves to loopback, which is wrong on the other hosts.
-        return _address_towards(map(self._reach.address, others)) if found.startswith("127.") and others else found
+        return _address_towards(map(self._access.address, others)) if found.startswith("127.") and others else found
 
 
 class _Regrow(threading.Thread):
     """Polls lost hosts until one answers again; `found` then names it."""
 
-    def __init__(self, reach: Reach, lost: set[str], every_seconds: float) -> None:
+    def __init__(self, access: HostAccess, lost: set[str], every_seconds: float) -> None:
         super().__init__(daemon=True)
         self.found = ""
-        self._reach, self._lost, self._seconds = reach, lost, every_seconds
+        self._access, self._lost, self._seconds = access, lost, every_seconds
         self._stopped = threading.Event()
         self.start()
 
@@ -210,7 +219,7 @@ class _Regrow(threading.Thread):
     def run(self) -> None:
         """Poll until a host is back."""
         while not self.found and self._lost and not self._stopped.wait(self._seconds):
-            if back := self._lost - set(self._reach.unreachable(self._lost)):
+            if back := self._lost - set(self._access.unreachable(self._lost)):
                 self.found = f"{', '.join(sorted(back))} answers again"
 
 
@@ -229,7 +238,7 @@ def _address_towards(addresses: Iterable[str]) -> str:
     return own
 
 
-def most_ranks(batch: Batch, gpus: int) -> int:
+def max_ranks(batch: Batch, gpus: int) -> int:
     """Return the largest number of ranks, up to `gpus`, that the recipe's batch divides evenly over."""
     for ranks in range(gpus, 1, -1):
         try:

@@ -157,10 +157,10 @@ class Saving:
 
 def _remove(directory: Path) -> None:
     """Remove a published checkpoint. A crash leaves it complete, or under a name that the next save removes."""
-    doomed = directory.with_name(f"{directory.name}.removed.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    unpublished = directory.with_name(f"{directory.name}.removed.tmp")
+    shutil.rmtree(unpublished, ignore_errors=True)
+    directory.rename(unpublished)
+    shutil.rmtree(unpublished)
 
 
 def abandon_after(run: RunDirectory, newest: Path) -> None:
@@ -230,7 +230,7 @@ def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
         raise CheckpointError(list_problems(str(checkpoint.path), problems, fix))
 
 
-def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:
+def load_checkpoint(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:
     """Load weights and optimizer state. No pickle that could run code is loaded. Collective: all ranks must call.
 
     `like` describes what this run would save. A checkpoint with a different ZeRO stage, world size, precision or
@@ -254,7 +254,7 @@ def load(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) ->
         needed = [name for name in checkpoint.files if by_parameter or rank_of_file(name) in (None, ranks.rank)]
         disks.fetch(checkpoint, ranks, needed)
     if by_parameter:
-        reshard.load(engine, checkpoint, ranks)
+        reshard.load_resharded(engine, checkpoint, ranks)
         return
     torch.serialization.add_safe_globals(classes_in_checkpoints())
     with silence_prints():

@@ -44,7 +44,7 @@ def fetch(checkpoint: Checkpoint, ranks: Ranks, needed: Collection[str]) -> None
             if sources:
                 problem = _transfer(checkpoint, name, sources[0], ranks, name in lacking_here)
             else:
-                problem = f"{checkpoint.path / name}: is gone from all disks since it was looked at"
+                problem = f"{checkpoint.path / name}: has disappeared from all disks since it was checked"
             if problem is not None:
                 failure = CheckpointError(problem)
     ranks.agree(failure)
@@ -57,12 +57,12 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
     message, or None.
     """
     path, entry = checkpoint.path / name, checkpoint.files[name]
-    beside, digest, failure = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), None
+    partial, digest, failure = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), None
     file: Any = None
     with contextlib.suppress(OSError):  # after a read error the digest does not match, and the file is refused
         if wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = beside.open("wb")
+            file = partial.open("wb")
         elif source == ranks.rank:
             file = path.open("rb")
     for start in range(0, entry["bytes"], _PIECE_BYTES):
@@ -83,11 +83,11 @@ def _transfer(checkpoint: Checkpoint, name: str, source: int, ranks: Ranks, want
         if not wanted:
             return None
         if failure is None and (file is None or digest.hexdigest() != entry["xxh3_128"]):
-            failure = f"{path}: could not be written here, or could not be read on its source host"
+            failure = f"{path}: could not be written here, or not read on the host that sent it"
         if failure is None:
-            flush_to_disk(beside)
-            beside.rename(path)
-        beside.unlink(missing_ok=True)
+            flush_to_disk(partial)
+            partial.rename(path)
+        partial.unlink(missing_ok=True)
     except OSError as error:
         failure = f"{path}: {error.strerror}"
     return failure

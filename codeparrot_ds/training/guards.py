@@ -25,7 +25,7 @@ from codeparrot_ds.training.ranks import LAUNCHER, Ranks
 
 _POLL_SECONDS = 1.0
 _FIRST_STEP = 3.0  # factor on the limit: the first step compiles, allocates, and waits for slow disks
-_KEPT_LOSSES, _FEWEST_LOSSES = 64, 16
+_KEPT_LOSSES, _MIN_LOSSES = 64, 16
 _DIGEST_WORDS = 1 << 22  # hashed at a time: 32 MB as int64
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -53,7 +53,7 @@ class StopRequests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         if self._reason is None:
             self._reason = self._lifeline.stop_reason
         if self._reason is None and self._ranks.rank == 0 and self._stop_file.exists():
@@ -68,9 +68,9 @@ class StopRequests:
                 self._reason = "the end of the command that started the launcher"
 
     def begin_exchange(self, save_now: bool = False, writing: bool = False) -> None:
-        """Start telling the other ranks, concurrently with computation, whether to stop or save after this step, and
+        """Start an exchange between ranks, concurrent with computation: whether to stop or save after this step, and
         whether this rank is still writing a checkpoint."""
-        self._look()
+        self._poll()
         self._exchange = self._ranks.begin_max([int(self._reason is not None), int(save_now), int(writing)])
 
     def finish_exchange(self) -> tuple[bool, bool, bool]:
@@ -92,11 +92,11 @@ def _launcher() -> psutil.Process | None:
 
 
 class Watchdog:
-    """Kills this rank when it makes no progress. The stack of every thread goes to `file`; the launcher kills the other
-    ranks.
+    """Kills this rank when it makes no progress, after writing the stack of every thread to `file`. The launcher then
+    kills the other ranks.
 
-    A Python thread does so, and can log the reason and update the status file. When it cannot run because a library
-    holds the GIL, a thread of `faulthandler` kills the rank after another quarter of the time limit.
+    A Python thread watches the rank: it can log the reason and update the status file. If a library holds the GIL, that
+    thread cannot run; a thread of `faulthandler` then kills the rank after another quarter of the time limit.
     """
 
     def __init__(self, seconds: float | None, file: TextIO, on_hang: Callable[[str], None]) -> None:
@@ -127,7 +127,7 @@ class Watchdog:
         while not self._stopped.wait(min(_POLL_SECONDS, self._seconds / 4)):
             if time.monotonic() <= self._deadline:
                 continue
-            message = f"hung in {self.doing}: no progress within guards.hang_seconds; thread stacks follow"
+            message = f"hung during {self.doing}: no progress within guards.hang_seconds; thread stacks follow"
             log.error("%s", message)
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()
@@ -143,7 +143,7 @@ class SkippedSteps:
     def __init__(self, most: int, so_far: int) -> None:
         self._most, self._total, self._in_a_row = most, so_far, 0
 
-    def look(self, step: int, total: int) -> bool:
+    def check(self, step: int, total: int) -> bool:
         """Return whether optimizer step `step` was skipped, given the engine's `total` so far. Raises TrainingError
         when too many steps in a row were skipped."""
         skipped, self._total = total > self._total, total
@@ -168,9 +168,9 @@ class SpikeDetector:
         self._threshold = threshold
         self._recent: deque[float] = deque(maxlen=_KEPT_LOSSES)
 
-    def look(self, loss: float) -> float | None:
+    def check(self, loss: float) -> float | None:
         """Return the recent median (nats) if `loss` is a spike, else None. Spikes do not enter the median."""
-        if len(self._recent) >= _FEWEST_LOSSES:
+        if len(self._recent) >= _MIN_LOSSES:
             median = statistics.median(self._recent)
             if not loss <= median + self._threshold:
                 return median

@@ -14,7 +14,7 @@ from codeparrot_ds.errors import CheckpointError, TrainingError
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.shards.inspect import describe_sequences
-from codeparrot_ds.shards.order import BlendedOrder, Order, places_of_step
+from codeparrot_ds.shards.order import BlendedOrder, Order, positions_of_step
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.system.files import write_json
@@ -33,7 +33,7 @@ from codeparrot_ds.training.ranks import Ranks
 from codeparrot_ds.training.resume import find_resume_point
 
 _GO_BACK_STEPS = 8  # steps up to a spike whose samples may have caused it
-_MOST_GO_BACKS = 5
+_MAX_GO_BACKS = 5
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Trainer:
             evaluate = done or self.step % recipe.evaluation.every_steps == 0
             if save_now or evaluate or self.step % recipe.logging.every_steps == 0:
                 spike = self.write_log()
-                if spike is not None and self.answer_spike(*spike):
+                if spike is not None and self.handle_spike(*spike):
                     continue
             if evaluate:
                 self.evaluate()
@@ -153,10 +153,10 @@ class Trainer:
 
     def sequences(self, step: int) -> np.ndarray:
         """Return the indices of the training sequences of optimizer step `step`, [global_batch_size] int64."""
-        return self._order.at(self._places(step))
+        return self._order.at(self._positions(step))
 
-    def _places(self, step: int) -> np.ndarray:
-        return places_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
+    def _positions(self, step: int) -> np.ndarray:
+        return positions_of_step(step, self.recipe.batch.global_batch_size, self.skipped_ranges)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a micro-batch, nats per token. ids: [sequences, seq_len + 1] int64, on the device."""
@@ -178,7 +178,7 @@ class Trainer:
         losses = [value / self.ranks.world_size for value in read[: len(steps)]]
         for step, norm, skipped in zip(steps, read[len(steps) : 2 * len(steps)], read[2 * len(steps) :], strict=True):
             step.gradient_norm, step.skipped_steps = norm, int(skipped)
-        too_many = self._look_for_skips(steps)
+        too_many = self._mark_skipped(steps)
         signed = [step.digest - (1 << 64) if step.digest >> 63 else step.digest for step in steps]
         digests = self.ranks.sum_on_host(signed)
         memory = self.ranks.begin_max([peak_memory_bytes(self.ranks.device)])()[0]
@@ -187,29 +187,29 @@ class Trainer:
             for step, loss in zip(steps, losses, strict=True):
                 if step.skipped:  # it changed no weights
                     continue
-                median = self._spikes.look(loss)
+                median = self._spikes.check(loss)
                 if median is not None and spike is None:
                     spike = (step.step, loss, median)
         if self.metrics is not None:
             self.metrics.steps(steps, losses, digests, memory, self.ranks)
             skipped = [step.step for step in steps if step.skipped]
             if skipped and self.recipe.engine.precision != "fp16":  # where skips come from the loss scale search
-                self._name_samples(skipped, "skipped: non-finite gradients")
+                self._list_samples(skipped, "skipped: non-finite gradients")
         if too_many is not None:
             raise too_many
         return spike
 
-    def _look_for_skips(self, steps: Sequence[Step]) -> TrainingError | None:
+    def _mark_skipped(self, steps: Sequence[Step]) -> TrainingError | None:
         """Mark the skipped steps. Returns the error that ends the run when too many in a row were skipped."""
         too_many = None
         for step in steps:
             try:
-                step.skipped = self._skipped.look(step.step, step.skipped_steps)
+                step.skipped = self._skipped.check(step.step, step.skipped_steps)
             except TrainingError as error:
                 step.skipped, too_many = True, too_many or error
         return too_many
 
-    def answer_spike(self, step: int, loss: float, median: float) -> bool:
+    def handle_spike(self, step: int, loss: float, median: float) -> bool:
         """List the samples of a loss spike and apply `guards.spike`. Collective: all ranks must call.
 
         Returns whether the run went back to an earlier checkpoint. Raises TrainingError when the run must stop.
@@ -220,7 +220,7 @@ class Trainer:
         log.warning("%s; its samples are listed in %s", message, self.run.incidents)
         suspects = range(first, step + 1)
         if self.metrics is not None:
-            self._name_samples(suspects, f"loss {loss:.4f} at step {step}")
+            self._list_samples(suspects, f"loss {loss:.4f} at step {step}")
         if policy == "warn":
             return False
         listed = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
@@ -232,10 +232,10 @@ class Trainer:
         self.publish()
         checkpoint = self._newest_checkpoint_up_to(first)
         self._go_backs += 1
-        if checkpoint is None or self._go_backs > _MOST_GO_BACKS:
+        if checkpoint is None or self._go_backs > _MAX_GO_BACKS:
             why = "there is no earlier checkpoint" if checkpoint is None else f"this is spike number {self._go_backs}"
             raise TrainingError(f"{message}. Cannot go back: {why}. {listed}")
-        places = np.concatenate([self._places(each) for each in suspects])
+        places = np.concatenate([self._positions(each) for each in suspects])
         self.skipped_ranges = [*self.skipped_ranges, (int(places.min()), int(places.max()) + 1)]
         if self.ranks.is_fs_leader:
             checkpoints.abandon_after(self.run, checkpoint.path)
@@ -255,7 +255,7 @@ class Trainer:
         except CheckpointError:
             return None
 
-    def _name_samples(self, steps: Iterable[int], reason: str) -> None:
+    def _list_samples(self, steps: Iterable[int], reason: str) -> None:
         """Record the source documents of the samples of `steps` in the run directory. Rank 0 only."""
         numbers = {step: self.sequences(step).tolist() for step in steps}
         described = describe_sequences(self.data, itertools.chain.from_iterable(numbers.values()))
@@ -267,12 +267,12 @@ class Trainer:
     def load(self, checkpoint: Checkpoint) -> None:
         """Resume from `checkpoint`. Collective: all ranks must call."""
         self.watchdog.beat(f"loading {checkpoint.path.name}", 10.0)
-        checkpoints.load(self.engine, checkpoint, self.checkpoint(), self.ranks)
+        checkpoints.load_checkpoint(self.engine, checkpoint, self.checkpoint(), self.ranks)
         self.step = self._saved_step = checkpoint.step
         self._skipped = SkippedSteps(self.recipe.guards.max_skipped_steps, self.engine.skipped_steps)
         self._spikes = SpikeDetector(self.recipe.guards.spike_threshold)
         for loss in self.ranks.gather(None if self.metrics is None else self.metrics.losses())[0]:
-            self._spikes.look(loss)  # as if the run had not been interrupted
+            self._spikes.check(loss)  # as if the run had not been interrupted
 
     def evaluate(self) -> None:
         """Evaluate the fixed validation sequences, the same at any world size. Collective: all ranks must call."""
@@ -327,7 +327,7 @@ class Trainer:
                 from_whom = "one another, with no majority to tell which are correct"
             raise TrainingError(
                 f"step {self.step}: the weights on rank {numbers} differ from {from_whom}. The memory or a "
-                "link of such a device is probably faulty. Remove its host and run the same command again to resume "
+                "link of that device is probably faulty. Remove its host, and run the same command again to resume "
                 "from the newest checkpoint."
             )
 

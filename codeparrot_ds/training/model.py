@@ -76,7 +76,7 @@ def build_model(
     if draw_on is not None:
         _draw(network)
     elif model.init_from is None or from_checkpoint:
-        initialise(network, model, seed)
+        initialize_weights(network, model, seed)
     else:
         load_pretrained(network, model, model.init_from)
     recompute_activations(network, model.activation_checkpointing)
@@ -176,7 +176,7 @@ class _EmbeddingSummedInFp32(torch.autograd.Function):
         return summed.to(ctx.dtype), None
 
 
-def initialise(network: nn.Module, model: Model, seed: int) -> None:
+def initialize_weights(network: nn.Module, model: Model, seed: int) -> None:
     """Set every parameter to its `initial_value`, whether or not it is partitioned.
 
     transformers' own initialization sees empty partitions under ZeRO-3, and a single generator for all parameters

@@ -28,7 +28,7 @@ class _Fragment:
     offset: int
 
 
-def load(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
+def load_resharded(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Load weights, moments, step and counters of `checkpoint` into a new `engine`. Collective: all ranks must call.
 
     The optimizer's hyperparameters remain those of the engine's own parameter groups.

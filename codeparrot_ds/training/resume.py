@@ -38,7 +38,7 @@ class _Copy:
     problems: dict[str, str]
 
     @classmethod
-    def look(cls, run: RunDirectory, step: int) -> "_Copy | None":
+    def inspect(cls, run: RunDirectory, step: int) -> "_Copy | None":
         """Verify every file of the checkpoint that this disk has; None without a readable manifest."""
         for path in (run.checkpoint(step), run.unfinished(step)):
             try:
@@ -62,37 +62,37 @@ def find_resume_point(run: RunDirectory, ranks: Ranks, last_step: float = math.i
         CheckpointError: on all ranks, when checkpoints exist but none is complete. A run never silently restarts from
             step 0.
     """
-    looks, passed_over = ranks.is_fs_leader, dict[int, list[str]]()
+    reads, damaged = ranks.is_fs_leader, dict[int, list[str]]()
     here = ({step_of(path) for path in run.checkpoint_directories(whole=False)}, run.prepared_steps())
     named, prepared = (set[int]().union(*sets) for sets in zip(*ranks.gather(here), strict=True))
     for step in sorted((step for step in named | prepared if step <= last_step), reverse=True):
-        copies: list[_Copy | None] = ranks.gather(_Copy.look(run, step) if looks else None)
+        copies: list[_Copy | None] = ranks.gather(_Copy.inspect(run, step) if reads else None)
         chosen, problems = _choose(copies)
         if chosen is None:
             if step in named:  # otherwise no disk finished saving it
-                passed_over[step] = problems
+                damaged[step] = problems
                 if ranks.rank == 0:
-                    fix = "Training resumes from the checkpoint before it."
+                    fix = "Training resumes from the previous checkpoint."
                     log.warning("%s", list_problems(str(run.checkpoint(step)), problems, fix))
             continue
         failure = None
-        if looks:
+        if reads:
             try:
-                for passed in passed_over:
-                    run.set_aside(run.checkpoint(passed))
+                for each in damaged:
+                    run.set_aside(run.checkpoint(each))
                 _complete(run, chosen, copies[ranks.rank])
             except OSError as error:
                 failure = CheckpointError(f"{error.filename or run.checkpoints}: {error.strerror}")
         ranks.agree(failure)
         return Checkpoint.read(run.checkpoint(step))
-    if passed_over:
+    if damaged:
         fix = "Restore one from a backup, or remove them all to restart from step 0."
         if ranks.on_many_disks:
             fix = "Run on the hosts that have those files, in any order and number. Otherwise: " + fix
         raise CheckpointError(
             list_problems(
-                f"{run.checkpoints}: no undamaged checkpoint is left ({len(passed_over)} damaged)",
-                [f"step {step}: {problem}" for step, problems in passed_over.items() for problem in problems],
+                f"{run.checkpoints}: no undamaged checkpoint is left ({len(damaged)} damaged)",
+                [f"step {step}: {problem}" for step, problems in damaged.items() for problem in problems],
                 fix,
             )
         )

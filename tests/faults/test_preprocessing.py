@@ -162,7 +162,7 @@ def test_killed_anywhere_the_same_command_makes_the_same_bytes(large: Corpus, tm
 
 
 @pytest.mark.slow
-def test_killed_before_any_operation_on_its_files_a_build_is_mended_by_the_next(data: Path, tmp_path: Path) -> None:
+def test_killed_before_any_operation_on_its_files_a_build_is_completed_by_the_next(data: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", data / "tokenizer", 60, 60)
     (tmp_path / "scratch").mkdir()
     done = subprocess.run(
@@ -184,7 +184,7 @@ def test_killed_before_any_operation_on_its_files_a_build_is_mended_by_the_next(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_stopped_build_leaves_no_process_and_goes_on(
+def test_a_stopped_build_leaves_no_process_and_resumes(
     large: Corpus, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     output, log = tmp_path / "shards", tmp_path / "log"
@@ -343,26 +343,26 @@ SCHEDULERS: dict[str, list[dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers_share_out_the_work_by_their_environment(
+def test_schedulers_divide_the_work_by_their_environment(
     small: Corpus, whole: dict[str, bytes], tmp_path: Path, scheduler: str
 ) -> None:
     output, parts = tmp_path / "shards", SCHEDULERS[scheduler]
     left = 8
     for index in reversed(range(len(parts))):
         done = shards(*small.command(output, "--workers", "1"), **parts[index])
-        assert f"slice {index}/{len(parts)} of the work, set by the scheduler's environment" in done.stderr
+        assert f"building only slice {index}/{len(parts)}, as set by the scheduler's environment" in done.stderr
         left -= len(range(index, 8, len(parts)))
         if left:
             expect_others(done, output, left)
     expect_finished(done, output, whole)
 
 
-def test_a_slice_that_is_named_overrules_the_scheduler(small: Corpus, tmp_path: Path) -> None:
+def test_an_explicit_slice_overrides_the_scheduler(small: Corpus, tmp_path: Path) -> None:
     output = tmp_path / "shards"
     expect_others(shards(*small.command(output, "--slice", "0/8"), **array(0, 0, 5, 2)), output, 7)
 
 
-def test_an_array_with_gaps_and_a_slice_that_is_none_are_refused(small: Corpus, tmp_path: Path) -> None:
+def test_an_array_with_gaps_and_an_invalid_slice_are_refused(small: Corpus, tmp_path: Path) -> None:
     output = tmp_path / "shards"
     assert "the task ids have gaps" in error_of(shards(*small.command(output), **array(1, 0, 5, 3)))
     assert "write I/N" in error_of(shards(*small.command(output, "--slice", "3/3")))
@@ -377,7 +377,7 @@ def test_a_batch_script_outside_srun_does_all_the_work(small: Corpus, whole: dic
     expect_finished(done, tmp_path / "shards", whole)
 
 
-def test_a_killed_slice_is_done_again_by_the_same_command(
+def test_a_killed_slice_is_completed_by_the_same_command(
     small: Corpus, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "shards"
@@ -481,7 +481,7 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_bytes_of_one_run_and_names_what_is_wrong(
+def test_ray_gives_the_bytes_of_one_run_and_names_the_problem(
     small: Corpus, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     with ray_cluster() as cluster:

@@ -32,7 +32,7 @@ def attempts(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.directory.launches.read_text().splitlines()]
 
 
-def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
+def test_after_a_rank_or_a_launcher_was_killed_the_job_restarts_by_itself(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     run = new_run("mended", 1, "checkpoints.every_steps=1")
@@ -56,7 +56,7 @@ def test_after_a_rank_or_a_launcher_was_killed_the_job_goes_on_by_itself(
 
 
 @pytest.mark.parametrize("fault", ["crash", pytest.param("kill", marks=pytest.mark.nightly)])
-def test_a_crash_loop_is_ended_and_nothing_is_lost(
+def test_a_crash_loop_is_stopped_and_nothing_is_lost(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], fault: str
 ) -> None:
     """Fault 18."""
@@ -76,7 +76,7 @@ def test_a_crash_loop_is_ended_and_nothing_is_lost(
     expect_finished(run, undisturbed[2])
 
 
-def test_when_the_supervisor_is_killed_all_end_and_the_next_goes_on(
+def test_when_the_supervisor_is_killed_all_ranks_exit_and_the_next_launch_resumes(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     run = new_run("headless", 3, "checkpoints.every_steps=1")
@@ -94,9 +94,7 @@ def test_when_the_supervisor_is_killed_all_end_and_the_next_goes_on(
     expect_as_undisturbed(run, undisturbed[3])
 
 
-def test_a_supervisor_told_to_stop_has_the_job_saved_first(
-    new_run: NewRun, undisturbed: dict[int, Undisturbed]
-) -> None:
+def test_a_supervisor_told_to_stop_saves_first(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
     run = new_run("told", 2, "checkpoints.every_steps=6")
     for step, number in enumerate((signal.SIGTERM, signal.SIGHUP), start=1):
         job = run.start_supervised(f"pause:0:{step - 1}", supervised=QUICK)
@@ -120,7 +118,7 @@ def test_a_supervisor_told_to_stop_has_the_job_saved_first(
     expect_finished(run, undisturbed[2])
 
 
-def test_a_rank_that_is_stopped_is_killed_and_the_job_goes_on(
+def test_a_rank_that_is_stopped_is_killed_and_the_job_restarts(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     """Fault 9. Only SIGKILL stops it, and deepspeed waits 30 s."""
@@ -137,7 +135,7 @@ def test_a_rank_that_is_stopped_is_killed_and_the_job_goes_on(
     assert attempts(run)[0]["state"] == "failed" and "hung" in attempts(run)[0]["reason"]
 
 
-def test_what_a_user_must_mend_is_not_tried_again(new_run: NewRun) -> None:
+def test_a_user_error_is_not_retried(new_run: NewRun) -> None:
     run = new_run("refused", 2)
     done = run.start_supervised(supervised=QUICK, options=("--set", "engine.precision=fp16")).end()
     assert done.returncode == EXIT_USER_ERROR, done.output

@@ -53,7 +53,7 @@ KILLED_WHILE_SAVING = {
 
 
 @pytest.mark.parametrize("stage", KILLED_WHILE_SAVING)
-def test_killed_at_any_point_of_saving_there_is_a_whole_checkpoint_to_go_on_from(
+def test_killed_at_any_point_of_saving_a_complete_checkpoint_remains(
     new_run: NewRun, undisturbed: dict[int, Undisturbed], stage: int
 ) -> None:
     """Faults 2, 3 and 4."""
@@ -114,7 +114,7 @@ def test_a_killed_rank_or_launcher_ends_the_job_and_no_rank_trains_on(
     expect_finished(run, undisturbed[1])
 
 
-def test_asked_to_stop_a_run_saves_and_goes_on_later(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
+def test_a_run_told_to_stop_saves_and_resumes_later(new_run: NewRun, undisturbed: dict[int, Undisturbed]) -> None:
     """Faults 12, 13 and 19."""
     run = new_run("asked", 2, "checkpoints.every_steps=6")
 
@@ -171,10 +171,10 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(new_run: NewRun, undistu
     assert done.returncode not in (0, EXIT_PREEMPTED)
     status = run.status()
     assert status["state"] == "failed"
-    assert status["error"] == "rank 0 hung in step 3: no progress within guards.hang_seconds"
+    assert status["error"] == "rank 0 hung during step 3: no progress within guards.hang_seconds"
     log = run.log(0)
-    assert "hung in step 3" in log
-    stacks = log.split("hung in step 3")[1]
+    assert "hung during step 3" in log
+    stacks = log.split("hung during step 3")[1]
     assert "in train_step" in stacks and "in _watch" in stacks  # the stacks of the main thread and of the watchdog
     assert run.newest() == 2
     expect_finished(run, undisturbed[3])
@@ -197,7 +197,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_leaves_the_older_checkpoint_and_is_said(
+def test_a_full_disk_is_reported_and_the_older_checkpoint_remains(
     small_disk: Path, new_run: NewRun, undisturbed: dict[int, Undisturbed], background: bool
 ) -> None:
     """Fault 5. Rank 1 finds the disk full; nothing is removed for a checkpoint that was not published."""
@@ -227,7 +227,7 @@ def copy_of(undisturbed: Undisturbed, run: Run) -> None:
     shutil.copytree(undisturbed.trained.run.path, run.directory.path)
 
 
-def test_damaged_checkpoints_are_named_and_passed_over_but_never_all(
+def test_damaged_checkpoints_are_named_and_skipped_but_never_all(
     new_run: NewRun, undisturbed: dict[int, Undisturbed]
 ) -> None:
     """Faults 6, 7 and 8."""
@@ -446,7 +446,7 @@ def test_a_loss_spike_stops_a_run_that_asks_for_it(new_spiky_run: NewRun) -> Non
     assert run.newest() == 18
 
 
-def test_after_a_loss_spike_a_run_goes_back_and_around_its_samples_whatever_kills_it(new_spiky_run: NewRun) -> None:
+def test_after_a_loss_spike_a_run_goes_back_and_skips_its_samples_even_if_killed(new_spiky_run: NewRun) -> None:
     def through() -> Run:
         run = new_spiky_run("go_back", "whole")
         done = run.train(SPIKE)

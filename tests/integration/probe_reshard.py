@@ -23,7 +23,7 @@ checkpoint = RunDirectory(recipe.run_directory).newest_checkpoint()
 ranks = rank_module.join()
 ds_config = resolve(load_ds_config(ds_config_path), recipe, ranks.world_size)
 engine = build_engine(build_model(recipe.model, 0, recipe.seed + 1, ds_config), recipe, ds_config)
-reshard.load(engine, checkpoint, ranks)
+reshard.load_resharded(engine, checkpoint, ranks)
 run = RunDirectory(out)
 again = dataclasses.replace(
     checkpoint,

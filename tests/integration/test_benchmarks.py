@@ -106,7 +106,7 @@ def test_the_page_has_a_mark_for_every_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_takes_too_long_is_ended_and_what_is_known_is_printed(tmp_path: Path) -> None:
+def test_a_process_that_takes_too_long_is_killed_and_the_results_so_far_are_printed(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     output.write_text(json.dumps(ROWS[4]) + '\n{"part": "st')
     # It starts Python with torch six times, one after another.

@@ -130,7 +130,7 @@ def test_what_was_changed_later_is_named(converted: Path, tmp_path: Path) -> Non
         check(forged)
 
 
-def test_a_writer_that_errs_leaves_no_directory(
+def test_a_writer_that_fails_leaves_no_directory(
     baseline: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One element of one tensor is corrupted between checkpoint and file: verification names the tensor."""
@@ -224,13 +224,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(copy_baseline: Copy, tmp_path: 
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_cap_that_cannot_be_kept_is_refused_with_what_is_needed(baseline: Trained, tmp_path: Path) -> None:
+def test_a_memory_cap_that_is_too_low_is_refused_with_the_amount_needed(baseline: Trained, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--memory-cap 0.05GB: this model needs \d.\d\d GB"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=50_000_000)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_killed_at_any_moment_the_next_call_makes_the_same(
+def test_killed_at_any_moment_the_next_call_produces_the_same(
     baseline: Trained, converted: Path, tmp_path: Path, kills: int
 ) -> None:
     output = tmp_path / "hf"
@@ -258,7 +258,7 @@ def test_killed_at_any_moment_the_next_call_makes_the_same(
         assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
-def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: Train) -> None:
+def test_checkpoints_are_exported_and_pushed_during_training(train_tiny: Train) -> None:
     with serve() as hub:
         hub.faults = [Fault("PUT", "/store/", 1, 503)]
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
@@ -280,7 +280,7 @@ def test_checkpoints_are_exported_and_pushed_while_training_goes_on(train_tiny: 
     assert branches == {"main": {}, "exporting": newest}
 
 
-def test_an_export_that_fails_is_told_of_and_training_goes_on(train_tiny: Train) -> None:
+def test_an_export_that_fails_is_reported_and_training_continues(train_tiny: Train) -> None:
     with serve() as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_" + "Wr0ng" * 6, "HF_HUB_OFFLINE": "0"}
         options = ["export.every_steps=3", "export.hub=me/parrot"]

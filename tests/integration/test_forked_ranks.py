@@ -48,7 +48,7 @@ def test_what_is_not_waited_for_is_killed(fork_server: ForkServer, tmp_path: Pat
     assert until(lambda: not any(map(psutil.pid_exists, job.pids)), 10)
 
 
-def test_a_job_may_be_hurt_from_outside(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_a_rank_of_a_job_can_be_killed(fork_server: ForkServer, tmp_path: Path) -> None:
     job = fork_server.start(script(tmp_path / "probe.py", "time.sleep(600)"), ranks=2, cwd=ROOT)
     job.rank(1).send_signal(signal.SIGKILL)
     assert job.poll(10) == -signal.SIGKILL

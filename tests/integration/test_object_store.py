@@ -203,7 +203,7 @@ def test_shards_in_a_store_are_verified_and_a_flipped_byte_is_named(store: Store
     assert "valid-00000.idx is missing" in error_of(store.shards("verify", "s3://bucket/shards"))
 
 
-def test_a_build_that_was_stopped_goes_on_and_keeps_what_is_finished(
+def test_an_interrupted_build_resumes_and_keeps_finished_tasks(
     store: Store, corpus: Corpus, whole: dict[str, bytes]
 ) -> None:
     """The last file is truncated: the tasks before it are done, exactly once."""
@@ -249,7 +249,7 @@ def test_another_corpus_does_not_overwrite_finished_shards(store: Store, corpus:
     assert "built with different options" in error_of(store.shards(*fewer.command("s3://bucket/shards")))
 
 
-def test_a_missing_bucket_is_named_and_not_made(store: Store, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_named_and_not_created(store: Store, corpus: Corpus, tmp_path: Path) -> None:
     message = error_of(store.shards(*corpus.command("s3://buckte/shards")))
     assert "s3://buckte/shards" in message
     message = error_of(store.shards(*remote(corpus, "s3://buckte/input").command(tmp_path / "shards")))

@@ -72,7 +72,7 @@ def test_a_resumed_offloaded_run_equals_an_uninterrupted_one(
     assert not list(tmp_path.glob("nvme/*.swap"))
 
 
-def test_a_checkpoint_holds_and_guards_what_is_on_nvme(train_offloaded: Train, tmp_path: Path) -> None:
+def test_a_checkpoint_includes_and_verifies_state_on_nvme(train_offloaded: Train, tmp_path: Path) -> None:
     trained = train_offloaded("zero3_nvme", ranks=2)
     checkpoint = source_checkpoint(trained.run.path)
     swapped = {Path(name).parent.name for name in checkpoint.files if name.startswith("offloaded_tensors/")}
@@ -97,7 +97,7 @@ def test_a_checkpoint_holds_and_guards_what_is_on_nvme(train_offloaded: Train, t
     assert again.losses() == trained.losses()
 
 
-def test_offload_may_change_as_a_run_goes_on(train_offloaded: Train, tmp_path: Path) -> None:
+def test_offload_may_change_on_resume(train_offloaded: Train, tmp_path: Path) -> None:
     """From NVMe to the CPU, to the device and back, on other ranks: weights and moments stay bit-identical."""
     whole = train_offloaded("zero3_nvme", "whole", ranks=1, options=("schedule.name=constant", "schedule.steps=12"))
     moves = [("zero3_nvme", 1), ("zero3_offload", 2), ("zero3", 2), ("zero3_nvme", 2)]

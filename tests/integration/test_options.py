@@ -57,7 +57,7 @@ def test_fp16_finds_its_loss_scale_and_keeps_it_on_another_stage(
     assert again.loss_scaler().cur_scale in (scale, scale / 2) and scale < 2**40
 
 
-def test_fp16_where_there_is_none_is_one_message(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupported_fp16_is_one_message(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["engine"]["precision"] = "fp16"
     done = forked("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
     if done.returncode == 0:

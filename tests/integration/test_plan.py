@@ -131,7 +131,7 @@ def test_each_phase_of_a_step_peaks_as_estimated(case: Case, trials: dict[str, d
         assert most == pytest.approx(trials[case.name]["phases"][measured], rel=0.06), phase
 
 
-def test_what_fits_is_told_from_what_does_not(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_what_fits_is_distinguished_from_what_does_not(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     for case in CASES:
         for limit in (0.5, 0.95, 1.05, 2.0):
             peak = trials[case.name]["peak_bytes"]

@@ -47,7 +47,7 @@ def bash(block: str, cwd: Path, environment: dict[str, str]) -> subprocess.Compl
 
 
 @pytest.mark.nightly
-def test_every_block_runs_and_a_killed_quickstart_goes_on(tmp_path: Path) -> None:
+def test_every_block_runs_and_a_killed_quickstart_resumes(tmp_path: Path) -> None:
     """From scratch, including the installation, at full length."""
     copy, environment = copy_tree(tmp_path / "clone"), user_environment()
     run_until_killed("./launch/quickstart.sh", copy, environment)

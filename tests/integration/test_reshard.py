@@ -106,7 +106,7 @@ def test_two_ranks_then_one_then_three_then_two(
     assert_groups_intact(moved)
 
 
-def test_every_stage_goes_on_from_every_other(
+def test_every_stage_resumes_from_every_other(
     stop_at: Callable[..., None], uninterrupted: Trained, tmp_path: Path
 ) -> None:
     for step, ranks, stage in ((8, 2, 3), (16, 3, 1), (24, 1, 0), (32, 1, 2), (40, 2, 0), (None, 2, 3)):

@@ -11,9 +11,9 @@ from tests.conftest import ROOT, RunRanks, recipe_on, save_recipe
 
 pytestmark = pytest.mark.slow
 PROBE = ROOT / "tests" / "integration" / "probe_step.py"
-MOST_BYTES_A_PARAMETER = 55
+MAX_BYTES_A_PARAMETER = 55
 # Stages 2 and 3 use DeepSpeed's step, which reads the norm to decide whether to clip and whether to skip.
-MOST_READS_A_STEP = {1: 0, 2: 4, 3: 4}
+MAX_READS_A_STEP = {1: 0, 2: 4, 3: 4}
 
 
 @pytest.fixture
@@ -37,19 +37,19 @@ def probe(forked: RunRanks, data: Path, tmp_path: Path) -> Callable[..., dict[st
 def test_the_host_reads_nothing_for_a_micro_batch(probe: Callable[..., dict[str, Any]], stage: int) -> None:
     found = probe(stage)
     assert found["a_micro_batch"] == 0, found["names"]
-    assert found["a_step"] <= MOST_READS_A_STEP[stage], found["names"]
+    assert found["a_step"] <= MAX_READS_A_STEP[stage], found["names"]
 
 
 def test_zero_1_goes_through_memory_half_as_often_as_deepspeed_does(probe: Callable[..., dict[str, Any]]) -> None:
-    assert probe(1)["bytes_a_parameter"] <= MOST_BYTES_A_PARAMETER
+    assert probe(1)["bytes_a_parameter"] <= MAX_BYTES_A_PARAMETER
 
 
 @pytest.mark.parametrize("broken", ["clip", "reduce", "zero", "add"])
-def test_a_pass_more_is_seen(probe: Callable[..., dict[str, Any]], broken: str) -> None:
-    assert probe(1, broken)["bytes_a_parameter"] > MOST_BYTES_A_PARAMETER
+def test_an_additional_pass_over_memory_is_detected(probe: Callable[..., dict[str, Any]], broken: str) -> None:
+    assert probe(1, broken)["bytes_a_parameter"] > MAX_BYTES_A_PARAMETER
 
 
-def test_a_read_of_each_micro_batch_or_step_is_seen(probe: Callable[..., dict[str, Any]]) -> None:
+def test_a_host_read_in_each_micro_batch_or_step_is_detected(probe: Callable[..., dict[str, Any]]) -> None:
     found = probe(1, "read")
     assert found["a_micro_batch"] == 1
     assert found["a_step"] == 1

@@ -141,14 +141,14 @@ def test_another_seed_or_model_is_not_resumed(
     assert trained.run.newest_checkpoint().step == 6
 
 
-def test_every_world_size_sees_the_same_data_and_loses_the_same(train_tiny: Train, baseline: Trained) -> None:
+def test_every_world_size_has_the_same_data_and_losses(train_tiny: Train, baseline: Trained) -> None:
     two, one = baseline, train_tiny("one", ranks=1, options=["batch.micro_batch_size=2"])
     assert two.digests() == one.digests()
     for a, b in zip(two.losses(), one.losses(), strict=True):
         assert math.isclose(float.fromhex(a), float.fromhex(b), rel_tol=1e-4)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: Train, copy_baseline: Copy) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(train_tiny: Train, copy_baseline: Copy) -> None:
     trained = copy_baseline("damaged")
     file = trained.run.checkpoint(6) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = bytearray(file.read_bytes())
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(train_tiny: T
     assert re.search("resuming from .*step-00000003", log)
 
 
-def test_a_finished_run_whose_status_was_lost_is_finished_again(train_tiny: Train, copy_baseline: Copy) -> None:
+def test_a_finished_run_whose_status_was_lost_is_marked_finished(train_tiny: Train, copy_baseline: Copy) -> None:
     """Killed between its last checkpoint and the status: a second call must fix the status."""
     trained = copy_baseline("status")
     finished = trained.run.read_status()
@@ -254,7 +254,7 @@ def test_offload_trains_after_saying_that_it_builds_an_operator(
 ) -> None:
     done = forked("--module", "codeparrot_ds.train", offload_recipe)
     assert done.returncode == 0, done.output
-    assert "DeepSpeed's cpu_adam operator is compiled" in done.output
+    assert "compiling DeepSpeed's cpu_adam operator" in done.output
     status = json.loads((Path(tiny_recipe["runs"]) / "tiny" / "status.json").read_text())
     assert status["loss_valid"] < math.log(VOCAB_SIZE) - 0.3
 

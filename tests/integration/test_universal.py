@@ -38,7 +38,7 @@ def assert_same(state: SavedState, expected: SavedState) -> None:
     assert float(expected.read("transformer.wte.weight", "exp_avg_sq").max()) > 0
 
 
-def test_it_is_whole_and_stands_alone(baseline: Trained, universal: Checkpoint, tmp_path: Path) -> None:
+def test_it_is_complete_and_self_contained(baseline: Trained, universal: Checkpoint, tmp_path: Path) -> None:
     source = source_checkpoint(baseline.run.path)
     again = source_checkpoint(universal.path)
     assert again == universal
@@ -62,7 +62,7 @@ def test_deepspeed_loads_every_bit(
     assert_same(open_state(source_checkpoint(out)), open_state(universal))
 
 
-def test_training_goes_on_from_it(
+def test_training_resumes_from_it(
     baseline: Trained, train_tiny: Callable[..., Trained], tiny_recipe: dict[str, Any]
 ) -> None:
     """At another stage and rank count, the remaining steps have the same losses."""
@@ -77,7 +77,7 @@ def test_training_goes_on_from_it(
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_what_deepspeeds_script_makes_is_converted(
+def test_the_output_of_deepspeeds_script_is_converted(
     train_tiny: Callable[..., Trained], copy_baseline: Callable[[str], Trained], tmp_path: Path, stage: int
 ) -> None:
     run = (copy_baseline("copied") if stage == 3 else train_tiny("stage1", stage=stage)).run

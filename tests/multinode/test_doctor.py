@@ -47,7 +47,7 @@ def red(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {number: each["red"] for number, each in enumerate(report["hosts"]) if each["red"]}
 
 
-def test_three_good_hosts_are_green_within_half_a_minute(doctor: Doctor, real_hosts: RealHosts) -> None:
+def test_three_good_hosts_pass_within_half_a_minute(doctor: Doctor, real_hosts: RealHosts) -> None:
     code, report = doctor()
     assert (code, red(report)) == (0, {})
     assert report["seconds"] < 30

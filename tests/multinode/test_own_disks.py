@@ -56,7 +56,7 @@ def call(real_hosts: RealHosts, directory: Path, *command: str | Path) -> Launch
     return real_hosts.run([PROGRAM, *command], timeout=240, env=environment, cwd=ROOT)
 
 
-def test_a_disk_that_should_be_shared_and_is_not_is_refused_before_anything_is_trained(
+def test_a_disk_that_should_be_shared_but_is_not_is_refused_before_training(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
 ) -> None:
     """A shared disk that one host has not mounted: the files of its ranks would be lost."""
@@ -130,7 +130,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     assert ours["tensors"] == its["tensors"]
 
 
-def test_what_a_host_took_with_it_is_named(
+def test_files_lost_with_a_host_are_named(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
 ) -> None:
     tiny_recipe["checkpoints"]["shared_disk"] = False
@@ -153,7 +153,7 @@ def test_what_a_host_took_with_it_is_named(
     assert run.newest_checkpoint().step == tiny_recipe["schedule"]["steps"]
 
 
-def test_exports_while_training_need_a_shared_disk(tiny_recipe: dict[str, Any]) -> None:
+def test_exports_during_training_need_a_shared_disk(tiny_recipe: dict[str, Any]) -> None:
     tiny_recipe["checkpoints"]["shared_disk"] = False
     tiny_recipe["export"] = {"every_steps": 3}
     with pytest.raises(ValueError, match="codeparrot-ds convert --hostfile"):

@@ -49,7 +49,7 @@ def test_three_hosts_make_the_bytes_of_one_even_when_one_is_lost(
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_what_a_user_must_mend_is_said_and_not_tried_elsewhere(
+def test_a_user_error_is_reported_and_not_retried_elsewhere(
     real_hosts: RealHosts, corpus: Corpus, tmp_path: Path
 ) -> None:
     done = build_on(real_hosts, corpus, tmp_path / "shards", "--encoder", "nonsense")

@@ -192,7 +192,7 @@ def test_two_nodes_train_exactly_as_two_ranks_on_one(
     assert "srun --nodes=2" in log.read_text()
 
 
-def test_a_job_that_slurm_asks_to_end_saves_and_is_queued_again(
+def test_a_job_that_slurm_asks_to_end_saves_and_is_requeued(
     slurm: Slurm, tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """The signal that Slurm sends five minutes before the time limit."""

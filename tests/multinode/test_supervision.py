@@ -111,7 +111,7 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "command"), [((), "deepspeed --quiet --hostfile "), (("--launcher", "mpirun"), "$ mpirun -n 2 ")]
 )
-def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
+def test_after_the_ranks_of_a_host_were_killed_all_hosts_restart(
     launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
 ) -> None:
     """Fault 23. Losses are those of two ranks on one host, bit for bit."""
@@ -133,14 +133,14 @@ def test_after_the_ranks_of_a_host_were_killed_all_hosts_go_on(
     assert trained.digests() == baseline.digests()
 
 
-def test_without_pdsh_plain_ssh_does_as_well(launch: Launch, baseline: Trained) -> None:
+def test_without_pdsh_plain_ssh_is_used(launch: Launch, baseline: Trained) -> None:
     job = launch("plain", 2, "--launcher", "ssh", "--no-doctor")
     assert job.end() == 0, job.output()
     assert "codeparrot_ds.hosts.fan_out" in job.output()
     assert read_run(job.directory.path).losses() == baseline.losses()
 
 
-def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
+def test_a_host_that_is_cut_off_is_dropped_and_readmitted(
     launch: Launch, real_hosts: RealHosts, forked: RunRanks, tiny_recipe: dict[str, Any]
 ) -> None:
     """Fault 23: three hosts, then two, then three, and every sample exactly once."""
@@ -171,7 +171,7 @@ def test_a_host_that_is_cut_off_is_left_behind_and_taken_back(
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
-def test_when_the_supervisor_is_killed_no_rank_lives_on_anywhere(
+def test_when_the_supervisor_is_killed_no_rank_survives_anywhere(
     launch: Launch, real_hosts: RealHosts, baseline: Trained
 ) -> None:
     job = launch("headless", 2, faults=["hold:0:4"])
@@ -185,7 +185,7 @@ def test_when_the_supervisor_is_killed_no_rank_lives_on_anywhere(
 
 
 @pytest.mark.parametrize("victim", ["launcher of the second host", "deepspeed", "terminal"])
-def test_whatever_is_lost_between_a_user_and_the_ranks_none_of_them_lives_on(
+def test_no_rank_survives_the_loss_of_anything_between_it_and_the_user(
     launch: Launch, real_hosts: RealHosts, victim: str
 ) -> None:
     job = launch("orphans", 2, "--no-doctor", "--max-restarts", "0", faults=["hold:0:4"])

@@ -30,7 +30,7 @@ LAYERS = [
     ["trial"],
     ["cli"],
 ]
-MOST_LINES = 400
+MAX_LINES = 400
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -101,7 +101,7 @@ def test_no_modules_import_one_another() -> None:
 
 def too_long(lines: dict[str, int]) -> dict[str, int]:
     """Modules that are too long, and so have more than one responsibility."""
-    return {name: count for name, count in lines.items() if count > MOST_LINES}
+    return {name: count for name, count in lines.items() if count > MAX_LINES}
 
 
 def test_no_module_is_too_long() -> None:
@@ -137,7 +137,7 @@ def test_preprocessing_starts_without_torch() -> None:
     assert not loaded & {"torch", "transformers", "deepspeed", "datasets"}
 
 
-def test_the_command_line_loads_no_stage_before_its_verb_is_called() -> None:
+def test_the_command_line_imports_no_stage_before_a_command_runs() -> None:
     assert heavy_imports("import codeparrot_ds.cli") == set()
 
 

@@ -23,7 +23,7 @@ def bootstrap() -> ModuleType:
     return module
 
 
-def test_where_it_may_not_install_it_prints_the_line_to_type(
+def test_without_permission_it_prints_the_command_to_type(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get, no sudo
@@ -34,7 +34,7 @@ def test_where_it_may_not_install_it_prints_the_line_to_type(
     assert "sudo apt-get install --yes --no-install-recommends some-package" in message
 
 
-def test_where_it_may_it_installs(
+def test_it_installs_if_permitted(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A fake apt-get that creates the tool."""

@@ -56,7 +56,7 @@ def test_a_run_without_checkpoints_starts_at_step_0(run: RunDirectory, alone: Ra
         run.newest_checkpoint()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_never_silently_all(run: RunDirectory, alone: Ranks) -> None:
+def test_a_damaged_checkpoint_is_skipped_but_never_silently_all(run: RunDirectory, alone: Ranks) -> None:
     publish(run, 5)
     newest = publish(run, 10)
     file = newest.path / "weights.pt"
@@ -128,7 +128,7 @@ def test_a_missing_file_is_named(run: RunDirectory) -> None:
         ZeroCheckpoint(source_checkpoint(run.path))
 
 
-def test_a_conversion_whose_loss_differs_or_is_no_number_fails(run: RunDirectory) -> None:
+def test_a_conversion_whose_loss_differs_or_is_nan_fails(run: RunDirectory) -> None:
     def losses(master: float, written: float, logits: float = 0.0, transformers: float = 0.0) -> dict[str, Any]:
         forward = {
             "loss_master": master,

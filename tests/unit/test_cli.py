@@ -26,7 +26,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_help_lists_the_verbs() -> None:
+def test_help_lists_the_commands() -> None:
     done = run("--help")
     assert done.returncode == 0
     for verb in (
@@ -65,7 +65,7 @@ def test_usage_errors_exit_with_2() -> None:
         (["tokenizer", "train", "{data}/corpus", "--vocab-size", "300", "-o", "{stdlib}/__init__.py/t"], "__init__.py"),
     ],
 )
-def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
+def test_a_user_error_is_one_message_and_exit_code_1(
     tmp_path: Path, data: Path, arguments: list[str], expected: str
 ) -> None:
     names = {"tmp": str(tmp_path), "data": str(data), "stdlib": str(Path(json.__file__).parent)}
@@ -77,7 +77,7 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
     assert done.stdout == ""
 
 
-def test_a_disk_too_small_is_told_before_writing(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path) -> None:
     """A real small file system."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -106,11 +106,11 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MB", "3 apples", "nan", "1e400GB"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="write it like 30MB"):
         parse_size(text)
 
 
-def test_generated_text_cannot_drive_the_terminal() -> None:
+def test_generated_text_cannot_control_the_terminal() -> None:
     assert printable("a\tb\nc é") == "a\tb\nc é"
     assert printable("\x1b[2J\x07\r\u202e") == "\\x1b[2J\\x07\\r\\u202e"

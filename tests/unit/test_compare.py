@@ -90,7 +90,7 @@ def command(*arguments: str | Path | RunDirectory) -> subprocess.CompletedProces
     return subprocess.run([str(COMMAND), "compare", *words], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_equal_runs_are_the_same_to_the_bit(make: Make) -> None:
+def test_equal_runs_are_bit_identical(make: Make) -> None:
     found = compare(make("a"), make("b"), tolerance=0)
     assert found.same
     assert found.recipe == {}
@@ -99,12 +99,12 @@ def test_equal_runs_are_the_same_to_the_bit(make: Make) -> None:
     assert found.loss_valid.steps == 2
     rows = dict(as_rows(found))
     assert rows["data"] == "same digests at all 40 common steps"
-    assert rows["training loss"] == "bit-equal at all 40 common steps"
-    assert rows["validation loss"] == "bit-equal at all 2 common steps"
+    assert rows["training loss"] == "bit-identical at all 40 common steps"
+    assert rows["validation loss"] == "bit-identical at all 2 common steps"
     assert rows["verdict"] == "same data, equal losses"
 
 
-def test_other_data_are_found_at_the_step_where_they_part(make: Make) -> None:
+def test_different_data_is_found_at_the_first_step_that_differs(make: Make) -> None:
     parted = {step: {"batch_digest": "f" * 16} for step in (17, 18, 30)}
     found = compare(make("a"), make("b", rows_of(changed=parted)))
     assert not found.same
@@ -116,7 +116,7 @@ def test_other_data_are_found_at_the_step_where_they_part(make: Make) -> None:
     assert dict(as_rows(found))["verdict"] == "different data, equal losses"
 
 
-def test_losses_that_part_are_measured_and_held_against_the_tolerance(make: Make) -> None:
+def test_diverging_losses_are_measured_and_compared_with_the_tolerance(make: Make) -> None:
     # 1e-9 at step 9; 3e-3 at step 20, of 4.75: 6.3e-4; 2.5e-3 at step 36, of 3.75: 6.7e-4, the largest share.
     apart = {9: 1e-9, 20: 3e-3, 36: 2.5e-3}
     changed = {step: {"loss": 6.0 - step / 16 - difference} for step, difference in apart.items()}
@@ -138,7 +138,7 @@ def test_losses_that_part_are_measured_and_held_against_the_tolerance(make: Make
     assert compare(b, a, tolerance=6.5e-4).loss == compare(a, b, tolerance=6.5e-4).loss
 
 
-def test_the_table_shows_the_first_parting_be_it_of_data_or_of_loss(make: Make) -> None:
+def test_the_table_shows_the_first_difference_in_data_or_loss(make: Make) -> None:
     a = make("a")
     loss_first = make("b", rows_of(changed={11: {"loss": 5.0}, 27: {"batch_digest": "0"}}))
     data_first = make("c", rows_of(changed={11: {"batch_digest": "0"}, 27: {"loss": 5.0}}))
@@ -170,7 +170,7 @@ def test_validation_losses_count_and_learning_rates_do_not(make: Make) -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
-def test_a_loss_that_is_no_number_equals_only_another(make: Make, nothing: float | None) -> None:
+def test_a_null_loss_equals_only_another_null(make: Make, nothing: float | None) -> None:
     """Training writes null; Python's json would also write and read NaN."""
     broken = rows_of(changed={25: {"loss": nothing}})
     a, b, also = make("a"), make("b", broken), make("c", broken)
@@ -182,12 +182,12 @@ def test_a_loss_that_is_no_number_equals_only_another(make: Make, nothing: float
     assert next(line for line in as_table(found) if line.split()[0] == "25").endswith("not finite           -")
     both = compare(b, also, tolerance=0)
     assert both.same
-    assert dict(as_rows(both))["training loss"] == "bit-equal at all 40 common steps; 1 step not finite"
+    assert dict(as_rows(both))["training loss"] == "bit-identical at all 40 common steps; 1 step not finite"
     nowhere = rows_of(2, {0: {"loss": nothing}, 1: {"loss": nothing}})
     assert compare(make("d", nowhere), make("e", nowhere)).loss.absolute is None
 
 
-def test_a_last_line_cut_short_is_left_out(make: Make) -> None:
+def test_a_truncated_last_line_is_skipped(make: Make) -> None:
     whole = json.dumps(train_row(10, loss=99.0))
     killed = make("b", rows_of(10)[:-1], tail=whole[: len(whole) // 2], status={"state": "running"})
     found = compare(make("a"), killed)
@@ -210,7 +210,7 @@ def test_a_run_without_status_and_engine_settings_is_compared(make: Make) -> Non
     assert "no status" in dict(as_rows(found))["B"]
 
 
-def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
+def test_of_repeated_steps_the_last_rows_count(make: Make) -> None:
     """The run was at step 30, went back to 20 and was killed at 25: rows beyond 25 are from its first life."""
     first = [row for row in rows_of(30, {step: {"loss": 50.0} for step in range(20, 30)}) if row["kind"] == "train"]
     again = [train_row(step) for step in range(20, 25)]
@@ -222,7 +222,7 @@ def test_of_steps_taken_again_the_last_life_counts(make: Make) -> None:
     assert "10 rows of repeated steps" in dict(as_rows(found))["B"]
 
 
-def test_the_evaluation_of_the_weights_gone_back_to_stays(make: Make) -> None:
+def test_the_evaluation_of_the_restored_weights_stays(make: Make) -> None:
     evaluated = [*rows_of(20), *(train_row(step) for step in (20, 21)), train_row(20)]
     found = compare(make("a", evaluated), make("b", evaluated))
     assert found.loss_valid.steps == 2
@@ -257,7 +257,7 @@ def test_ranges_of_steps(text: str, steps: tuple[int, int | None]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "7:7", "9:3", "-3:4", "1:2:3", "a:b", ":0"])
-def test_ranges_of_steps_that_are_none(text: str) -> None:
+def test_invalid_ranges_of_steps(text: str) -> None:
     with pytest.raises(ConfigError, match="write them like 100:200"):
         parse_steps(text)
 
@@ -294,7 +294,7 @@ def test_the_table_stays_short(make: Make) -> None:
     assert len(as_table(found)) == len(steps) + 1
 
 
-def test_what_is_no_run_is_told(make: Make, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_run_is_reported(make: Make, tmp_path: Path) -> None:
     a = make("a")
     with pytest.raises(DataError, match="no-such: no such run"):
         compare(a, RunDirectory(tmp_path / "no-such"))
@@ -316,7 +316,7 @@ def test_what_is_no_run_is_told(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [-1e-3, math.nan, math.inf])
-def test_a_tolerance_is_a_number_from_0_on(make: Make, tolerance: float) -> None:
+def test_a_tolerance_is_0_or_a_positive_number(make: Make, tolerance: float) -> None:
     with pytest.raises(ConfigError, match="tolerance"):
         compare(make("a"), make("b"), tolerance)
 

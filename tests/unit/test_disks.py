@@ -16,12 +16,12 @@ def copy(*good: str, manifest: str = "one", **problems: str) -> "resume._Copy":
     )
 
 
-def test_parts_that_make_a_whole_do() -> None:
+def test_parts_that_are_complete_together_count() -> None:
     copies = [copy("part-a"), None, copy("part-b"), copy("part-b", "part-c")]
     assert resume._choose(copies) == (copies[0], [])
 
 
-def test_a_damaged_part_is_taken_from_another_disk_or_named() -> None:
+def test_a_damaged_part_is_used_from_another_disk_or_named() -> None:
     damaged = copy("part-a", "part-c", part_b="part-b: its bytes are not those that were written")
     assert resume._choose([damaged, copy("part-b")])[0] is damaged
     assert resume._choose([damaged]) == (None, ["part-b: its bytes are not those that were written"])
@@ -44,7 +44,7 @@ def test_a_disk_without_any_manifest_has_nothing() -> None:
     assert resume._choose([None, None]) == (None, ["no readable manifest, so the checkpoint is incomplete"])
 
 
-def test_what_is_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_being_removed_does_not_count(tmp_path: Path) -> None:
     """A crash during the removal of an old checkpoint leaves its manifest, under a name that is cleaned up later."""
     run = RunDirectory(tmp_path)
     for name in ("step-00000003", "step-00000006.tmp", "step-00000009.removed.tmp", "step-00000012.damaged"):

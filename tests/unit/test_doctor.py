@@ -40,7 +40,7 @@ def row(cpu: bool = False, shared_disk: bool = True, **facts: Any) -> Any:
     return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
 
 
-def test_a_host_like_this_one_is_green() -> None:
+def test_a_host_like_this_one_passes() -> None:
     report = row()
     assert report.red == {}
     assert set(COLUMNS) - set(report.cells) == {"links"}
@@ -68,13 +68,13 @@ def test_a_host_like_this_one_is_green() -> None:
         ({"addresses": {"a": "127.0.1.1", "b": "127.0.1.1"}}, "name", "resolves b to loopback"),
     ],
 )
-def test_what_differs_is_red_and_says_how_to_mend_it(facts: dict[str, Any], column: str, problem: str) -> None:
+def test_a_difference_fails_and_says_how_to_fix_it(facts: dict[str, Any], column: str, problem: str) -> None:
     report = row(**facts)
     assert set(report.red) == {column}
     assert problem in report.red[column]
 
 
-def test_what_is_no_fault_stays_green() -> None:
+def test_harmless_differences_pass() -> None:
     assert row(compiler=None, ops={"cpu_adam": True}).red == {}  # built already
     assert row(cpu=True, gpus=[], packages=HERE["packages"]).red.keys() <= {"software"}  # no driver there
     assert row(skew_seconds=1.9).red == {}
@@ -82,7 +82,7 @@ def test_what_is_no_fault_stays_green() -> None:
     assert (own.red, own.cells["shared"]) == ({}, "own disk")
 
 
-def test_a_host_that_cannot_be_asked_has_one_red_cell() -> None:
+def test_a_host_that_cannot_be_queried_has_one_failed_check() -> None:
     expected = Expected(HERE, {"a": 8})
     report = judge("a", {"error": "Connection refused"}, expected)
     assert list(report.red) == ["ssh"] and "Connection refused" in report.red["ssh"]

@@ -106,7 +106,7 @@ def test_a_scale_that_is_a_number_makes_a_graph_for_each_block(monkeypatch: pyte
     assert len(graphs) == BLOCKS
 
 
-def test_a_mask_is_refused_rather_than_left_out() -> None:
+def test_a_mask_is_refused_rather_than_ignored() -> None:
     network = build()
     with pytest.raises(ValueError, match="no attention mask"):
         network(batch()[0], attention_mask=torch.ones(2, SHAPE["seq_len"]))
@@ -143,7 +143,7 @@ def test_nothing_of_a_micro_batch_needs_a_number_on_the_host() -> None:
     assert counter.host_reads == []
 
 
-def test_a_host_wait_of_a_micro_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_wait_in_a_micro_batch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention.causal_attention
 
     def curious(module: Any, query: torch.Tensor, *others: Any, **named: Any) -> Any:

@@ -45,7 +45,7 @@ def test_the_tests_of_the_faults_exist_and_ci_runs_them(test: str) -> None:
     assert not is_nightly(found[name])
 
 
-def test_nightly_tests_are_recognised() -> None:
+def test_nightly_tests_are_recognized() -> None:
     found = functions(ROOT / "tests" / "integration" / "test_readme.py")
     assert sum(is_nightly(test) for test in found.values()) == 1
 

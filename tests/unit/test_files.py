@@ -11,7 +11,7 @@ from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system import files
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with pytest.raises(RuntimeError), files.publish_directory(target) as unfinished:
         (unfinished / "half").write_text("x")
@@ -25,7 +25,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
-def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
+def test_two_processes_do_not_create_one_directory(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from codeparrot_ds.system.files import publish_directory\n"
         "with publish_directory(Path(sys.argv[1])) as unfinished:\n"
@@ -57,7 +57,7 @@ def test_two_processes_do_not_make_one_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from codeparrot_ds.system.files import exclusive_lock\n"
         "with exclusive_lock(Path(sys.argv[1]), 'busy'): print('held', flush=True); sys.stdin.read()"
@@ -76,13 +76,13 @@ def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(tmp_path:
         pass
 
 
-def test_a_disk_too_small_is_refused_with_figures(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the shards needs about 1,000,000,000,000 MB"):
         files.require_free_space(tmp_path, 10**18, "the shards")
     files.require_free_space(tmp_path, 1, "the shards")
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file, but must be a directory"):
         files.make_directory(tmp_path / "file")
@@ -90,13 +90,13 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         files.make_directory(Path("/proc/codeparrot"))  # not even root may
 
 
-def test_operating_system_errors_are_told_apart() -> None:
+def test_operating_system_errors_are_distinguished() -> None:
     assert "disk is full" in str(files.explain_os_error(OSError(errno.ENOSPC, "", "/x/y")))
     assert "permission denied" in str(files.explain_os_error(PermissionError(errno.EACCES, "", "/x/y")))
     assert files.explain_os_error(OSError(errno.EBADF, "")) is None
 
 
-def test_a_manifest_made_otherwise_is_told_from_none(tmp_path: Path) -> None:
+def test_a_manifest_with_other_options_is_not_mistaken_for_none(tmp_path: Path) -> None:
     assert files.finished_manifest(tmp_path, "corpus", {"a": 1}) is None
     body = {"format_version": files.FORMAT_VERSION, "kind": "corpus", "a": 1, "b": 2}
     files.write_json(tmp_path / files.MANIFEST, body)

@@ -65,7 +65,7 @@ def test_what_is_missing_is_fetched_from_the_host_that_has_it(hosts: Path, tmp_p
     checkpoint.verify()
 
 
-def test_what_no_host_has_as_it_was_written_is_named_and_nothing_is_left(hosts: Path, tmp_path: Path) -> None:
+def test_files_that_no_host_has_intact_are_named_and_nothing_is_left(hosts: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "step-00000003", {"one.pt": b"first", "two.pt": b"second"}, "endless")
     place(hosts, "a", checkpoint.path / "one.pt", b"fifth")
     place(hosts, "a", checkpoint.path / "two.pt", b"second")

@@ -64,7 +64,7 @@ def test_memory_is_that_of_the_allocator(gpu: SimpleNamespace) -> None:
     assert (gpu.reset, gpu.synchronized) == (1, 1)
 
 
-def test_a_step_is_timed_by_the_device_which_nobody_waits_for(gpu: SimpleNamespace) -> None:
+def test_a_step_is_timed_on_the_device_without_waiting_for_it(gpu: SimpleNamespace) -> None:
     started = Instant(GPU)
     Instant(GPU)
     ended = Instant(GPU)

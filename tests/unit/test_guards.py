@@ -20,27 +20,27 @@ from tests.unit.conftest import Alone
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
     skipped = SkippedSteps(most=2, so_far=5)
-    assert not skipped.look(10, 5)
-    assert [skipped.look(11, 6), skipped.look(12, 7)] == [True, True]
-    assert not skipped.look(13, 7)  # one good step in between
-    skipped.look(14, 8)
-    skipped.look(15, 9)
+    assert not skipped.check(10, 5)
+    assert [skipped.check(11, 6), skipped.check(12, 7)] == [True, True]
+    assert not skipped.check(13, 7)  # one good step in between
+    skipped.check(14, 8)
+    skipped.check(15, 9)
     with pytest.raises(TrainingError, match="step 16: 3 steps in a row were skipped"):
-        skipped.look(16, 10)
+        skipped.check(16, 10)
 
 
-def test_a_spike_is_found_and_does_not_become_the_rule() -> None:
+def test_a_spike_is_detected_and_excluded_from_the_median() -> None:
     spikes = SpikeDetector(threshold=1.0)
-    assert all(spikes.look(3.0 + 0.01 * i) is None for i in range(20))
-    assert spikes.look(3.9) is None
+    assert all(spikes.check(3.0 + 0.01 * i) is None for i in range(20))
+    assert spikes.check(3.9) is None
     for loss in (5.0, math.nan, math.inf):
-        assert spikes.look(loss) == pytest.approx(3.1, abs=0.05)
-    assert spikes.look(3.0) is None
+        assert spikes.check(loss) == pytest.approx(3.1, abs=0.05)
+    assert spikes.check(3.0) is None
 
 
 def test_the_steep_first_steps_are_no_spike() -> None:
     spikes = SpikeDetector(threshold=1.0)
-    assert all(spikes.look(loss) is None for loss in (9.0, 20.0, 9.0, 12.0))
+    assert all(spikes.check(loss) is None for loss in (9.0, 20.0, 9.0, 12.0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -99,10 +99,10 @@ def test_a_hang_ends_the_process_and_leaves_every_stack(tmp_path: Path, how: str
     assert time.monotonic() - started < 40
     assert "stuck_in_here" in stacks.read_text()
     if how == "python":
-        assert "hung in the first step" in (tmp_path / "stacks.message").read_text()
+        assert "hung during the first step" in (tmp_path / "stacks.message").read_text()
 
 
-def test_replicas_are_told_apart_by_a_single_bit() -> None:
+def test_replicas_that_differ_in_a_single_bit_are_found() -> None:
     networks = [torch.nn.Linear(5, 7) for _ in range(3)]
     for network in networks[1:]:
         network.load_state_dict(networks[0].state_dict())

@@ -8,7 +8,7 @@ from codeparrot_ds.errors import ClusterError
 from codeparrot_ds.hosts.hostfile import check_launch_command, read_hostfile
 from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.supervision.launch import deepspeed_command
-from codeparrot_ds.supervision.placement import most_ranks
+from codeparrot_ds.supervision.placement import max_ranks
 from tests.conftest import ROOT
 
 
@@ -49,9 +49,9 @@ def test_a_hostfile_that_the_launch_command_names_must_exist(tmp_path: Path) -> 
     check_launch_command([["bash", "-c", f"something --hostfile {missing}"]])
 
 
-def test_launch_takes_as_many_gpus_as_the_batch_can_be_dealt_to() -> None:
+def test_launch_uses_as_many_gpus_as_the_batch_can_be_divided_among() -> None:
     batch = Batch(global_batch_size=192, micro_batch_size=12)  # 16 micro-batches
-    assert [most_ranks(batch, gpus) for gpus in (1, 2, 3, 6, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 16]
+    assert [max_ranks(batch, gpus) for gpus in (1, 2, 3, 6, 7, 8, 16)] == [1, 2, 2, 4, 4, 8, 16]
 
 
 def test_the_command_that_launch_runs() -> None:

@@ -109,7 +109,7 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
-def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) -> None:
+def test_transient_faults_are_retried(hub: Hub, tmp_path: Path, how: str) -> None:
     """Every call fails twice: with an error status, cut off in the middle, or without a response."""
     directory = model(tmp_path / "model")
     calls = [
@@ -131,7 +131,7 @@ def test_faults_on_the_way_are_gone_round(hub: Hub, tmp_path: Path, how: str) ->
     assert len(repository.commits) == len(hub.sent) == 1
 
 
-def test_a_hub_that_stays_away_is_told_of_and_the_next_call_goes_on(hub: Hub, tmp_path: Path) -> None:
+def test_an_unavailable_hub_is_reported_and_the_next_call_continues(hub: Hub, tmp_path: Path) -> None:
     directory = model(tmp_path / "model")
     hub.faults = [Fault("POST", "/commit/", 99, 500)]
     done = push(hub, directory, "me/parrot", "--tries", "2")

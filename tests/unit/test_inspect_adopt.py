@@ -49,7 +49,7 @@ def test_the_documents_of_all_sequences_put_together_are_the_corpus(data: Path) 
         assert len(encoder.encode(by_path[provenance.repository, provenance.path].text)) + 1 == tokens
 
 
-def test_a_sequence_across_shards_is_shown_whole(data: Path, tmp_path: Path) -> None:
+def test_a_sequence_across_shards_is_shown_completely(data: Path, tmp_path: Path) -> None:
     shards, sources = tmp_path / "shards", Path(asyncio.__file__).parent
     options = {"suffix": ".py", "shard_tokens": 1, "valid_fraction": 0.1, "workers": 1}  # one shard per file
     build(sources, data / "tokenizer", shards, BuildOptions(**options))
@@ -191,7 +191,7 @@ def test_shards_of_two_tokenizers_are_not_blended(data: Path, tmp_path: Path) ->
         Dataset.open({data / "shards": 1.0, other: 1.0}, SEQ_LEN)
 
 
-def test_shards_are_held_against_their_input(data: Path, tmp_path: Path) -> None:
+def test_shards_are_compared_with_their_input(data: Path, tmp_path: Path) -> None:
     corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
     shards = tmp_path / "shards"
     manifest = build(corpus, data / "tokenizer", shards, BuildOptions(valid_fraction=0.1, workers=1))

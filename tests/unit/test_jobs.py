@@ -35,7 +35,7 @@ def test_a_slice_is_read_as_it_is_written(part: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "3", "3/", "/3", "3/3", "4/3", "-1/3", "0/0", "1/3/4", "a/b", "1.0/3", "0x1/3", "1 / 3"]
 )
-def test_what_is_no_slice_is_refused_with_an_example(text: str) -> None:
+def test_an_invalid_slice_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="write I/N with I from 0 to N - 1"):
         Slice.parse(text)
 
@@ -114,7 +114,7 @@ def test_a_scheduler_says_which_slice_this_is(variables: dict[str, str], expecte
         torchrun(0, 1),
     ],
 )
-def test_a_process_that_is_alone_has_no_slice(variables: dict[str, str]) -> None:
+def test_a_single_process_has_no_slice(variables: dict[str, str]) -> None:
     assert slice_from_environment(variables) is None
 
 
@@ -130,7 +130,7 @@ def test_each_step_of_each_array_job_has_a_slice_of_its_own(jobs: int, ranks: in
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 5), (1, 2, 4, 8), (1, 2, 5), (0, 3, 4)])
-def test_an_array_with_gaps_is_never_taken_for_a_whole_one(numbers: tuple[int, ...]) -> None:
+def test_an_array_with_gaps_is_never_mistaken_for_a_complete_one(numbers: tuple[int, ...]) -> None:
     """Some of its jobs may not detect the gaps, but then the others fail."""
     found: list[Slice | None] = []
     for number in numbers:
@@ -193,7 +193,7 @@ def test_one_worker_runs_the_tasks_in_order_in_this_process() -> None:
     assert set(run_tasks(process_id, range(4), 1)) == {os.getpid()}
 
 
-def test_tasks_apart_run_in_another_process_that_ends(start: str) -> None:
+def test_run_apart_uses_another_process_that_exits(start: str) -> None:
     other = run_apart(process_id, 0)
     assert other != os.getpid()
     assert _gone([other])
@@ -205,13 +205,13 @@ def test_the_error_of_a_task_ends_the_list_as_it_was_raised(start: str, workers:
         list(run_tasks(fail_at_three, range(100), workers))
 
 
-def test_tasks_not_begun_are_dropped_after_an_error(start: str, tmp_path: Path) -> None:
+def test_tasks_not_started_are_dropped_after_an_error(start: str, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         list(run_tasks(note, [(tmp_path, number) for number in range(500)], 2))
     assert len(list(tmp_path.iterdir())) < 50
 
 
-def test_a_killed_worker_is_named_with_the_mend(start: str) -> None:
+def test_a_killed_worker_is_reported_with_the_fix(start: str) -> None:
     with pytest.raises(ClusterError, match=r"a worker process was killed.*run the same command again"):
         list(run_tasks(die_at_three, range(100), 2))
 
@@ -340,7 +340,7 @@ def _in_session(session: int) -> list[int]:
 # Progress
 
 
-def test_progress_in_a_log_is_a_plain_line_now_and_then(
+def test_progress_in_a_log_is_an_occasional_plain_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 4))  # seconds, at each call
@@ -353,6 +353,6 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then(
     )
 
 
-def test_progress_says_nothing_of_what_is_quickly_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_silent_about_quick_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress("abc", "encoding", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""

@@ -45,13 +45,13 @@ def many_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return make
 
 
-def test_spare_hosts_take_the_place_of_lost_ones(many_hosts: Callable[..., Any], tmp_path: Path) -> None:
+def test_spare_hosts_replace_lost_ones(many_hosts: Callable[..., Any], tmp_path: Path) -> None:
     assert many_hosts(spare_hosts=1).prepare(2).slots == {"a": 2, "b": 2, "c": 2}
     assert many_hosts(["b"], spare_hosts=1).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
     assert (tmp_path / "hostfile").read_text() == "a slots=2\nc slots=2\nd slots=2\n"
 
 
-def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_hosts: Callable[..., Any]) -> None:
+def test_fewer_hosts_only_if_allowed_and_the_batch_can_be_divided(many_hosts: Callable[..., Any]) -> None:
     with pytest.raises(ClusterError, match="3 of 4 hosts can train, but 4 are needed"):
         many_hosts(["b"]).prepare(2)
     assert many_hosts(["b"], min_hosts=2).prepare(2).slots == {"a": 2, "c": 2, "d": 2}
@@ -65,7 +65,7 @@ def test_fewer_hosts_only_when_that_was_allowed_and_the_batch_can_be_dealt(many_
         many_hosts(min_hosts=9)
 
 
-def test_a_host_at_fault_twice_in_a_row_is_passed_over(many_hosts: Callable[..., Any]) -> None:
+def test_a_host_that_fails_twice_in_a_row_is_skipped(many_hosts: Callable[..., Any]) -> None:
     hosts = many_hosts(min_hosts=3)
     hosts.lost("b", 1)
     assert hosts.prepare(2).slots == {"a": 2, "b": 2, "c": 2, "d": 2}
@@ -191,7 +191,7 @@ def ends(connection: socket.socket, code: int, error: str = "") -> None:
         ([EXIT_CRASHED, EXIT_CRASHED], "failed", EXIT_CRASHED, "rank 0 on a because"),
     ],
 )
-def test_what_ranks_say_is_what_happened(codes: list[int], state: str, code: int, reason: str) -> None:
+def test_the_outcome_is_what_the_ranks_report(codes: list[int], state: str, code: int, reason: str) -> None:
     def scenario(supervisor: Supervisor) -> None:
         ranks = [rank(supervisor, number) for number in (0, 1)]
         for connection, each in zip(ranks, codes, strict=True):
@@ -202,7 +202,7 @@ def test_what_ranks_say_is_what_happened(codes: list[int], state: str, code: int
     assert (outcome.state, outcome.code, outcome.reason) == (state, code, reason)
 
 
-def test_a_rank_that_vanishes_is_named_and_the_others_are_told() -> None:
+def test_a_rank_that_disconnects_is_named_and_the_others_are_terminated() -> None:
     told = threading.Event()
 
     def scenario(supervisor: Supervisor) -> None:
@@ -220,7 +220,7 @@ def test_a_rank_that_vanishes_is_named_and_the_others_are_told() -> None:
     assert outcome.reason == "rank 1 on b was killed, or its host was lost"
 
 
-def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
+def test_a_rank_that_fails_after_all_have_finished_does_not_fail_the_job() -> None:
     for code, state in ((0, "finished"), (EXIT_PREEMPTED, "preempted")):
 
         def scenario(supervisor: Supervisor, code: int = code) -> None:
@@ -231,7 +231,7 @@ def test_a_rank_that_ends_badly_when_all_are_through_spoils_nothing() -> None:
         assert attempt(scenario)[0].state == state
 
 
-def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_whose_ranks_never_connect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "_OTHERS_SECONDS", 0.5)
 
     def scenario(supervisor: Supervisor) -> None:
@@ -247,7 +247,7 @@ def test_a_host_whose_ranks_never_come_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "text", ["plain", "a=b c", "{a:0.7,b:0.3}", "$HOME `x` \\", 'he said "no"', "^docker0,lo", "it's; *"]
 )
-def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_pass_through_pdsh_unchanged(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quote as DeepSpeed 0.19.8 does for a shell command: `add_export` and `parse_user_args` of its pdsh runner."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     ssh = launchers.Ssh("pdsh")
@@ -260,7 +260,7 @@ def test_what_goes_through_pdsh_arrives_as_it_was(text: str, tmp_path: Path, mon
     assert said.stdout.splitlines() == [text, text]
 
 
-def test_strangers_are_not_heard() -> None:
+def test_connections_from_outside_the_job_are_rejected() -> None:
     def scenario(supervisor: Supervisor) -> None:
         good = rank(supervisor, 0)
         for stranger in (

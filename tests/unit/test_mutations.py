@@ -38,7 +38,7 @@ def test_nearly_every_module_has_one() -> None:
     assert without <= {"preload.py", "summary.py", "network.py"}
 
 
-def test_text_that_is_found_twice_or_never_has_no_place(tmp_path: Path) -> None:
+def test_text_that_occurs_twice_or_never_is_rejected(tmp_path: Path) -> None:
     package = tmp_path / "codeparrot_ds"
     package.mkdir()
     (package / "a.py").write_text("x = 1\ny = 1\n")

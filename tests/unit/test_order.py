@@ -21,7 +21,7 @@ def test_every_number_is_sent_to_another_one(n: int, seed: int, epoch: int) -> N
     assert sorted(Permutation(n, seed, epoch)(np.arange(n)).tolist()) == list(range(n))
 
 
-def test_seeking_needs_no_walk() -> None:
+def test_seeking_takes_constant_time() -> None:
     permutation = Permutation(1_000_000_000, 1, 0)
     far = np.array([999_999_999, 0, 123_456_789])
     assert permutation(far).tolist() == [int(permutation(np.array([p]))[0]) for p in far]
@@ -96,7 +96,7 @@ def test_a_blend_is_found_at_any_position_at_once() -> None:
 
 
 @pytest.mark.parametrize(("weights", "what"), [([], "above 0"), ([1, 0], "above 0"), ([0.333333, 1], "fewer digits")])
-def test_weights_that_cannot_be_dealt_are_named(weights: list[float], what: str) -> None:
+def test_invalid_weights_are_named(weights: list[float], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         Blend(weights)
 
@@ -108,7 +108,7 @@ def test_sources_of_equal_length_have_different_orders() -> None:
     assert first.tolist() != second.tolist()
 
 
-def test_a_blended_order_goes_round_each_source_by_itself() -> None:
+def test_a_blended_order_repeats_each_source_independently() -> None:
     order = BlendedOrder([10, 30], [1, 1], seed=5)
     taken = order.take(0, 60)  # three epochs of the first source, one of the second
     small, large = taken[taken < 10], taken[taken >= 10]
@@ -147,7 +147,7 @@ def test_positions_are_as_random_as_numpys() -> None:
     assert max(chi) < degrees + 5 * np.sqrt(2 * degrees), chi
 
 
-def test_what_is_left_out_is_never_read_and_all_else_once() -> None:
+def test_skipped_ranges_are_never_read_and_all_else_once() -> None:
     skipped_ranges = [(30, 40), (10, 14), (36, 44), (100, 100)]
     places = skip_ranges(np.arange(60), skipped_ranges)
     assert places.tolist() == [*range(10), *range(14, 30), *range(44, 78)]

@@ -54,7 +54,7 @@ def test_states_are_those_of_the_zero_paper_and_of_deepspeed_beside() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_step_gives_back_all_that_it_takes(stage: int, precision: str) -> None:
+def test_a_step_frees_all_that_it_allocates(stage: int, precision: str) -> None:
     for recompute in ("none", "selective", "full"):
         for ranks, accumulation in ((1, 1), (1, 4), (4, 1), (4, 2)):
             sizes = (f"batch.global_batch_size={ranks * accumulation * 2}", "batch.micro_batch_size=2")
@@ -136,7 +136,7 @@ def test_a_refusal_names_the_smallest_change() -> None:
     require_fit(plan(80, 1))
 
 
-def test_a_refusal_without_any_way_says_what_the_least_is_and_how_many_gpus_would_do() -> None:
+def test_if_nothing_fits_the_least_memory_and_the_gpus_needed_are_named() -> None:
     with pytest.raises(ConfigError, match=r"No other ZeRO stage.* the smallest needs \d\.\d+ GB") as found:
         require_fit(plan(2.5, 1))
     assert "It would fit on" not in str(found.value)
@@ -190,7 +190,7 @@ def test_the_update_costs_more_the_smaller_the_micro_batch() -> None:
     assert small - large == pytest.approx(32 * 10 * model.parameters / 3.35e12)
 
 
-def test_who_says_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hardware_options_are_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("codeparrot_ds.planning.machine.local_gpus", list)
     recipe = load_recipe(XL)
     with pytest.raises(ConfigError, match="--gpus 16 --gpu-memory 80GB"):
@@ -230,7 +230,7 @@ def test_hosts_need_not_be_alike(tmp_path: Path) -> None:
     )
 
 
-def test_a_deepspeed_json_that_is_not_for_the_recipe_is_passed_over(tmp_path: Path) -> None:
+def test_a_deepspeed_json_that_does_not_suit_the_recipe_is_skipped(tmp_path: Path) -> None:
     for stage in (2, 3):
         body = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
         (tmp_path / f"zero{stage}.json").write_text(
@@ -277,7 +277,7 @@ def test_a_trial_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPa
         "ncclUnhandledCudaError: Failed to CUDA malloc, out of memory",
     ],
 )
-def test_running_out_of_memory_is_told_from_other_failures(text: str) -> None:
+def test_running_out_of_memory_is_distinguished_from_other_failures(text: str) -> None:
     assert says_out_of_memory(text)
     assert not says_out_of_memory("RuntimeError: expected scalar type BFloat16 but found Float")
 

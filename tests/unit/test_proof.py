@@ -63,7 +63,7 @@ def split_ids(encoder: Encoder | FastEncoder, texts: Sequence[str]) -> list[list
 # Equal ids
 
 
-def test_the_fast_encoder_gives_the_ids_of_the_referee_for_every_document(
+def test_the_fast_encoder_gives_the_ids_of_the_reference_for_every_document(
     data: Path, referee: Encoder, fast: FastEncoder
 ) -> None:
     texts = [document.text for document in Corpus.open(data / "corpus")]
@@ -98,7 +98,7 @@ TEXT = st.lists(PARTS, max_size=8).map("".join)
 @example(texts=[""])
 @example(texts=["", "a", "", ""])
 @example(texts=[" " * 5000, "\x0b" * 100, "é" * 3000])
-def test_the_fast_encoder_gives_the_ids_of_the_referee_for_any_text(
+def test_the_fast_encoder_gives_the_ids_of_the_reference_for_any_text(
     referee: Encoder, fast: FastEncoder, texts: list[str]
 ) -> None:
     expected = split_ids(referee, texts)
@@ -109,7 +109,7 @@ def test_the_fast_encoder_gives_the_ids_of_the_referee_for_any_text(
 
 @settings(deadline=None, max_examples=100)
 @given(numbers=st.lists(st.integers(0, 511), max_size=200))
-def test_the_fast_encoder_gives_the_ids_of_the_referee_for_tokens_in_any_order(
+def test_the_fast_encoder_gives_the_ids_of_the_reference_for_tokens_in_any_order(
     referee: Encoder, fast: FastEncoder, numbers: list[int]
 ) -> None:
     tokens = referee.tokens()
@@ -192,7 +192,7 @@ def test_one_wrong_id_for_one_code_point_is_found(data: Path, stand_in: Any, cod
         prove(mutant, stand_in, [])
 
 
-def test_one_wrong_id_for_one_code_point_is_found_by_the_referee_itself(data: Path, referee: Encoder) -> None:
+def test_one_wrong_id_for_one_code_point_is_found_by_the_reference_itself(data: Path, referee: Encoder) -> None:
     with pytest.raises(InexactError, match=r"differs from tokenizers \(code points\) at token \d+"):
         prove(Mutant(data / "tokenizer", " \x0b"), referee, [])
 
@@ -366,7 +366,7 @@ def test_a_proof_is_made_once(data: Path, referee: Encoder, cache: Path, capsys:
 
 
 @pytest.mark.usefixtures("cache", "wrong_after_a_space")
-def test_a_difference_leads_to_the_referee_and_is_remembered(
+def test_a_difference_selects_the_reference_encoder_and_is_recorded(
     data: Path, referee: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert choose_encoder(data / "tokenizer", referee, "auto", []) == "tokenizers"
@@ -387,7 +387,7 @@ def test_a_difference_leads_to_the_referee_and_is_remembered(
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_recorded_difference_leads_to_the_referee(
+def test_a_recorded_difference_selects_the_reference_encoder(
     data: Path, referee: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_proof(referee, "it differs on the document a.py", {})
@@ -406,7 +406,7 @@ TORN = [b"", b"{", b'{"difference": nu', bytes(64), b"\xff\xfe", b"{}", b"[]", b
 
 @pytest.mark.parametrize("content", TORN, ids=ascii)
 @pytest.mark.usefixtures("cache", "wrong_after_a_space")
-def test_a_torn_outcome_is_proved_again(
+def test_a_truncated_outcome_is_proved_again(
     data: Path, referee: Encoder, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_proof(referee, None, {})
@@ -417,7 +417,7 @@ def test_a_torn_outcome_is_proved_again(
 
 
 @pytest.mark.usefixtures("cache")
-def test_an_outcome_holds_for_its_tokenizer_and_versions_alone(
+def test_an_outcome_applies_only_to_its_tokenizer_and_versions(
     referee: Encoder, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -439,7 +439,7 @@ def test_an_outcome_holds_for_its_tokenizer_and_versions_alone(
 
 
 @pytest.mark.usefixtures("proves_equal")
-def test_a_cache_that_cannot_be_written_costs_a_proof_and_no_more(
+def test_an_unwritable_cache_only_repeats_the_proof(
     data: Path, referee: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -451,7 +451,7 @@ def test_a_cache_that_cannot_be_written_costs_a_proof_and_no_more(
 
 
 @pytest.mark.usefixtures("cache")
-def test_without_fastokens_the_referee_encodes(
+def test_without_fastokens_the_reference_encoder_is_used(
     data: Path, referee: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
@@ -464,7 +464,7 @@ def test_without_fastokens_the_referee_encodes(
 
 
 @pytest.mark.usefixtures("cache")
-def test_without_fastokens_the_referee_encodes_even_where_it_was_proved_before(
+def test_without_fastokens_the_reference_encoder_is_used_even_after_a_proof(
     data: Path, referee: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cache may be in a home directory shared by hosts, and the library may load on only some of them."""
@@ -477,7 +477,7 @@ def test_without_fastokens_the_referee_encodes_even_where_it_was_proved_before(
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_tokenizer_that_fastokens_cannot_load_is_encoded_by_the_referee(
+def test_a_tokenizer_that_fastokens_cannot_load_uses_the_reference_encoder(
     data: Path, referee: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(self: FastEncoder, directory: Path) -> None:
@@ -494,7 +494,7 @@ Panic: type[BaseException] = type("PanicException", (BaseException,), {"__module
 
 @pytest.mark.parametrize("error", [ValueError("bad offset"), Panic("index out of bounds")], ids=["error", "panic"])
 @pytest.mark.usefixtures("cache")
-def test_a_fast_encoder_that_fails_in_the_proof_is_done_without(
+def test_a_fast_encoder_that_fails_the_proof_is_not_used(
     data: Path,
     referee: Encoder,
     monkeypatch: pytest.MonkeyPatch,
@@ -642,7 +642,7 @@ def test_after_a_difference_the_same_command_gives_the_right_bytes(
 
 
 @pytest.mark.usefixtures("proved")
-def test_shards_that_a_refuted_encoder_finished_are_made_again(
+def test_shards_that_a_refuted_encoder_finished_are_rebuilt(
     data: Path, inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tasks finish with undetected wrong ids; the third is checked and refutes the encoder."""
@@ -677,7 +677,7 @@ def test_shards_that_a_refuted_encoder_finished_are_made_again(
 
 
 @pytest.mark.usefixtures("proved")
-def test_shards_that_the_referee_finished_are_kept_when_the_encoder_is_refuted(
+def test_shards_of_the_reference_encoder_are_kept_when_the_fast_one_is_refuted(
     data: Path, inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "shards"

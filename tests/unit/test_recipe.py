@@ -43,7 +43,7 @@ def test_every_recipe_resolves_with_every_configuration(recipe: Path, ds_config:
     assert required_ops(resolved) == ops[offload]
 
 
-def test_nvme_offload_without_a_place_for_it_is_refused() -> None:
+def test_nvme_offload_without_a_directory_is_refused() -> None:
     loaded = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml")
     with pytest.raises(ConfigError, match=r"nvme_path: set engine\.nvme in the recipe"):
         resolve(load_ds_config(ROOT / "ds_configs" / "zero3_nvme.json"), loaded, 1)
@@ -87,7 +87,7 @@ def test_all_problems_are_reported_at_once(tiny_recipe: dict[str, Any], tmp_path
         assert expected in message
 
 
-def test_an_unknown_key_is_named_whole(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unknown_key_is_named_in_full(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["log-ging"] = {}
     tiny_recipe["model"]["n-layer"] = 3
     with pytest.raises(ConfigError, match=r"(?s)model\.n-layer: unknown key.*log-ging: unknown key"):
@@ -293,7 +293,7 @@ def test_yaml_floats_without_a_dot_are_numbers(tiny_recipe: dict[str, Any], tmp_
     assert load_recipe(tmp_path / "r.yaml").optimizer.learning_rate == 5e-4
 
 
-def test_a_run_is_held_to_its_model_seed_batch_and_data(tiny_recipe: dict[str, Any]) -> None:
+def test_a_run_resumes_only_with_its_model_seed_batch_and_data(tiny_recipe: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(tiny_recipe)
     identity = recipe.identity("a")
     assert identity == Recipe.model_validate({**tiny_recipe, "name": "other"}).identity("a")

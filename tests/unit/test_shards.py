@@ -105,7 +105,7 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(data: Path, tmp_pat
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(broken)
 
 
-def test_what_an_earlier_build_with_other_options_left_is_not_taken(data: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_build_with_other_options_are_not_used(data: Path, tmp_path: Path) -> None:
     """Three builds, two of them interrupted: a receipt must not outlive its shards."""
     output = tmp_path / "shards"
     manifest = build(data / "corpus", data / "tokenizer", output, BuildOptions(valid_fraction=0.1, workers=1))
@@ -192,7 +192,7 @@ def shards(data: Path, tmp_path: Path) -> Path:
     return shutil.copytree(data / "shards", tmp_path / "shards")
 
 
-def test_whole_shards_pass(shards: Path) -> None:
+def test_complete_shards_pass(shards: Path) -> None:
     assert verify(shards, deep=True).tokens("train") > 10_000
 
 
@@ -225,7 +225,7 @@ def test_missing_and_truncated_files_are_all_named(shards: Path) -> None:
     assert str(caught.value).count("valid-00000") == 1
 
 
-def test_two_shards_that_have_changed_places_are_found(tmp_path: Path, data: Path) -> None:
+def test_two_shards_that_were_swapped_are_found(tmp_path: Path, data: Path) -> None:
     corpus = shutil.copytree(data / "corpus", tmp_path / "corpus")
     _split_corpus(corpus, 2)
     shards = tmp_path / "shards"
@@ -293,7 +293,7 @@ def test_packed_sequences_use_every_token_once_across_shards(tmp_path: Path, len
         PackedSequences(manifest, "train", 200)
 
 
-def test_the_batch_digest_sees_content_and_not_the_dealing() -> None:
+def test_the_batch_digest_depends_on_content_and_not_on_its_distribution() -> None:
     ids = np.arange(40).reshape(4, 10)
     whole = batch_digest(ids)
     assert (batch_digest(ids[:1]) + batch_digest(ids[1:])) % 2**64 == whole

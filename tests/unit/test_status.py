@@ -10,7 +10,7 @@ from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.system.files import exclusive_lock
 
 
-def test_a_run_that_says_it_runs_is_dead_unless_a_process_holds_its_lock(tmp_path: Path) -> None:
+def test_a_run_with_status_running_is_dead_unless_a_process_holds_its_lock(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.write_status("running", world_size=2)
     with exclusive_lock(run.lock, ""):
@@ -20,7 +20,7 @@ def test_a_run_that_says_it_runs_is_dead_unless_a_process_holds_its_lock(tmp_pat
     assert run_status(run).rows() == [("state", "finished"), ("step", "6")]
 
 
-def test_attempts_are_numbered_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_attempts_are_numbered_and_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(DataError):
         run_status(run)

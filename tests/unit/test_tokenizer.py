@@ -26,7 +26,7 @@ def test_the_end_token_is_id_0_and_all_bytes_are_there(encoder: Encoder) -> None
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_any_text_comes_back(encoder: Encoder, text: str) -> None:
+def test_any_text_round_trips(encoder: Encoder, text: str) -> None:
     ids = encoder.encode(text)
     assert encoder.decode(ids) == text
 

@@ -31,7 +31,7 @@ class Config:
     checkpoint_config: ClassVar = {CHECKPOINT_SERIALIZATION: True}
 
 
-def test_a_copy_is_equal_apart_and_of_the_same_types() -> None:
+def test_a_copy_is_equal_separate_and_of_the_same_types() -> None:
     original = state()
     copied = copy_to_host(original)
     assert isinstance(copied["module"], OrderedDict)
@@ -47,7 +47,7 @@ def test_a_copy_is_equal_apart_and_of_the_same_types() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_files_hold_what_was_there_when_they_were_saved(tmp_path: Path, background: bool) -> None:
+def test_files_contain_the_state_at_the_time_of_saving(tmp_path: Path, background: bool) -> None:
     writer, original = CheckpointWriter(Config()), state()
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     writer.begin(background)
@@ -65,7 +65,7 @@ def test_files_hold_what_was_there_when_they_were_saved(tmp_path: Path, backgrou
         assert writer.files[path] == {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
 
 
-def test_a_failure_beside_training_is_raised_when_it_is_waited_for(tmp_path: Path) -> None:
+def test_a_failure_in_the_background_is_raised_by_wait(tmp_path: Path) -> None:
     writer = CheckpointWriter(Config())
     writer.begin(True)
     writer.save(state(), str(tmp_path / "absent" / "a.pt"))
@@ -79,7 +79,9 @@ def test_a_failure_beside_training_is_raised_when_it_is_waited_for(tmp_path: Pat
     assert set(writer.files) == {tmp_path / "a.pt"}
 
 
-def test_without_memory_for_a_copy_a_file_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_a_copy_a_file_is_written_immediately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_SPARE_MEMORY", 1.0)
     writer = CheckpointWriter(Config())
     writer.begin(True)
