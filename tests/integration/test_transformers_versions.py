@@ -22,7 +22,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 GB = 1_000_000_000
 VERSIONS = ["4.46.3", "4.57.6", "5.2.0", ""]  # the last is the newest
 # What codeparrot_ds.cli needs to run `convert --check`, apart from torch and transformers.
-OTHERS = ["fsspec", "msgspec", "psutil", "pydantic", "pyyaml", "safetensors", "tqdm", "typer", "xxhash"]
+OTHERS = [
+    "fsspec",
+    "isal",
+    "msgspec",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "tqdm",
+    "typer",
+    "xxhash",
+]
 LOSS = """
 import json, sys
 import torch
