@@ -1,10 +1,24 @@
-"""Copies of this tree, like a clone."""
+"""Copies of this tree, like a clone, and trees of earlier commits."""
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import ROOT
+
+OLD_COMMIT = "87a28a3e0154cc5b1f15a03c56e1e2b659afde23"  # before the package was restructured
+
+
+@contextmanager
+def check_out(commit: str, tree: Path) -> Iterator[Path]:
+    """Check out an earlier commit at `tree`, and remove it at the end of the block."""
+    subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
+    try:
+        yield tree
+    finally:
+        subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=True)
 
 
 def copy_tree(target: Path) -> Path:
