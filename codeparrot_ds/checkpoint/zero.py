@@ -95,7 +95,7 @@ class SavedState(ABC):
     @abstractmethod
     def _read(self, name: str, what: str, start: int, stop: int) -> torch.Tensor: ...
 
-    def leave_cache(self) -> None:
+    def drop_from_cache(self) -> None:
         """Drop the files that contain weights from the page cache."""
         for name in self.files(FP32):
             drop_from_cache(self._path / name)

@@ -80,7 +80,7 @@ class BackgroundExport:
             shutil.rmtree(links, ignore_errors=True)
 
     def _call(self, step: int, done: str, arguments: list[str]) -> bool:
-        """Run a verb and log its error message if it fails. Returns whether it succeeded."""
+        """Run a command and log its error message if it fails. Returns whether it succeeded."""
         if self._given_up.is_set():
             return False
         environment = without_launcher(os.environ)

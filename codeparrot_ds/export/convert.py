@@ -57,7 +57,7 @@ DEFAULT_MEMORY_CAP_BYTES = 1_500_000_000
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Nats per token, for the engine's precision and for weights written in a coarser type.
 _LOSS_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 2e-2}
-_SAME_WEIGHTS_TOLERANCE = 1e-5  # without rounding; on a CPU the results are bit-equal
+_SAME_WEIGHTS_TOLERANCE = 1e-5  # without rounding; on a CPU the results are bit-identical
 _CPU_OPERATIONS = 2e13  # FLOPs that take a few minutes
 
 
@@ -124,7 +124,7 @@ def convert(
         }
         problems = check_tensors(unfinished, certificate) or find_contradictions(unfinished)
         if problems:
-            raise CheckpointError(f"{newest.path}: verification failed, nothing was written: {problems[0]}.")
+            raise CheckpointError(f"{newest.path}: verification failed: {problems[0]}. Nothing was written.")
         memory.manage_freed_memory(scarce=True)  # until here, freed blocks are better kept for reuse
         same_weights = all(proof.master == proof.written for proof in tensors.values())
         same_model = same_weights and model == GPT2.of_recipe(recipe.model)
@@ -157,10 +157,10 @@ class _Mean:
             total = total + part.read(name, what, start, stop)
         return (total / len(self._parts)).float()
 
-    def leave_cache(self) -> None:
+    def drop_from_cache(self) -> None:
         """Drop from the page cache what has been read."""
         for part in self._parts:
-            part.leave_cache()
+            part.drop_from_cache()
 
 
 class _Folded:
@@ -175,9 +175,9 @@ class _Folded:
         assert what == FP32
         return fold(name, self._weights.read(name, what, start, stop), self._n_embd, start)
 
-    def leave_cache(self) -> None:
+    def drop_from_cache(self) -> None:
         """Drop from the page cache what has been read."""
-        self._weights.leave_cache()
+        self._weights.drop_from_cache()
 
 
 def _open(checkpoints: Sequence[Checkpoint]) -> Weights:
@@ -331,7 +331,7 @@ def _check_losses(checkpoint: Checkpoint, certificate: dict[str, Any], dtype: st
     ]
     if engine["not_compared"] is None:
         tolerance = max(_LOSS_TOLERANCE[checkpoint.precision], _LOSS_TOLERANCE[precision])
-        comparisons.append(("the engine's was", engine["loss_valid"], tolerance))
+        comparisons.append(("the engine measured", engine["loss_valid"], tolerance))
     for what, expected, tolerance in comparisons:
         if not abs(written - expected) <= tolerance:  # negated, so that NaN fails
             problems.append(

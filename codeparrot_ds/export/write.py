@@ -39,7 +39,7 @@ class Weights(Protocol):
     def read(self, name: str, what: str = "fp32", start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return elements `start` to `stop` (excluded) of a parameter, flat, fp32 on the CPU."""
 
-    def leave_cache(self) -> None:
+    def drop_from_cache(self) -> None:
         """Drop from the page cache what has been read."""
 
 
@@ -91,7 +91,7 @@ def write_weights(
     remaining = progress(list(weights.shapes))
     for file, names in plan.filename_to_tensors.items():
         digests[file] = _write_file(directory / file, names, weights, dtype, proofs, remaining)
-        weights.leave_cache()
+        weights.drop_from_cache()
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -134,7 +134,7 @@ def _write_file(
             start_write_back(file)
             cached_elements += weights.shapes[name].numel()
             if cached_elements > _CACHED_ELEMENTS:
-                weights.leave_cache()
+                weights.drop_from_cache()
                 cached_elements = 0
             digest = master.hexdigest()
             shape = list(weights.shapes[name])
@@ -168,10 +168,10 @@ def _require_finite(block: torch.Tensor, converted: torch.Tensor, name: str, dty
         return
     if not block.isfinite().all():
         raise CheckpointError(
-            f"{name}: holds non-finite weights, so training had diverged. Nothing was written. Convert an "
+            f"{name}: contains non-finite weights, so training had diverged. Nothing was written. Convert an "
             "earlier checkpoint with --tag."
         )
     raise CheckpointError(
-        f"{name}: holds weights of up to {float(block.abs().max()):.3g}, beyond the range of "
+        f"{name}: contains weights of up to {float(block.abs().max()):.3g}, beyond the range of "
         f"{str(dtype).removeprefix('torch.')}. Nothing was written. Use --dtype bfloat16 or float32."
     )

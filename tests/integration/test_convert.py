@@ -178,7 +178,7 @@ def test_a_model_that_is_not_what_the_engine_trained_is_refused(
         return {**right(self, eos_id), "layer_norm_epsilon": 0.1}
 
     monkeypatch.setattr(Model, "hugging_face_config", wrong)
-    with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, but the engine's was \d\.\d+"):
+    with pytest.raises(CheckpointError, match=r"validation loss is \d\.\d+, but the engine measured \d\.\d+"):
         convert([newest(baseline)], tmp_path / "hf", memory_cap_bytes=8 * GB)
     assert list(tmp_path.iterdir()) == []
 
