@@ -74,12 +74,36 @@ def sign(texts: Sequence[str], rules: NearDuplicates) -> Signatures:
     return Signatures(keys, flat, ends)
 
 
-def merge_candidates(labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Join the components of documents with equal keys in one band.
+def concatenate(parts: Sequence[Signatures]) -> Signatures:
+    """The signatures of all batches as one."""
+    if not parts:
+        return Signatures(np.empty((0, 0), np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
+    before = np.cumsum([0, *(len(part.sets) for part in parts[:-1])])
+    return Signatures(
+        np.concatenate([part.keys for part in parts], axis=1),
+        np.concatenate([part.sets for part in parts]),
+        np.concatenate([part.ends + start for part, start in zip(parts, before, strict=True)]),
+    )
+
+
+def find_edges(keys: np.ndarray) -> np.ndarray:
+    """Pairs of documents that join all with equal keys in one band, [2, pairs] of indices in `keys`.
+
+    Args:
+        keys: [documents] uint64 of the band; 0 equals nothing.
+    """
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    ordered = keys[order]
+    same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
+    return np.stack([order[same], order[same + 1]])
+
+
+def join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Join the components that edges connect.
 
     Args:
         labels: [documents] int32, the component of each document, named by its smallest document.
-        keys: [documents] uint64 of the band.
+        edges: [2, pairs] documents.
 
     Returns:
         New labels.
@@ -87,17 +111,14 @@ def merge_candidates(labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
-    ones, others = labels[order[same]], labels[order[same + 1]]
+    ones, others = labels[edges[0]], labels[edges[1]]
     differing = ones != others
     ones, others = ones[differing], others[differing]
     if not len(ones):
         return labels
     joined, places = np.unique(np.concatenate([ones, others]), return_inverse=True)
-    edges = (np.ones(len(ones), np.int8), (places[: len(ones)], places[len(ones) :]))
-    _, found = connected_components(coo_matrix(edges, shape=(len(joined), len(joined))), directed=False)
+    pairs = (np.ones(len(ones), np.int8), (places[: len(ones)], places[len(ones) :]))
+    _, found = connected_components(coo_matrix(pairs, shape=(len(joined), len(joined))), directed=False)
     smallest = np.full(found.max() + 1, np.iinfo(labels.dtype).max, labels.dtype)
     np.minimum.at(smallest, found, joined)
     renamed = np.arange(len(labels), dtype=labels.dtype)

@@ -1,8 +1,12 @@
 """Thresholds of `corpus clean`, with CodeParrot's values as defaults: the keys of its YAML file."""
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from codeparrot_ds.errors import ConfigError, list_problems
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -60,3 +64,30 @@ class NearDuplicates(Section):
     min_tokens: int = Field(10, ge=1)
     bands: int = Field(21, gt=0)
     rows: int = Field(12, gt=0)
+
+
+class Cleaning(Section):
+    """All rules of `corpus clean`. A section that is null is left out.
+
+    Attributes:
+        heuristics: rules on the text of a single document.
+        near_duplicates: removal of documents that are similar to one that is kept.
+    """
+
+    heuristics: Heuristics | None = Heuristics.model_validate({})
+    near_duplicates: NearDuplicates | None = NearDuplicates.model_validate({})
+
+
+def load_cleaning(path: Path) -> Cleaning:
+    """Read the YAML file of `corpus clean`. Raises ConfigError, listing every unknown key and invalid value."""
+    try:
+        body = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    try:
+        return Cleaning.model_validate(body or {})
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(list_problems(str(path), problems)) from None

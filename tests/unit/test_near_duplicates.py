@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codeparrot_ds.corpus.near_duplicates import find_removed, merge_candidates, sign
+from codeparrot_ds.corpus.near_duplicates import find_edges, find_removed, join, sign
 from codeparrot_ds.corpus.options import NearDuplicates
 
 RULES = NearDuplicates()
@@ -21,7 +21,7 @@ def jaccard(one: str, other: str) -> float:
 def components(texts: list[str]) -> np.ndarray:
     labels = np.arange(len(texts), dtype=np.int32)
     for keys in sign(texts, RULES).keys:
-        labels = merge_candidates(labels, keys)
+        labels = join(labels, find_edges(keys))
     return labels
 
 
@@ -61,12 +61,12 @@ def test_short_documents_are_not_compared() -> None:
 
 def test_components_join_over_bands() -> None:
     labels = np.arange(6, dtype=np.int32)
-    labels = merge_candidates(labels, np.array([7, 7, 8, 9, 0, 0], np.uint64))
+    labels = join(labels, find_edges(np.array([7, 7, 8, 9, 0, 0], np.uint64)))
     assert labels.tolist() == [0, 0, 2, 3, 4, 5]
-    labels = merge_candidates(labels, np.array([1, 5, 5, 6, 6, 2], np.uint64))
+    labels = join(labels, find_edges(np.array([1, 5, 5, 6, 6, 2], np.uint64)))
     assert labels.tolist() == [0, 0, 0, 3, 3, 5]
-    assert merge_candidates(labels, np.array([1, 2, 3, 4, 5, 6], np.uint64)) is labels
-    assert merge_candidates(labels, np.array([1, 2, 3, 4, 5, 1], np.uint64)).tolist() == [0, 0, 0, 3, 3, 0]
+    assert join(labels, find_edges(np.array([1, 2, 3, 4, 5, 6], np.uint64))) is labels
+    assert join(labels, find_edges(np.array([1, 2, 3, 4, 5, 1], np.uint64))).tolist() == [0, 0, 0, 3, 3, 0]
 
 
 @pytest.mark.parametrize("threshold", [0.86, 0.9, 0.95, 0.99])

@@ -1,0 +1,285 @@
+"""Clean a corpus: remove duplicates, near-duplicates and what the rules of options.py name, and account for the rest.
+
+Five steps, each a list of tasks whose results are files in OUTPUT/.work, so that any of them may be killed and run
+again, on any number of workers:
+
+    measure     per task of input: digests, the rules on single documents, signatures
+    exact       once: keep one of all documents that are equal but for white space
+    edges       per band: pairs of documents with equal keys; then once: components
+    extremes    per group of components: the documents to remove
+    write       per output file: the documents to keep
+
+The result depends on the input and the options only.
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from codeparrot_ds.corpus.decisions import (
+    BandTask,
+    Decisions,
+    GroupTask,
+    compared_documents,
+    decide,
+    find_components,
+    group_components,
+    keep_one_of_equals,
+    remove_similar,
+    save,
+    write_edges,
+)
+from codeparrot_ds.corpus.files import FORMATS, REJECTED, FileTask, plan_files, write_file, write_rejected
+from codeparrot_ds.corpus.measure import Task, measure_task
+from codeparrot_ds.corpus.measured import AllMeasured
+from codeparrot_ds.corpus.options import Cleaning
+from codeparrot_ds.documents.inputs import deal, find_inputs
+from codeparrot_ds.documents.read import Piece
+from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.system.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    digest_json,
+    exclusive_lock,
+    finished_manifest,
+    make_directory,
+    write_json,
+)
+from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
+from codeparrot_ds.system.processes import available_cores
+from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_digest
+from codeparrot_ds.tokenizer.proof import choose_encoder
+
+AnyTask = TypeVar("AnyTask")
+_WORK = ".work"
+_TASK_BYTES = 64_000_000  # of text per task of the first step
+_FILE_BYTES = 64_000_000  # of text per file of the result
+
+
+@dataclass(frozen=True)
+class CleanOptions:
+    """How a corpus is cleaned. All but the last three decide what is in it.
+
+    Attributes:
+        cleaning: the rules.
+        text_field: field of a row that holds the content.
+        suffix: read files with this suffix in the input directories, one document per file.
+        tokenizer: directory of a tokenizer, for the rule on characters per token; None leaves it out.
+        on_bad_document: "fail", or "skip" to skip unreadable documents and list them.
+        file_format: "jsonl.zst" or "parquet".
+        file_bytes: text per file.
+        workers: local processes; None for one per core.
+        engine: "local", or "ray" for a Ray cluster.
+        part: the slice of the first step's tasks to run; the last slice to finish runs the other steps.
+
+    Raises ConfigError for a bad value.
+    """
+
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    text_field: str = "content"
+    suffix: str | None = None
+    tokenizer: Path | None = None
+    on_bad_document: str = "fail"
+    file_format: str = "jsonl.zst"
+    file_bytes: int = _FILE_BYTES
+    workers: int | None = None
+    engine: str = "local"
+    part: Slice | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_document not in ("fail", "skip"):
+            raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
+        if self.file_format not in FORMATS:
+            raise ConfigError(f"--format {self.file_format}: must be {' or '.join(FORMATS)}.")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"--engine {self.engine}: must be one of {', '.join(ENGINES)}.")
+        if self.engine == "ray" and self.part is not None:
+            raise ConfigError("a Ray cluster distributes all tasks by itself: omit --slice, or omit --engine ray.")
+
+
+def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | None = None) -> dict[str, Any] | None:
+    """Clean documents into the corpus directory `output`, and return its manifest.
+
+    Args:
+        inputs: what `documents.inputs.find_inputs` takes.
+        output: created if missing; a finished corpus of the same input and options is kept.
+        options: None for the defaults.
+
+    Returns:
+        The manifest, or None while other slices have not finished.
+
+    Raises:
+        ConfigError: invalid option, no permission, or disk too small.
+        DataError: damaged input, or `output` contains another corpus.
+        ClusterError: workers were lost permanently.
+    """
+    options = options or CleanOptions()
+    output = output.resolve()
+    pieces = find_inputs([str(argument) for argument in inputs], options.suffix)
+    stated = {
+        "cleaning": options.cleaning.model_dump(mode="json"),
+        "text_field": options.text_field,
+        "suffix": options.suffix,
+        "tokenizer": None if options.tokenizer is None else tokenizer_digest(options.tokenizer),
+        "on_bad_document": options.on_bad_document,
+        "file_format": options.file_format,
+        "file_bytes": options.file_bytes,
+    }
+    sources = [{"name": piece.name, "bytes": piece.size, "version": piece.digest or piece.stamp} for piece in pieces]
+    wanted = {"options": stated, "inputs": digest_json(sources)}
+    if finished := finished_manifest(output, "corpus", wanted):
+        shutil.rmtree(output / _WORK, ignore_errors=True)
+        return finished
+    make_directory(output)
+    busy = f"{output}: another process is cleaning a corpus here. Wait for it, or stop it."
+    name = ".lock" if options.part is None else f".lock-{options.part.index}-of-{options.part.count}"
+    with exclusive_lock(output / name, busy):
+        work = output / _WORK / digest_json([wanted, versions()])[:16]
+        for other in (output / _WORK).glob("*"):
+            if other != work:  # of other input or options
+                shutil.rmtree(other)
+        work.mkdir(parents=True, exist_ok=True)
+        return _Cleaner(output, work, pieces, options, wanted).run()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that the result depends on."""
+    return {name: importlib.metadata.version(name) for name in ("codeparrot-ds", "rensa")}
+
+
+class _Cleaner:
+    """One call of `clean`."""
+
+    def __init__(
+        self, output: Path, work: Path, pieces: Sequence[Piece], options: CleanOptions, wanted: dict[str, Any]
+    ) -> None:
+        self._output, self._work, self._options, self._wanted = output, work, options, wanted
+        self._pieces = deal(pieces, _TASK_BYTES)
+        self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
+
+    def run(self) -> dict[str, Any] | None:
+        """Run all steps that are not finished."""
+        self._measure()
+        if missing := sum(not directory.exists() for directory in self._directories):
+            say(
+                f"{self._output}: {missing:,} of {len(self._directories):,} tasks remain for other slices; the last "
+                "one finishes the corpus."
+            )
+            return None
+        with exclusive_lock(self._work / ".lock", "another slice is finishing this corpus now."):
+            measured = AllMeasured(self._directories)
+            representative = keep_one_of_equals(measured)
+            decisions = decide(measured, representative, self._compare(measured, representative))
+            return self._write(measured, decisions)
+
+    def _measure(self) -> None:
+        options = self._options
+        encoder = "tokenizers"
+        if options.tokenizer is not None:
+            encoder = choose_encoder(options.tokenizer, Encoder(options.tokenizer), "auto", [])
+        tasks = [
+            Task(
+                number,
+                pieces,
+                options.text_field,
+                options.on_bad_document == "skip",
+                options.cleaning.model_dump_json(),
+                None if options.tokenizer is None else options.tokenizer.resolve(),
+                encoder,
+                self._directories[number],
+            )
+            for number, pieces in enumerate(self._pieces)
+        ]
+        mine = options.part.of(tasks) if options.part is not None else tasks
+        self._run(measure_task, mine, [task.output for task in mine], "measuring")
+
+    def _compare(self, measured: AllMeasured, representative: np.ndarray) -> list[Path]:
+        """Find near-duplicates. Returns the files that list them."""
+        rules = self._options.cleaning.near_duplicates
+        if rules is None:
+            return []
+        work, compared = self._work, self._work / "compared.npy"
+        documents = compared_documents(measured, representative)
+        save(compared, documents)
+        edges = [work / f"edges-{band:03d}.npy" for band in range(rules.bands)]
+        bands = [BandTask(band, self._directories, compared, path) for band, path in enumerate(edges)]
+        self._run(write_edges, bands, edges, "finding candidates")
+        members, starts = find_components(len(documents), edges)
+        save(work / "members.npy", members)
+        save(work / "starts.npy", starts)
+        groups = [
+            GroupTask(
+                number,
+                first,
+                last,
+                rules.jaccard,
+                self._directories,
+                compared,
+                work / "members.npy",
+                work / "starts.npy",
+                work / f"removed-{number:05d}.npy",
+            )
+            for number, (first, last) in enumerate(group_components(starts))
+        ]
+        removed = [group.output for group in groups]
+        self._run(remove_similar, groups, removed, "comparing")
+        return removed
+
+    def _write(self, measured: AllMeasured, decisions: Decisions) -> dict[str, Any]:
+        options, output = self._options, self._output
+        sizes, kept = measured.column("text_bytes"), decisions.kept
+        if not kept.any():
+            raise DataError(f"{output}: every document was removed. Relax the rules, or check the input (--dry-run).")
+        save(self._work / "kept.npy", kept)
+        for leftover in output.glob("documents-*"):  # of an earlier run with other tasks
+            leftover.unlink()
+        tasks = [
+            FileTask(
+                number,
+                start,
+                stop,
+                self._pieces,
+                self._directories,
+                self._work / "kept.npy",
+                options.text_field,
+                output / f"documents-{number:05d}.{options.file_format}",
+            )
+            for number, (start, stop) in enumerate(plan_files(sizes, kept, options.file_bytes))
+        ]
+        workers = options.workers or available_cores()
+        results = run_tasks(write_file, tasks, workers, engine=options.engine)
+        files = sorted(progress(results, "writing", len(tasks), "file"), key=lambda entry: entry["name"])
+        counts = write_rejected(output / REJECTED, measured, decisions)
+        read = len(measured) + counts["unreadable"]
+        written = sum(entry["documents"] for entry in files)
+        assert read == written + sum(counts.values()), (read, written, counts)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "kind": "corpus",
+            **self._wanted,
+            "versions": versions(),
+            "read": read,
+            "documents": written,
+            "removed": dict(sorted(counts.items())),
+            "text_bytes": int(sizes[kept].sum()),
+            "files": files,
+            "digest": digest_json([entry["xxh3_128"] for entry in files]),
+        }
+        write_json(output / MANIFEST, manifest)
+        shutil.rmtree(output / _WORK, ignore_errors=True)
+        return manifest
+
+    def _run(
+        self, function: Callable[[AnyTask], Any], tasks: Sequence[AnyTask], outputs: Sequence[Path], what: str
+    ) -> None:
+        """Run the tasks whose output does not exist."""
+        unfinished = [task for task, output in zip(tasks, outputs, strict=True) if not output.exists()]
+        workers = self._options.workers or available_cores()
+        results = run_tasks(function, unfinished, workers, engine=self._options.engine)
+        for _ in progress(results, what, len(tasks), "task", done=len(tasks) - len(unfinished)):
+            pass

@@ -1,0 +1,188 @@
+"""Last step of `corpus clean`: the files of the cleaned corpus, and the list of what was removed."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from codeparrot_ds.corpus.decisions import Decision, Decisions
+from codeparrot_ds.corpus.measured import AllMeasured
+from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.read import Piece, read_documents
+from codeparrot_ds.errors import DataError
+from codeparrot_ds.system.files import digest_file, flush_to_disk
+
+REJECTED = "rejected.parquet"
+FORMATS = ("jsonl.zst", "parquet")
+_ZSTD_LEVEL = 3
+_ROWS = 1000  # of a parquet row group, or of a batch
+
+
+class FileTask(msgspec.Struct, frozen=True):
+    """One file of the cleaned corpus: the kept documents from number `start` to `stop` - 1.
+
+    Attributes:
+        number: position among the files.
+        start: number of a document over all tasks.
+        stop: one past the last.
+        pieces: of each task of the first step.
+        measured: directory of each task of the first step.
+        kept: file with the decision on each document, bool.
+        text_field: field of a row that holds the content.
+        output: file to create; its suffix selects the format.
+    """
+
+    number: int
+    start: int
+    stop: int
+    pieces: list[list[Piece]]
+    measured: list[Path]
+    kept: Path
+    text_field: str
+    output: Path
+
+
+def plan_files(sizes: np.ndarray, kept: np.ndarray, file_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of documents for files of even size.
+
+    Args:
+        sizes: bytes of text of each document.
+        kept: [documents] bool.
+        file_bytes: maximum mean size of a file, of text.
+    """
+    ends = np.cumsum(np.where(kept, sizes, 0), dtype=np.int64)
+    if not len(ends) or not ends[-1]:
+        return []
+    count = -(-int(ends[-1]) // file_bytes)
+    bounds = np.searchsorted(ends, [int(ends[-1]) * i // count for i in range(1, count)], side="left") + 1
+    edges = sorted({0, *bounds.tolist(), len(ends)})
+    return [(start, stop) for start, stop in pairwise(edges) if kept[start:stop].any()]
+
+
+def write_file(task: FileTask) -> dict[str, Any]:
+    """Write a file, and return its entry in the manifest. Raises DataError if the input has changed."""
+    temporary = task.output.with_name(f".{task.output.name}.{os.getpid()}.tmp")
+    write = _write_parquet if task.output.suffix == ".parquet" else _write_jsonl
+    documents = write(temporary, _kept_documents(task))
+    flush_to_disk(temporary)
+    temporary.replace(task.output)
+    facts = {"documents": documents, "bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
+    return {"name": task.output.name, **facts}
+
+
+def _kept_documents(task: FileTask) -> Iterator[Document]:
+    kept = np.load(task.kept, mmap_mode="r")
+    measured = AllMeasured(task.measured)
+    first = int(np.searchsorted(measured.starts, task.start, side="right")) - 1
+    for number in range(first, len(measured.parts)):
+        offset = int(measured.starts[number])
+        if offset >= task.stop:
+            return
+        part = measured.parts[number]
+        digests = part.array("digest")
+        piece_ends = part.info["piece_ends"]
+        for piece, (start, stop) in zip(task.pieces[number], pairwise([0, *piece_ends]), strict=True):
+            if offset + stop <= task.start or offset + start >= task.stop:
+                continue
+            rows = (read for read in read_documents(piece, task.text_field) if not isinstance(read, BadDocument))
+            for row, document in enumerate(rows, start=start):
+                if row >= stop or offset + row >= task.stop:
+                    break
+                if offset + row >= task.start and kept[offset + row]:
+                    expected = b"".join(int(half).to_bytes(8, "big") for half in digests[row])
+                    if bytes.fromhex(document.digest()) != expected:
+                        raise DataError(
+                            f"{piece.name}: changed while it was being cleaned. Remove the output directory, and run "
+                            "the command again."
+                        )
+                    yield document
+
+
+def _write_jsonl(path: Path, documents: Iterator[Document]) -> int:
+    import zstandard
+
+    count = 0
+    with open(path, "wb") as raw, zstandard.ZstdCompressor(_ZSTD_LEVEL, threads=0).stream_writer(raw) as out:
+        for document in documents:
+            out.write(document.to_json().encode())
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, documents: Iterator[Document]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [("repo_name", pa.string()), ("path", pa.string()), ("license", pa.string()), ("source", pa.string())]
+    schema = pa.schema([*fields, ("size", pa.int64()), ("content", pa.large_string())])
+    count = 0
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=_ZSTD_LEVEL) as writer:
+        for batch in _batched(documents):
+            rows = [
+                {
+                    "repo_name": each.repository,
+                    "path": each.path,
+                    "license": each.licence,
+                    "source": each.source,
+                    "size": len(each.text.encode()),
+                    "content": each.text,
+                }
+                for each in batch
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            count += len(batch)
+    return count
+
+
+def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> Counter[str]:
+    """Write the list of removed documents, and return their number by reason.
+
+    Columns: `repository`, `path`, `reason`, `value` (what made the rule apply: a measure, or the document that is kept
+    instead, after the Jaccard index), and `step`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in ("repository", "path", "reason", "value", "step")])
+    counts: Counter[str] = Counter()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
+            rows = [
+                {"repository": "", "path": where, "reason": "unreadable", "value": reason, "step": "read"}
+                for where, reason, _ in part.info["bad"]
+            ]
+            counts["unreadable"] += sum(documents for _, _, documents in part.info["bad"])
+            removed = np.flatnonzero(decisions.decision[start : start + part.info["documents"]])
+            for row, names in zip(removed.tolist(), part.names.take(removed).to_pylist(), strict=True):
+                reason, value, step = _explain(measured, decisions, start + row, names)
+                counts[reason] += 1
+                place = {"repository": names["repository"], "path": names["path"]}
+                rows.append({**place, "reason": reason, "value": value, "step": step})
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return +counts  # without those that are zero
+
+
+def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: dict[str, str]) -> tuple[str, str, str]:
+    """Reason, value and step of a removed document."""
+    decision, instead = decisions.decision[document], int(decisions.instead[document])
+    if decision == Decision.EXACT_DUPLICATE:
+        return "exact duplicate", measured.name(instead), "exact"
+    if decision == Decision.NEAR_DUPLICATE:
+        return "near-duplicate", f"{decisions.jaccard[document]:.4f} {measured.name(instead)}", "extremes"
+    return names["reason"], names["value"], "measure"
