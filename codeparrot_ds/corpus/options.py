@@ -1,6 +1,6 @@
 """Thresholds of `corpus clean`, with CodeParrot's values as defaults: the keys of its YAML file."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -60,3 +60,48 @@ class NearDuplicates(Section):
     min_tokens: int = Field(10, ge=1)
     bands: int = Field(21, gt=0)
     rows: int = Field(12, gt=0)
+
+
+class Secrets(Section):
+    """Search for secrets and personal data.
+
+    Attributes:
+        mode: "report" counts what is found, "redact" replaces it by placeholders, "drop" removes the document.
+        password_min: shortest string literal that counts as a password (characters).
+        password_entropy: and its smallest Shannon entropy (bits per character).
+        token_min: shortest string literal that counts as a key or a token (characters).
+        token_entropy: and its smallest Shannon entropy (bits per character).
+    """
+
+    mode: Literal["report", "redact", "drop"] = "report"
+    password_min: int = Field(6, gt=0)
+    password_entropy: float = Field(2.25, ge=0)
+    token_min: int = Field(16, gt=0)
+    token_entropy: float = Field(3.0, ge=0)
+
+
+class Licences(Section):
+    """Rule on the licence of a document.
+
+    Attributes:
+        allowed: "any" keeps every document, "permissive" those whose licence is in the list of `corpus/licences.py`, and
+            a list those with one of its licences (SPDX identifiers).
+        unknown: keep documents whose licence is not known when `allowed` is not "any".
+    """
+
+    allowed: Literal["any", "permissive"] | tuple[str, ...] = "any"
+    unknown: bool = False
+
+
+class Decontamination(Section):
+    """Removal of documents that contain a problem of a benchmark.
+
+    Attributes:
+        enabled: whether documents are searched for problems.
+        problems: files of problems besides HumanEval's, JSON Lines of its fields or MBPP's.
+        gram: tokens in a row that a document and a problem must share.
+    """
+
+    enabled: bool = True
+    problems: tuple[str, ...] = ()
+    gram: int = Field(10, ge=1)
