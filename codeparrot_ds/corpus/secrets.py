@@ -25,6 +25,7 @@ PLACEHOLDERS = {
     "email": "<EMAIL>",
     "ip address": "<IP_ADDRESS>",
 }
+_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not start a character
 _PRIORITY = {kind: number for number, kind in enumerate(PLACEHOLDERS)}
 _ONLY_PLACEHOLDERS = re.compile(rf"(?:{'|'.join(PLACEHOLDERS.values())}|\W)*")
 
@@ -37,20 +38,29 @@ _KEYS = (
 _EMAIL = rb"[A-Za-z0-9][A-Za-z0-9._%+\-]*@[A-Za-z0-9][A-Za-z0-9.\-]*\.[A-Za-z]+"
 _EMAIL_MAX = 254  # RFC 5321
 # A matrix product such as `x@self.weight` has the form of an address, so its last part must be a known domain.
-_TOP_DOMAINS = frozenset(
-    "com org net edu gov mil int info biz name pro mobi aero asia coop jobs tel travel museum app dev tech cloud email "
-    "online site xyz top club shop store blog page space world live life work team group agency digital network systems "
-    "solutions software services academy institute university foundation company studio design codes engineering "
-    "technology health science".split()
-)
-_RESERVED_DOMAINS = re.compile(r"(?:^|[@.])(?:example\.(?:com|org|net)|example|test|invalid|localhost|local)$")  # RFC 2606
+_TOP_DOMAINS = {
+    "com", "org", "net", "edu", "gov", "mil", "int", "info", "biz", "name", "pro", "mobi", "aero", "asia", "coop",
+    "jobs", "tel", "travel", "museum", "app", "dev", "tech", "cloud", "email", "online", "site", "xyz", "top",
+    "club", "shop", "store", "blog", "page", "space", "world", "live", "life", "work", "team", "group", "agency",
+    "digital", "network", "systems", "solutions", "software", "services", "academy", "institute", "university",
+    "foundation", "company", "studio", "design", "codes", "engineering", "technology", "health", "science",
+}  # fmt: skip
+# RFC 2606
+_RESERVED_DOMAINS = re.compile(r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid|localhost|local)$")
 _LOGIN_NAMES = {"git", "hg", "svn"}  # of repositories, as in git@host:owner/name
+_CODE_AFTER = re.compile(rb"[(\[_0-9]")
+_URL_BEFORE = re.compile(rb"//[^\s/@\"']*\Z")  # what follows is the user and the host of a URL
+_CONTEXT = 64  # bytes before a finding that are looked at
 
 _IPV4 = rb"[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+"
 _IPV6 = rb"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]*[0-9A-Fa-f:]"
 _X500 = "2.5."  # start of the object identifiers in certificates
 _VERSION_NUMBER = 32  # four numbers below it are taken for a version, a section or an object identifier
-_SAID_TO_BE_A_VERSION = re.compile(rb"(?i)(?:\bv|ver|version|release|rev|sections?|[=<>~!]=|[a-z]/)[ \t]*[:=]*[ \t]*[\"']?$")
+_VERSION_BEFORE = re.compile(
+    rb"(?i)(?:\bv|\bver|version|release|\brev|\bsections?|[=<>~!]=|[a-z]/)_*[\"'\])]*[ \t]*[:=,(]*[ \t]*[\"'(]*\Z"
+)
+_PART_BEFORE = re.compile(rb"[\w.\-]\Z")
+_PART_AFTER = re.compile(rb"[\w\-]|\.\w")
 _RESOLVERS = {
     "1.1.1.1", "1.0.0.1", "8.8.8.8", "8.8.4.4", "9.9.9.9", "208.67.222.222", "208.67.220.220", "2001:4860:4860::8888",
     "2001:4860:4860::8844", "2606:4700:4700::1111", "2606:4700:4700::1001", "2620:fe::fe",
@@ -66,7 +76,7 @@ _ASSIGNMENT = (
     rb"[\"']?\]?\s*(?::[ \t]*[a-z_][a-z0-9_\[\]., |]*=|:|=+|:=|=>|(,))\s*\(?\s*[rbuf]*"
     rb"(?:\"(?:bearer |basic |token )?([^\"\s]+)\"|'(?:bearer |basic |token )?([^'\s]+)')"
 )
-_VALUE_MAX = 512
+_VALUE_MAX = 512  # characters
 _PLACEHOLDER = re.compile(
     r"(?i)example|placeholder|change_?me|your|dummy|sample|pass_?w(?:or)?d|passw0rd|secret|token|test|fake|mock|foobar|"
     r"redacted|xxxx|\*\*\*|\.\.\.|123456|<[\w .|/-]*>|\{\w*\}|%\(\w+\)s|^\$\{?\w+\}?$|^\[\w+\]$|^[a-z+]+://|\(\)|\(\?|\\[dnrstw]"
@@ -117,7 +127,7 @@ def find_secrets(text: str, rules: Secrets) -> list[Finding]:
         ConfigError: the extra `corpus` is not installed.
     """
     encoded = text.encode()
-    found = [*_scan(encoded), *_emails(encoded), *_addresses(encoded), *_assignments(encoded, rules)]
+    found = [*_scan(encoded), *_keys(encoded), *_emails(encoded), *_addresses(encoded), *_assignments(encoded, rules)]
     merged = _merge(found)
     if len(encoded) != len(text):
         merged = _in_characters(merged, encoded)
@@ -142,18 +152,16 @@ def redact(text: str, rules: Secrets) -> tuple[str, Counter[str]]:
 
 
 def _scan(encoded: bytes) -> Iterator[Finding]:
-    """What Kingfisher's rules find."""
+    """Find vendors' keys, private keys and passwords in URLs."""
     for each in _scanner().scan(encoded):
-        start, end = each.location["start_offset"], each.location["end_offset"]
-        kind = "key"
-        if "private-key" in each.rule_id:
-            kind = "private key"
-        elif each.rule_id.endswith("-uri"):
-            kind = "password"
-            if _PLACEHOLDER.search(each.secret) or _is_plain(each.secret):
-                continue
-        if each.visible:
-            yield Finding(kind, start, end)
+        url = each.rule_id.endswith("-uri")
+        if not each.visible or (url and (_PLACEHOLDER.search(each.secret) or _is_plain(each.secret))):
+            continue
+        kind = "password" if url else "private key" if "private-key" in each.rule_id else "key"
+        yield Finding(kind, each.location["start_offset"], each.location["end_offset"])
+
+
+def _keys(encoded: bytes) -> Iterator[Finding]:
     for match in _pattern(_KEYS).finditer(encoded):
         if b"EXAMPLE" not in match.group():
             yield Finding("key", *match.span())
@@ -162,25 +170,29 @@ def _scan(encoded: bytes) -> Iterator[Finding]:
 def _emails(encoded: bytes) -> Iterator[Finding]:
     for match in _pattern(_EMAIL).finditer(encoded):
         start, end = match.span()
-        if end - start > _EMAIL_MAX or encoded[end : end + 1] in (b"(", b"[", b"_") or encoded[end : end + 1].isdigit():
+        if end - start > _EMAIL_MAX or _CODE_AFTER.match(encoded, end) or _URL_BEFORE.search(_before(encoded, start)):
             continue
         local, _, domain = match.group().decode().partition("@")
         top = domain.rpartition(".")[2]
-        known = top.lower() in _TOP_DOMAINS or len(top) == 2
-        if known and (top.islower() or top.isupper()) and ".." not in domain and local not in _LOGIN_NAMES:
-            if not _RESERVED_DOMAINS.search(domain.lower()):
-                yield Finding("email", start, end)
+        known = (top.lower() in _TOP_DOMAINS or len(top) == 2) and (top.islower() or top.isupper())
+        reserved = local in _LOGIN_NAMES or _RESERVED_DOMAINS.search(domain.lower())
+        if known and not reserved and ".." not in domain:
+            yield Finding("email", start, end)
 
 
 def _addresses(encoded: bytes) -> Iterator[Finding]:
     for pattern in (_IPV4, _IPV6):
         for match in _pattern(pattern).finditer(encoded):
             start, end = match.span()
-            before, after = encoded[max(0, start - 16) : start], encoded[end : end + 2]
-            if re.search(rb"[\w.\-:]$" if pattern is _IPV6 else rb"[\w.\-]$", before) or re.match(rb"[\w\-]|\.\w", after):
+            before = _before(encoded, start)
+            if _PART_BEFORE.search(before) or _PART_AFTER.match(encoded, end) or _VERSION_BEFORE.search(before):
                 continue
-            if _is_personal(match.group().decode()) and not _SAID_TO_BE_A_VERSION.search(before):
+            if _is_personal(match.group().decode()) and not (pattern is _IPV6 and before.endswith(b":")):
                 yield Finding("ip address", start, end)
+
+
+def _before(encoded: bytes, place: int) -> bytes:
+    return encoded[max(0, place - _CONTEXT) : place]
 
 
 def _is_personal(text: str) -> bool:
@@ -256,8 +268,8 @@ def _in_characters(found: list[Finding], encoded: bytes) -> list[Finding]:
     """Positions in bytes as positions in characters."""
     moved, place, characters = [], 0, 0
     for each in found:
-        start = characters + len(encoded[place : each.start].decode())
-        characters = start + len(encoded[each.start : each.end].decode())
+        start = characters + len(encoded[place : each.start].translate(None, _CONTINUATION))
+        characters = start + len(encoded[each.start : each.end].translate(None, _CONTINUATION))
         place = each.end
         moved.append(Finding(each.kind, start, characters))
     return moved

@@ -5,8 +5,8 @@ import ipaddress
 import json
 import random
 import string
+import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codeparrot_ds.corpus import secrets
 from codeparrot_ds.corpus.options import Secrets
 from codeparrot_ds.corpus.secrets import PLACEHOLDERS, Finding, find_secrets, redact
 from codeparrot_ds.errors import ConfigError
@@ -135,3 +136,141 @@ def test_planted_in_real_source(kind: str) -> None:
             assert counts == {expected: 1} and PLACEHOLDERS[expected] in redacted and value not in redacted
             assert redact(redacted, RULES) == (redacted, {})
     assert len(missed) <= 2, missed
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "found"),
+    [
+        ("# Ann Lee <ann.lee+x@mail.uni-bonn.de>, 2020", "email", "ann.lee+x@mail.uni-bonn.de"),
+        ("mailto:ANN@LEE.ORG.", "email", "ANN@LEE.ORG"),
+        ("é = 'ann@lee.org'", "email", "ann@lee.org"),  # positions are in characters, not in bytes
+        ("host = '81.2.69.142'", "ip address", "81.2.69.142"),
+        ("server 81.2.69.142", "ip address", "81.2.69.142"),
+        ("driver: '81.2.69.142'.", "ip address", "81.2.69.142"),
+        ("version\n81.2.69.142\nb", "ip address", "81.2.69.142"),
+        ("http://81.2.69.142:80/x", "ip address", "81.2.69.142"),
+        ("[2001:41d0:302:2200::180]:80", "ip address", "2001:41d0:302:2200::180"),
+        ("DB_PASSWORD = 'tr0ub4dor&3'", "password", "tr0ub4dor&3"),
+        ("connect(user='x', passwd=\"hunter2\")", "password", "hunter2"),
+        ("self.db_pass = 'Zx9,kq'", "password", "Zx9,kq"),
+        ("if password == 'k3yb0ard': pass", "password", "k3yb0ard"),
+        ("password: str = 'k3yb0ard'", "password", "k3yb0ard"),
+        ("{'password': 'k3yb0ard'}", "password", "k3yb0ard"),
+        ("os.environ['PASSWORD'] = b'k3yb0ard'", "password", "k3yb0ard"),
+        ("password = (\n    'k3yb0ard'\n)", "password", "k3yb0ard"),
+        ("redis://:k3yb0ard@cache:6379/0", "password", "k3yb0ard"),
+        ("apiKey: 'f3b0c44298fc1c149afb'", "key", "f3b0c44298fc1c149afb"),
+        ("getenv('API_TOKEN', 'f3b0c44298fc1c149afb')", "key", "f3b0c44298fc1c149afb"),
+        ("{'X-Api-Key': 'f3b0c44298fc1c149afb'}", "key", "f3b0c44298fc1c149afb"),
+        ("{'Authorization': 'Bearer f3b0c44298fc1c149afb'}", "key", "f3b0c44298fc1c149afb"),
+    ],
+)
+def test_found(text: str, kind: str, found: str) -> None:
+    start = text.index(found)
+    assert find_secrets(text, RULES) == [Finding(kind, start, start + len(found))]
+    assert redact(text, RULES) == (text.replace(found, PLACEHOLDERS[kind]), {kind: 1})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = x@self.weight; q@k.mT; a@b.to(c)",
+        "@decorator.name\ndef f(): ...",
+        "git@github.com:owner/name.git",
+        "someone@example.com someone@mail.example.org user@localhost a@b.test",
+        "icon@2x.png",
+        "127.0.0.1 10.1.2.3 192.168.0.1 172.16.5.4 169.254.1.1 224.0.0.1 255.255.255.255 0.0.0.0",
+        "192.0.2.44 198.51.100.7 203.0.113.9 8.8.8.8",
+        "__version__ = '81.2.3.4'; {'version': '81.2.3.4'}; version 91.0.4.12; Version('81.2.3.4'); 1.2.3.4",
+        " numpy==81.2.3.4; v81.2.3.4; Chrome/81.0.40.1",
+        "1.3.6.1.4.1.311.2 and 2.5.29.37 and 300.2.3.4 and 81.2.3.4-beta and 81.2.3.4rc1",
+        "::1 fe80::1 2001:db8::1 fc00::1 ff02::1 x[2000::2] 2021:10:11 20:30:2e:ff:00:11 2001:4860:4860::8888",
+        "password = 'password'; password = ''; passwd = 'secret'; pwd='changeme1!'; password='your-password-1'",
+        "password = '<PASSWORD>'; password = '${DB_PASS}'; password = '{password1}'; password = '%(pw1)s'",
+        "password = getpass(); password = os.environ['DB_PASSWORD_1']; password_file = '/run/x/db1'",
+        "password_label = 'Enter it'; password = 'AdminUser'; password = 'admin_user'; password = '12345678'",
+        "token = 'access_token'; pad_token = '[PAD]'; eos_token = '<|endoftext|>'; token_url = 'https://a.b/c1d2e3f4g5h6'",
+        "tokenizer = 'bert-base-uncased-v1'; api_key = 'X-Api-Key'; secret_name = 'my-service/database/v2'",
+        "key = 'model.layers.0.self_attn.q_proj.weight'; api_key = 'AKIAIOSFODNN7EXAMPLE'",
+        "postgres://user:password@host.com/db and https://user:${PASS}@host.com and ssh://ann@host.com",
+    ],
+)
+def test_not_found(text: str) -> None:
+    assert find_secrets(text, RULES) == []
+    assert redact(text, RULES) == (text, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("password_min", "pwd = 'a1b2c3'", 6),
+        ("token_min", "token = 'f3b0c44298fc1c14'", 16),
+        # 8 different characters: log2(8) = 3 bits; 16 different: 4 bits.
+        ("password_entropy", "pwd = 'a1b2c3d4'", 3.0),
+        ("token_entropy", "token = '0a1b2c3d4e5f6789'", 4.0),
+    ],
+)
+def test_both_sides_of_each_threshold(field: str, text: str, value: float) -> None:
+    assert len(find_secrets(text, Secrets.model_validate({field: value}))) == 1
+    assert find_secrets(text, Secrets.model_validate({field: value + 1})) == []
+
+
+FRAGMENTS = [
+    *(
+        "ann@lee.org",
+        "x@a.com.",
+        "@",
+        ".com",
+        "81.2.69.142",
+        ".5",
+        "2001:41d0:302::180",
+        ":",
+        "::1",
+        "password",
+        "token",
+    ),
+    *(
+        ' = "',
+        "='",
+        '"',
+        "'",
+        "\n",
+        " ",
+        "tr0ub4dor&3",
+        "f3b0c44298fc1c149afb",
+        "ghp_",
+        "aB3dE6gH9jK2" * 3,
+        "https://u:",
+    ),
+    *("-----BEGIN PRIVATE KEY-----\n", "-----END PRIVATE KEY-----", "MIIEvQIBADANBgkqhkiG9w0", "AKIA2E0A8F3B244C9986"),
+    *("<EMAIL>", "<KEY>", "é", "🦜", "_", "-", "\\n", "eyJhbGciOiJIUzI1NiJ9."),
+]
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=24))
+def test_any_text_is_clean_after_redaction(fragments: list[str]) -> None:
+    text = "".join(fragments)
+    found = find_secrets(text, RULES)
+    ends = [0, *(each.end for each in found)]
+    assert all(end <= each.start < each.end <= len(text) for end, each in zip(ends, found, strict=False))
+    redacted, counts = redact(text, RULES)
+    assert sum(counts.values()) >= len(found)
+    assert find_secrets(redacted, RULES) == []
+    assert redact(redacted, RULES) == (redacted, {})
+
+
+def test_findings_that_overlap_are_one() -> None:
+    """A vendor's key assigned to a password's name, and a key that ends in an address."""
+    key = "ghp_" + "aB3dE6gH9jK2" * 3
+    assert redact(f"password = '{key}'", RULES) == ("password = '<KEY>'", {"key": 1})
+    assert redact(f"token = 'x{key}@lee.org'", RULES) == ("token = '<KEY>'", {"key": 1})
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, function in (("re2", secrets._pattern), ("kingfisher_sdk", secrets._scanner)):
+        monkeypatch.setitem(sys.modules, module, None)
+        function.cache_clear()
+        with pytest.raises(ConfigError, match=r"pip install 'codeparrot-ds\[corpus\]'"):
+            find_secrets("x", RULES)
+        monkeypatch.undo()
+        function.cache_clear()
