@@ -84,8 +84,8 @@ class Licences(Section):
     """Rule on the licence of a document.
 
     Attributes:
-        allowed: "any" keeps every document, "permissive" those whose licence is in the list of `corpus/licences.py`, and
-            a list those with one of its licences (SPDX identifiers).
+        allowed: "any" keeps every document, "permissive" those whose licence is in the list of `corpus/licences.py`,
+            and a list those with one of its licences (SPDX identifiers).
         unknown: keep documents whose licence is not known when `allowed` is not "any".
     """
 
