@@ -68,8 +68,8 @@ class Problems:
             words = _tokens(problem.text)
             grams = [words[i : i + length] for i in range(len(words) - length + 1)]
             places = [i for i, gram in enumerate(grams) if any(map(_is_word, gram))]
-            for place in places:
-                self._task_by_gram.setdefault(b" ".join(grams[place]), problem.task_id)
+            for i in places:
+                self._task_by_gram.setdefault(b" ".join(grams[i]), problem.task_id)
             hashes.append(_hash_grams(words, length)[places])
             if not places:
                 self.too_short.append(problem.task_id)

@@ -266,6 +266,12 @@ def test_findings_that_overlap_are_one() -> None:
     assert redact(f"token = 'x{key}@lee.org'", RULES) == ("token = '<KEY>'", {"key": 1})
 
 
+def test_what_a_replacement_uncovers_is_replaced_too() -> None:
+    text = "81.2.69.142ghp_" + "aB3dE6gH9jK2" * 3
+    assert [each.kind for each in find_secrets(text, RULES)] == ["key"]
+    assert redact(text, RULES) == ("<IP_ADDRESS><KEY>", {"key": 1, "ip address": 1})
+
+
 def test_without_the_extra_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, function in (("re2", secrets._pattern), ("kingfisher_sdk", secrets._scanner)):
         monkeypatch.setitem(sys.modules, module, None)
