@@ -67,9 +67,19 @@ _WORDING_MAX = 500  # characters; a longer wording is a text
 _HOLDERS = re.compile(
     r"(?im)^[ \t#*/;.-]*(?:copyright\b|\(c\)|©).*\b[12][0-9]{3}\b.*$|^[ \t#*/;.-]*all rights reserved\.?$"
 )
+# Said outside the texts of known licences, this may take away what they grant.
+_FURTHER_TERMS = re.compile(
+    r"(?i)commons\s+clause|non-?commercial|copyleft|general\s+public\s+licen[sc]e|not\s+be\s+(?:sold|used)\b|"
+    r"(?:additional|further|following)\s+(?:restriction|condition|limitation|term)s?|(?:research|academic)\s+(?:use|purposes?)\s+only"
+)
+FURTHER_TERMS = "LicenseRef-further-terms"
 _TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() -]+)")
 _LATER = ("-or-later", "-only")
-_FILE = re.compile(r"(?i)(?:(?:un)?licen[sc]e|(?:mit|bsd|apache|gpl|lgpl)[-_]licen[sc]e|copying)(?![a-z]*\.py)")
+_FILE = re.compile(r"(?i)(?:(?:un)?licen[sc]es?|(?:mit|bsd|apache|gpl|lgpl)[-_]licen[sc]e|copying)(?:[-_.][\w.-]*)?")
+_CODE = {
+    ".c", ".cfg", ".go", ".h", ".ipynb", ".java", ".js", ".json", ".pl", ".py", ".rb", ".sh", ".toml", ".ts", ".xml",
+    ".yaml", ".yml",
+}  # fmt: skip
 _ALTERNATIVE = re.compile(r"(?i)licen[sc]e[-_.](?:apache|mit|bsd|zlib|unlicense|boost|0bsd|isc|gpl|mpl)[\w.-]*")
 _FILE_MAX = 1_000_000  # bytes
 _CACHED = 4096
@@ -83,7 +93,8 @@ def identify(text: str) -> str:
 
     Returns:
         An SPDX identifier, several joined by " AND ", or "" if more than a quarter of the text is something else and
-        neither an SPDX tag nor a usual name says what it is.
+        neither an SPDX tag nor a usual name says what it is. `FURTHER_TERMS` is one of several if the rest of the text
+        seems to restrict the licence, such as the Commons Clause.
 
     Raises:
         ConfigError: the extra `corpus` is not installed.
@@ -98,14 +109,28 @@ def identify(text: str) -> str:
 
 def _identify(text: str) -> str:
     library = import_extra("licenseclassifier", "licenseclassifier", "The identification of licences")
-    results = library.identify_license(text) or library.identify_license(_HOLDERS.sub("", text))
+    results = library.identify_license(text)
+    if not results:
+        text = _HOLDERS.sub("", text)
+        results = library.identify_license(text)
     found = list(dict.fromkeys(each.id for each in results))
     # The text of the GPL ends with a notice for those who use it, "or any later version".
     base = [each for each in found if not each.endswith(_LATER)]
     found = [each for each in found if each in base or not any(each.startswith(f"{one}-") for one in base)]
+    if found and PERMISSIVE.issuperset(found) and _FURTHER_TERMS.search(_without(text, results)):
+        found.append(FURTHER_TERMS)
     if not found and (tag := _TAG.search(text)):
         return tag.group(1).strip(" -")
     return " AND ".join(found) or _find_name(text.strip())
+
+
+def _without(text: str, results: list[Any]) -> str:
+    """What is left of a text without the licences in it."""
+    parts, end = [], 0
+    for each in sorted(results, key=lambda result: int(result.start)):
+        parts.append(text[end : each.start])
+        end = max(end, each.end)
+    return "\n".join([*parts, text[end:]])
 
 
 def is_permissive(wording: str) -> bool:
@@ -179,20 +204,24 @@ def find_licence(directory: Path) -> str:
 
     Licence files count first (LICENSE, COPYING, UNLICENSE and their variants, then `LICENSES/`), then what
     pyproject.toml, setup.cfg, package.json or Cargo.toml declare. Several files make an expression: alternatives if
-    each is named after its licence, as in LICENSE-MIT beside LICENSE-APACHE, or else all of them apply. Symbolic links
-    and files over 1 MB are not read.
+    each is named after its licence, as in LICENSE-MIT beside LICENSE-APACHE, or else all of them apply, also those that
+    are not known (`FURTHER_TERMS`). Symbolic links and files over 1 MB are not read.
 
     Raises:
         ConfigError: the extra `corpus` is not installed.
     """
     try:
-        files = sorted(path for path in directory.iterdir() if _FILE.match(path.name))
+        paths = sorted(directory.iterdir())
     except OSError:
         return ""
-    found = {path.name: licence for path in files if (licence := identify(_read(path)))}
+    files = [path for path in paths if _FILE.fullmatch(path.name) and path.suffix.lower() not in _CODE]
+    texts = {path.name: _read(path) for path in files}
+    found = {name: licence for name, text in texts.items() if (licence := identify(text))}
     if found:
         alternatives = all(map(_ALTERNATIVE.fullmatch, found))
         parts = list(dict.fromkeys(found.values()))
+        if not alternatives and any(len(texts[name]) > _WORDING_MAX for name in texts.keys() - found.keys()):
+            parts.append(FURTHER_TERMS)
         return (" OR " if alternatives else " AND ").join(
             f"({part})" if alternatives and " AND " in part and len(parts) > 1 else part for part in parts
         )

@@ -105,6 +105,10 @@ def test_texts_and_notices() -> None:
     assert identify(MIT + "Copyright (c) 2021 Somebody else\n" * 60) == "MIT"
     assert identify(GPL_3) == "GPL-3.0-or-later"
     assert identify(f"{MIT}\n{GPL_3}") == "MIT AND GPL-3.0-or-later"
+    clause = "Commons Clause: the grant of rights under the License will not include the right to Sell the Software.\n"
+    for text in (clause + MIT, MIT + clause, MIT + "You must obey these additional restrictions: do not sell it.\n"):
+        assert identify(text) == "MIT AND LicenseRef-further-terms"
+        assert not is_permissive(identify(text))
     assert identify("# SPDX-License-Identifier: Apache-2.0 OR MIT\nimport os\n" * 3) == "Apache-2.0 OR MIT"
     assert identify("Apache 2.0") == "Apache-2.0"
     assert identify("Do what you want with it, but tell me.") == ""
@@ -190,8 +194,12 @@ def test_rules_of_a_document() -> None:
         ({"LICENSE": MIT, "COPYING": GPL_3}, "GPL-3.0-or-later AND MIT"),
         ({"LICENSE-MIT": MIT, "LICENSE-GPL": GPL_3}, "GPL-3.0-or-later OR MIT"),
         ({"LICENSE": "See LICENSE-MIT.", "LICENSE-MIT": MIT}, "MIT"),
+        ({"LICENSE": "All of it is ours. " * 40, "LICENSE.bundled": MIT}, "MIT AND LicenseRef-further-terms"),
         ({"LICENSE": MIT, "pyproject.toml": '[project]\nlicense = "GPL-3.0"'}, "MIT"),
-        ({"license.py": MIT, "README": MIT}, ""),
+        ({"license.py": MIT, "README": MIT, "licensecheck": MIT}, ""),
+        ({"LICENSE": MIT, "license_headers.py": "x = 1\n" * 200, "license-checker-config.json": "[]" * 400}, "MIT"),
+        ({"MIT-LICENSE.txt": MIT}, "MIT"),
+        ({"UNLICENSE": "The Unlicense (Unlicense)"}, "Unlicense"),
         ({"LICENSES/Apache-2.0.txt": "", "LICENSES/CC0-1.0.txt": ""}, "Apache-2.0 AND CC0-1.0"),
         ({"pyproject.toml": '[project]\nlicense = "MIT OR GPL-2.0"'}, "MIT OR GPL-2.0"),
         ({"pyproject.toml": '[project]\nlicense = {text = "The MIT License"}'}, "MIT"),
