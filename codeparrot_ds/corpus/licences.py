@@ -4,7 +4,7 @@ import configparser
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ _WORDINGS = {
 _NAMES = {_NOISE.sub("", name.lower()): name for name in PERMISSIVE} | _WORDINGS
 _ABBREVIATION = re.compile(r"(.*\S)\s*\(([^()]*)\)")  # "The MIT License (MIT)"
 _ABBREVIATIONS = {"iscl", "2clause", "3clause", "new", "revised", "simplified", "modified"}
+_TROVE = re.compile(r"\s*License\s*::(?:[^,;]*::)?\s*")
 _OR = re.compile(r"\s+or\s+|\|", re.IGNORECASE)
 _AND = re.compile(r"\s+and\s+|[,;&]", re.IGNORECASE)
 _INNERMOST = re.compile(r"\(([^()]*)\)")
@@ -80,7 +81,7 @@ _CODE = {
     ".c", ".cfg", ".go", ".h", ".ipynb", ".java", ".js", ".json", ".pl", ".py", ".rb", ".sh", ".toml", ".ts", ".xml",
     ".yaml", ".yml",
 }  # fmt: skip
-_ALTERNATIVE = re.compile(r"(?i)licen[sc]e[-_.](?:apache|mit|bsd|zlib|unlicense|boost|0bsd|isc|gpl|mpl)[\w.-]*")
+_ALTERNATIVE = re.compile(r"(?i)licen[sc]e[-_.](?:apache|mit|bsd|zlib|unlicense|boost|0bsd|isc)[\w.-]*")
 _FILE_MAX = 1_000_000  # bytes
 _CACHED = 4096
 _identified: dict[bytes, str] = {}
@@ -162,7 +163,7 @@ def is_allowed(licence: str, rules: Licences) -> bool:
 
 def _evaluate(wording: str, accepts: Callable[[str], bool]) -> bool:
     """Evaluate an expression of licences. "/" (as in Cargo.toml) binds more tightly than AND, and AND than OR."""
-    wording = wording.rpartition("::")[2].replace("\0", "").strip()
+    wording = wording.replace("\0", "")
     if len(wording) > _WORDING_MAX:
         return False
     if accepts(wording):
@@ -189,7 +190,7 @@ def _find_name(name: str) -> str:
     """SPDX identifier of the permissive licence that `name` stands for, or ""."""
     if len(name) > _WORDING_MAX:
         return ""
-    name = name.rpartition("::")[2].strip()  # of a trove classifier
+    name = _without_trove(name)
     key = _key(name).removesuffix("+")
     if found := _NAMES.get(key.removesuffix(_EXCEPTION)):
         return found
@@ -199,13 +200,18 @@ def _find_name(name: str) -> str:
     return ""
 
 
+def _without_trove(name: str) -> str:
+    """The last part of a trove classifier; other names as they are."""
+    return _TROVE.sub("", name, count=1).strip() if _TROVE.match(name) else name.strip()
+
+
 def find_licence(directory: Path) -> str:
     """Licence of a repository, from the files in its root; "" if none says it.
 
     Licence files count first (LICENSE, COPYING, UNLICENSE and their variants, then `LICENSES/`), then what
     pyproject.toml, setup.cfg, package.json or Cargo.toml declare. Several files make an expression: alternatives if
-    each is named after its licence, as in LICENSE-MIT beside LICENSE-APACHE, or else all of them apply, also those that
-    are not known (`FURTHER_TERMS`). Symbolic links and files over 1 MB are not read.
+    each is named after a permissive licence, as in LICENSE-MIT beside LICENSE-APACHE, or else all of them apply, also
+    those that are not known (`FURTHER_TERMS`). Symbolic links and files over 1 MB are not read.
 
     Raises:
         ConfigError: the extra `corpus` is not installed.
@@ -222,9 +228,7 @@ def find_licence(directory: Path) -> str:
         parts = list(dict.fromkeys(found.values()))
         if not alternatives and any(len(texts[name]) > _WORDING_MAX for name in texts.keys() - found.keys()):
             parts.append(FURTHER_TERMS)
-        return (" OR " if alternatives else " AND ").join(
-            f"({part})" if alternatives and " AND " in part and len(parts) > 1 else part for part in parts
-        )
+        return _join(" OR " if alternatives else " AND ", parts)
     try:
         listed = sorted(path.stem for path in (directory / "LICENSES").iterdir())  # named by SPDX: reuse.software
     except OSError:
@@ -233,6 +237,11 @@ def find_licence(directory: Path) -> str:
         return " AND ".join(listed)
     wording = next((text for text in map(str.strip, _declared(directory)) if text), "")
     return (_find_name(wording) or wording) if len(wording) <= _WORDING_MAX else identify(wording)
+
+
+def _join(operator: str, parts: Sequence[str]) -> str:
+    """Join expressions, with parentheses around those that have operators themselves."""
+    return parts[0] if len(parts) == 1 else operator.join(f"({part})" if " " in part else part for part in parts)
 
 
 def _read(path: Path) -> str:
@@ -252,10 +261,11 @@ def _declared(directory: Path) -> Iterator[str]:
         licence = table.get("license")
         yield from _texts(licence, _table(licence).get("text"))
         classifiers = table.get("classifiers")
-        yield from _texts(*(classifiers if isinstance(classifiers, list) else []), prefix="License ::")
+        yield _classified(_texts(*(classifiers if isinstance(classifiers, list) else [])))
     settings = configparser.ConfigParser(interpolation=None)
     _parse(directory / "setup.cfg", settings.read_string)
     yield settings.get("metadata", "license", fallback="")
+    yield _classified(settings.get("metadata", "classifiers", fallback="").splitlines())
     package = _table(_parse(directory / "package.json", json.loads))
     yield from _texts(package.get("license"), _table(package.get("license")).get("type"))
     yield from _texts(_table(_table(_parse(directory / "Cargo.toml", tomllib.loads)).get("package")).get("license"))
@@ -273,6 +283,11 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _texts(*values: Any, prefix: str = "") -> Iterator[str]:
-    """The values that are texts and start with `prefix`."""
-    return (value for value in values if isinstance(value, str) and value.startswith(prefix))
+def _texts(*values: Any) -> Iterator[str]:
+    return (value for value in values if isinstance(value, str))
+
+
+def _classified(classifiers: Iterable[str]) -> str:
+    """The licences among trove classifiers, which do not say whether several are alternatives: all of them apply."""
+    names = [_without_trove(text) for text in classifiers if _TROVE.match(text)]
+    return " AND ".join(_find_name(name) or name for name in names if name != "OSI Approved")

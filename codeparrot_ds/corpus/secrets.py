@@ -3,6 +3,11 @@
 Vendors' keys, private keys and passwords in URLs are found by the rules of Kingfisher, a scanner that runs in process.
 E-mail addresses, IP addresses and string literals assigned to names such as `password` are found by RE2 patterns. The
 time that both take is proportional to the text, whatever it contains.
+
+What was found in 40,000 installed Python files that nobody planted anything in, and is no secret: e-mail addresses of
+mailing lists and made-up ones in tests (most addresses are those of authors); message ids and algorithms that look like
+addresses (sk-ssh-ed25519@openssh.com); addresses of networks, and sections of standards with four numbers; digests and
+public keys assigned to names such as `publicKeyToken`; invented passwords in tests.
 """
 
 import ipaddress

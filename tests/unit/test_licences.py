@@ -37,6 +37,7 @@ the implied warranty of MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE. See
 details. You should have received a copy of the GNU General Public License along with this program. If not, see
 <https://www.gnu.org/licenses/>.
 """
+TAG = "# SPDX-License-Identifier: Apache-2.0 OR MIT\nimport os\n"
 COMMON = Path("/usr/share/common-licenses")  # of Debian
 COPYLEFT = {
     "GPL-1": "GPL-1.0",
@@ -109,7 +110,7 @@ def test_texts_and_notices() -> None:
     for text in (clause + MIT, MIT + clause, MIT + "You must obey these additional restrictions: do not sell it.\n"):
         assert identify(text) == "MIT AND LicenseRef-further-terms"
         assert not is_permissive(identify(text))
-    assert identify("# SPDX-License-Identifier: Apache-2.0 OR MIT\nimport os\n" * 3) == "Apache-2.0 OR MIT"
+    assert identify(TAG) == "Apache-2.0 OR MIT"
     assert identify("Apache 2.0") == "Apache-2.0"
     assert identify("Do what you want with it, but tell me.") == ""
     assert identify("") == ""
@@ -166,6 +167,8 @@ def test_permissive(wording: str) -> None:
             "proprietary",
             "Dual License",
         ),
+        "License :: OSI Approved :: GNU GPL, License :: OSI Approved :: MIT License",
+        *("GPL-3.0 :: MIT", "GPL-3.0 AND License :: OSI Approved :: MIT License"),
         *("", " ", "MIT AND", "AND", "OR", "()", "MIT (GPL)", "GPL (MIT)", "(" * 400, "\0", "GPL \0", "MIT" * 400),
     ],
 )
@@ -192,7 +195,9 @@ def test_rules_of_a_document() -> None:
         ({"licence.md": MIT}, "MIT"),
         ({"COPYING": GPL_3}, "GPL-3.0-or-later"),
         ({"LICENSE": MIT, "COPYING": GPL_3}, "GPL-3.0-or-later AND MIT"),
-        ({"LICENSE-MIT": MIT, "LICENSE-GPL": GPL_3}, "GPL-3.0-or-later OR MIT"),
+        ({"LICENSE-MIT": MIT, "LICENSE-APACHE": "Apache 2.0"}, "Apache-2.0 OR MIT"),
+        ({"LICENSE-MIT": MIT, "LICENSE-GPL": GPL_3}, "GPL-3.0-or-later AND MIT"),
+        ({"LICENSE": TAG, "COPYING": GPL_3}, "GPL-3.0-or-later AND (Apache-2.0 OR MIT)"),
         ({"LICENSE": "See LICENSE-MIT.", "LICENSE-MIT": MIT}, "MIT"),
         ({"LICENSE": "All of it is ours. " * 40, "LICENSE.bundled": MIT}, "MIT AND LicenseRef-further-terms"),
         ({"LICENSE": MIT, "pyproject.toml": '[project]\nlicense = "GPL-3.0"'}, "MIT"),
@@ -210,6 +215,13 @@ def test_rules_of_a_document() -> None:
         ),
         ({"pyproject.toml": '[tool.poetry]\nlicense = "Apache-2.0"'}, "Apache-2.0"),
         ({"setup.cfg": "[metadata]\nlicense = BSD 3-Clause"}, "BSD-3-Clause"),
+        (
+            {
+                "setup.cfg": "[metadata]\nclassifiers =\n  A :: B\n  License :: OSI Approved :: MIT License\n"
+                "  License :: OSI Approved\n  License :: OSI Approved :: GNU General Public License v3 (GPLv3)"
+            },
+            "MIT AND GNU General Public License v3 (GPLv3)",
+        ),
         ({"package.json": json.dumps({"license": "ISC"})}, "ISC"),
         ({"package.json": json.dumps({"license": {"type": "MIT"}})}, "MIT"),
         ({"Cargo.toml": '[package]\nlicense = "MIT OR Apache-2.0"'}, "MIT OR Apache-2.0"),
