@@ -93,9 +93,10 @@ def identify(text: str) -> str:
     Results are cached by the digest of the text: most repositories have one of a few texts.
 
     Returns:
-        An SPDX identifier, several joined by " AND ", or "" if more than a quarter of the text is something else and
-        neither an SPDX tag nor a usual name says what it is. `FURTHER_TERMS` is one of several if the rest of the text
-        seems to restrict the licence, such as the Commons Clause.
+        An SPDX identifier, several joined by " AND ", or "" if more than a quarter of the text is something else, no
+        licence that is not permissive is in it, and neither an SPDX tag nor a usual name says what it is.
+        `FURTHER_TERMS` is one of several if the rest of the text seems to restrict the licence, such as the Commons
+        Clause.
 
     Raises:
         ConfigError: the extra `corpus` is not installed.
@@ -114,6 +115,9 @@ def _identify(text: str) -> str:
     if not results:
         text = _HOLDERS.sub("", text)
         results = library.identify_license(text)
+    mentioned = [] if results else library.identify_license(text, 0.0)
+    if not PERMISSIVE.issuperset(each.id for each in mentioned):
+        results = mentioned  # "contains a version of X, which is under the MPL"
     found = list(dict.fromkeys(each.id for each in results))
     # The text of the GPL ends with a notice for those who use it, "or any later version".
     base = [each for each in found if not each.endswith(_LATER)]

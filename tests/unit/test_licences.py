@@ -112,6 +112,8 @@ def test_texts_and_notices() -> None:
         assert not is_permissive(identify(text))
     assert identify(TAG) == "Apache-2.0 OR MIT"
     assert identify("Apache 2.0") == "Apache-2.0"
+    other = "This is a list of certificates that somebody collected, and which is of use to everybody. " * 40
+    assert identify(other + MIT) == "" and identify(other + GPL_3) == "GPL-3.0-or-later"
     assert identify("Do what you want with it, but tell me.") == ""
     assert identify("") == ""
 

@@ -8,6 +8,7 @@ import string
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def written(kind: str, value: str, rng: random.Random) -> str:
     return assign(rng.choice(NAMES.get(kind, ["value"])), value, rng)
 
 
+@cache
 def real_sources(count: int) -> list[list[str]]:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [file.read_text(encoding="utf-8") for file in files if file.stat().st_size < 20_000]
@@ -117,13 +119,13 @@ def real_sources(count: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_planted_in_real_source(kind: str) -> None:
-    """200 of each kind: at least 99 % are found whole, as their kind, and are gone after redaction."""
+    """100 of each kind: at least 99 % are found whole, as their kind, and are gone after redaction."""
     rng = random.Random(kind)
     make, expected = PLANTED[kind]
     sources = real_sources(20)
     assert len(sources) == 20
     missed = []
-    for number in range(200):
+    for number in range(100):
         lines, value = list(sources[number % 20]), make(rng)
         lines.insert(rng.randrange(len(lines) + 1), written(kind, value, rng) + "\n")
         text = "".join(lines)
@@ -135,7 +137,7 @@ def test_planted_in_real_source(kind: str) -> None:
             redacted, counts = redact(text, RULES)
             assert counts == {expected: 1} and PLACEHOLDERS[expected] in redacted and value not in redacted
             assert redact(redacted, RULES) == (redacted, {})
-    assert len(missed) <= 2, missed
+    assert len(missed) <= 1, missed
 
 
 @pytest.mark.parametrize(
