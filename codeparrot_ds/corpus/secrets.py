@@ -34,11 +34,29 @@ _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not start a c
 _PRIORITY = {kind: number for number, kind in enumerate(PLACEHOLDERS)}
 _ONLY_PLACEHOLDERS = re.compile(rf"(?:{'|'.join(PLACEHOLDERS.values())}|\W)*")
 
-# Keys that Kingfisher finds only beside another part of the credential, or not at all.
-_KEYS = (
-    rb"\b(?:(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}|key-[0-9a-f]{32}|sk-[A-Za-z0-9]{48}|sk-(?:proj|svcacct|admin)-[\w\-]{40,}"
-    rb"|[sr]k_test_[0-9A-Za-z]{16,})"
-)
+# Keys that Kingfisher finds only beside another part of the credential, or in other lengths, or not at all.
+_KEYS = rb"\b(?:" + rb"|".join([
+    rb"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}",  # AWS
+    rb"AccountKey=[A-Za-z0-9+/]{86}==",  # Azure storage
+    rb"[MNO][\w\-]{23,25}\.[\w\-]{6}\.[\w\-]{27,}",  # Discord
+    rb"gh[pousr]_[A-Za-z0-9]{36,}",  # GitHub
+    rb"GOCSPX-[\w\-]{28}",  # Google
+    rb"ya29\.[\w\-]{30,}",  # Google
+    rb"hf_[A-Za-z0-9]{34,}",  # Hugging Face
+    rb"eyJ[\w\-]{10,}\.eyJ[\w\-]{10,}\.[\w\-]{10,}",  # JSON web token
+    rb"[0-9a-f]{32}-us[0-9]{1,2}",  # Mailchimp
+    rb"key-[0-9a-f]{32}",  # Mailgun
+    rb"secret_[A-Za-z0-9]{43}",  # Notion
+    rb"sk-[A-Za-z0-9]{48}",  # OpenAI
+    rb"sk-(?:proj|svcacct|admin|ant)-[\w\-]{40,}",  # OpenAI, Anthropic
+    rb"pypi-[\w\-]{85,}",  # PyPI
+    rb"[sr]k_test_[0-9A-Za-z]{16,}",  # Stripe
+    rb"whsec_[A-Za-z0-9+/]{32,}",  # Stripe
+    rb"[0-9]{8,10}:AA[\w\-]{33}",  # Telegram
+    rb"AC[0-9a-f]{32}",  # Twilio
+]) + rb")"  # fmt: skip
+# Without its end, as in a text that was cut off.
+_PRIVATE_KEY = rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[\s\\nr\"'+]*[A-Za-z0-9+/=]{40,})+"
 
 _EMAIL = rb"[A-Za-z0-9][A-Za-z0-9._%+\-]*@[A-Za-z0-9][A-Za-z0-9.\-]*\.[A-Za-z]+"
 _EMAIL_MAX = 254  # RFC 5321
@@ -59,7 +77,7 @@ _CONTEXT = 64  # bytes before a finding that are looked at
 
 _IPV4 = rb"[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+"
 _IPV6 = rb"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]*[0-9A-Fa-f:]"
-_X500 = "2.5."  # start of the object identifiers in certificates
+_OBJECT_IDENTIFIERS = ("1.3.101.", "2.5.")  # in certificates
 _VERSION_NUMBER = 32  # four numbers below it are taken for a version, a section or an object identifier
 _VERSION_BEFORE = re.compile(
     rb"(?i)(?:\bv|\bver|version|release|\brev|\bsections?|[=<>~!]=|[a-z]/)_*[\"'\])]*[ \t]*[:=,(]*[ \t]*[\"'(]*\Z"
@@ -170,6 +188,8 @@ def _keys(encoded: bytes) -> Iterator[Finding]:
     for match in _pattern(_KEYS).finditer(encoded):
         if b"EXAMPLE" not in match.group():
             yield Finding("key", *match.span())
+    for match in _pattern(_PRIVATE_KEY).finditer(encoded):
+        yield Finding("private key", *match.span())
 
 
 def _emails(encoded: bytes) -> Iterator[Finding]:
@@ -210,7 +230,7 @@ def _is_personal(text: str) -> bool:
         return False
     if address.version == 6:
         return len(text.strip(":").replace("::", ":").split(":")) >= 3  # a[2000::2] is a slice
-    return max(address.packed) >= _VERSION_NUMBER and not text.startswith(_X500)
+    return max(address.packed) >= _VERSION_NUMBER and not text.startswith(_OBJECT_IDENTIFIERS)
 
 
 def _assignments(encoded: bytes, rules: Secrets) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ import base64
 import ipaddress
 import json
 import random
+import re
 import string
 import sys
 import sysconfig
@@ -85,6 +86,17 @@ PLANTED: dict[str, tuple[Callable[[random.Random], str], str]] = {
     "Twilio": (lambda r: "SK" + some(r, HEX, 32), "key"),
     "SendGrid": (lambda r: f"SG.{some(r, URL_SAFE, 22)}.{some(r, URL_SAFE, 43)}", "key"),
     "JSON web token": (json_web_token, "key"),
+    "private key, cut off": (lambda r: re.split(r"(?:\\n|\s)+-----END", private_key(r))[0], "private key"),
+    "AWS session": (lambda r: "ASIA" + some(r, UPPER, 16), "key"),
+    "Azure": (lambda r: f"AccountKey={some(r, ALNUM + '+/', 86)}==", "key"),
+    "Discord": (lambda r: f"M{some(r, ALNUM, 23)}.{some(r, ALNUM, 6)}.{some(r, URL_SAFE, 26)}x", "key"),
+    "Google client": (lambda r: f"GOCSPX-{some(r, URL_SAFE, 27)}x", "key"),
+    "Google session": (lambda r: f"ya29.{some(r, URL_SAFE, 67)}x", "key"),
+    "Mailchimp": (lambda r: f"{some(r, HEX, 32)}-us{r.randrange(1, 30)}", "key"),
+    "Mailgun": (lambda r: "key-" + some(r, HEX, 32), "key"),
+    "Notion": (lambda r: "secret_" + some(r, ALNUM, 43), "key"),
+    "Stripe hook": (lambda r: "whsec_" + some(r, ALNUM, 32), "key"),
+    "Telegram": (lambda r: f"{some(r, '123456789', 9)}:AA{some(r, URL_SAFE, 33)}", "key"),
     "password in a URL": (lambda r: some(r, ALNUM, 12), "password"),
 }
 NAMES = {
@@ -185,7 +197,7 @@ def test_found(text: str, kind: str, found: str) -> None:
         "192.0.2.44 198.51.100.7 203.0.113.9 8.8.8.8",
         "__version__ = '81.2.3.4'; {'version': '81.2.3.4'}; version 91.0.4.12; Version('81.2.3.4'); 1.2.3.4",
         " numpy==81.2.3.4; v81.2.3.4; Chrome/81.0.40.1",
-        "1.3.6.1.4.1.311.2 and 2.5.29.37 and 300.2.3.4 and 81.2.3.4-beta and 81.2.3.4rc1",
+        "1.3.6.1.4.1.311.2 and 2.5.29.37 and 1.3.101.112 and 300.2.3.4 and 81.2.3.4-beta and 81.2.3.4rc1",
         "::1 fe80::1 2001:db8::1 fc00::1 ff02::1 x[2000::2] 2021:10:11 20:30:2e:ff:00:11 2001:4860:4860::8888",
         "password = 'password'; password = ''; passwd = 'secret'; pwd='changeme1!'; password='your-password-1'",
         "password = '<PASSWORD>'; password = '${DB_PASS}'; password = '{password1}'; password = '%(pw1)s'",
