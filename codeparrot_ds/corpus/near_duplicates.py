@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from codeparrot_ds.corpus.extra import import_extra
 from codeparrot_ds.corpus.options import NearDuplicates
 
 _PERMUTATIONS, _SEED = 256, 42
@@ -28,7 +29,7 @@ class _TokenHashes(dict[bytes, int]):
         return value
 
 
-_token_hash = _TokenHashes().__getitem__
+token_hash = _TokenHashes().__getitem__
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,20 @@ class Signatures:
 
 def sign(texts: Sequence[str], rules: NearDuplicates) -> Signatures:
     """Compute the signatures of documents."""
-    from rensa import RMinHash
-
+    rensa = import_extra("rensa", "rensa", "The search for near-duplicates")
     sets, compared = [], []
     for text in texts:
         words = text.encode().translate(_WORD).split()
         compared.append(len(words) >= rules.min_tokens)
         distinct = set(words) if compared[-1] else set()
-        sets.append(np.fromiter(map(_token_hash, distinct), np.uint64, len(distinct)))
+        sets.append(np.fromiter(map(token_hash, distinct), np.uint64, len(distinct)))
     ends = np.cumsum([len(each) for each in sets], dtype=np.int64)
     flat = np.concatenate(sets) if sets else np.empty(0, np.uint64)
     if not texts:
         return Signatures(np.empty((rules.bands, 0), np.uint64), flat, ends)
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
     permutations = max(_PERMUTATIONS, rules.bands * rules.rows)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, permutations, _SEED)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, permutations, _SEED)
     values = np.array(matrix.to_rows(), dtype=np.uint64).T  # [permutations, documents]
     keys = np.empty((rules.bands, len(texts)), np.uint64)
     for band in range(rules.bands):
@@ -108,9 +108,8 @@ def join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
     Returns:
         New labels.
     """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
+    sparse = import_extra("scipy.sparse", "scipy", "The search for near-duplicates")
+    csgraph = import_extra("scipy.sparse.csgraph", "scipy", "The search for near-duplicates")
     ones, others = labels[edges[0]], labels[edges[1]]
     differing = ones != others
     ones, others = ones[differing], others[differing]
@@ -118,7 +117,7 @@ def join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
         return labels
     joined, places = np.unique(np.concatenate([ones, others]), return_inverse=True)
     pairs = (np.ones(len(ones), np.int8), (places[: len(ones)], places[len(ones) :]))
-    _, found = connected_components(coo_matrix(pairs, shape=(len(joined), len(joined))), directed=False)
+    _, found = csgraph.connected_components(sparse.coo_matrix(pairs, shape=(len(joined), len(joined))), directed=False)
     smallest = np.full(found.max() + 1, np.iinfo(labels.dtype).max, labels.dtype)
     np.minimum.at(smallest, found, joined)
     renamed = np.arange(len(labels), dtype=labels.dtype)

@@ -1,7 +1,7 @@
 """Thresholds of `corpus clean`, with CodeParrot's values as defaults: the keys of its YAML file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,16 +66,67 @@ class NearDuplicates(Section):
     rows: int = Field(12, gt=0)
 
 
+class Secrets(Section):
+    """Search for secrets and personal data.
+
+    Attributes:
+        mode: "report" counts what is found, "redact" replaces it by placeholders, "drop" removes the document.
+        password_min: shortest string literal that counts as a password (characters).
+        password_entropy: and its smallest Shannon entropy (bits per character).
+        token_min: shortest string literal that counts as a key or a token (characters).
+        token_entropy: and its smallest Shannon entropy (bits per character).
+    """
+
+    mode: Literal["report", "redact", "drop"] = "report"
+    password_min: int = Field(6, gt=0)
+    password_entropy: float = Field(2.25, ge=0)
+    token_min: int = Field(16, gt=0)
+    token_entropy: float = Field(3.0, ge=0)
+
+
+class Licences(Section):
+    """Rule on the licence of a document.
+
+    Attributes:
+        allowed: "any" keeps every document, "permissive" those whose licence is in the list of `corpus/licences.py`,
+            and a list those with one of its licences (SPDX identifiers).
+        unknown: keep documents whose licence is not known when `allowed` is not "any".
+    """
+
+    allowed: Literal["any", "permissive"] | tuple[str, ...] = "any"
+    unknown: bool = False
+
+
+class Decontamination(Section):
+    """Removal of documents that contain a problem of a benchmark.
+
+    Attributes:
+        enabled: whether documents are searched for problems.
+        problems: files of problems besides HumanEval's, JSON Lines of its fields or MBPP's.
+        gram: tokens in a row that a document and a problem must share.
+    """
+
+    enabled: bool = True
+    problems: tuple[str, ...] = ()
+    gram: int = Field(10, ge=1)
+
+
 class Cleaning(Section):
     """All rules of `corpus clean`. A section that is null is left out.
 
     Attributes:
         heuristics: rules on the text of a single document.
         near_duplicates: removal of documents that are similar to one that is kept.
+        secrets: search for secrets and personal data.
+        licences: which licences are kept.
+        decontamination: removal of documents that contain a problem of a benchmark.
     """
 
     heuristics: Heuristics | None = Heuristics.model_validate({})
     near_duplicates: NearDuplicates | None = NearDuplicates.model_validate({})
+    secrets: Secrets | None = Secrets.model_validate({})
+    licences: Licences = Licences.model_validate({})
+    decontamination: Decontamination = Decontamination.model_validate({})
 
 
 def load_cleaning(path: Path) -> Cleaning:
