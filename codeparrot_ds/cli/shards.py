@@ -156,12 +156,31 @@ def shards_adopt(
         Path | None, typer.Option(help="PREFIX of the validation split, in the same directory.")
     ] = None,
     valid_fraction: Annotated[float, typer.Option(help="Otherwise: fraction of the tokens, from the end.")] = 0.005,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of a .bin alone: uint16, int32, uint32 or int64; tested by default.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Copy it into this new shard directory.")
+    ] = None,
+    append_eos: Annotated[
+        bool,
+        typer.Option("--append-eos", help="Copy it into shards, with an end token after each document without one."),
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it."""
+    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it. Or copy it into shards."""
     from codeparrot_ds.shards.adopt import adopt
 
-    _print_shards(adopt(prefix, tokenizer, valid_prefix=valid_prefix, valid_fraction=valid_fraction), json_output)
+    manifest = adopt(
+        prefix,
+        tokenizer,
+        valid_prefix=valid_prefix,
+        valid_fraction=valid_fraction,
+        dtype=dtype,
+        append_eos=append_eos,
+        output=output,
+    )
+    _print_shards(manifest, json_output)
 
 
 def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:

@@ -72,7 +72,6 @@ def large_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize("dtype", ["<u4", "<i4"])
 def test_ids_of_four_bytes_are_adopted_as_such(data: Path, tmp_path: Path, dtype: str) -> None:
     """Read as uint16, every second id would be 0, the end token: 14 documents of 22 tokens."""
@@ -83,7 +82,6 @@ def test_ids_of_four_bytes_are_adopted_as_such(data: Path, tmp_path: Path, dtype
     assert ids_of(tmp_path) == (STREAM[:6], STREAM[6:])
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_ids_beyond_65535_are_read_whole(large_tokenizer: Path, tmp_path: Path) -> None:
     stream = [68_000, 1, 69_999, 2, 66_000, 3, 69_999]
     np.array(stream, "<u4").tofile(tmp_path / "train.bin")
@@ -92,7 +90,6 @@ def test_ids_beyond_65535_are_read_whole(large_tokenizer: Path, tmp_path: Path) 
     assert ids_of(tmp_path) == (stream[:3], stream[3:])
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_two_bytes_cannot_hold_the_ids_of_a_large_vocabulary(large_tokenizer: Path, tmp_path: Path) -> None:
     """The end token, 69,999, is stored as 4,463."""
     np.array([700, 1, 4_463, 2, 3, 4_463], "<u2").tofile(tmp_path / "train.bin")
@@ -104,7 +101,6 @@ def test_two_bytes_cannot_hold_the_ids_of_a_large_vocabulary(large_tokenizer: Pa
             adopt(tmp_path / "its", large_tokenizer)
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize(("dtype", "name"), [("u1", "uint8"), ("i1", "int8")])
 def test_one_byte_cannot_hold_the_ids_of_any_vocabulary_here(data: Path, tmp_path: Path, dtype: str, name: str) -> None:
     write_megatron(tmp_path / "its", ended(BARE), dtype)
@@ -112,7 +108,6 @@ def test_one_byte_cannot_hold_the_ids_of_any_vocabulary_here(data: Path, tmp_pat
         adopt(tmp_path / "its", data / "tokenizer", output=tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize(
     ("dtype", "named"),
     [
@@ -137,7 +132,6 @@ def test_other_types_are_named_and_can_be_copied(data: Path, tmp_path: Path, dty
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_a_file_that_may_be_of_two_types_is_refused(data: Path, tmp_path: Path) -> None:
     """uint32 ids without an end token, or uint16 documents of one token."""
     np.array([5, 6, 7, 8], "<u4").tofile(tmp_path / "train.bin")
@@ -149,7 +143,6 @@ def test_a_file_that_may_be_of_two_types_is_refused(data: Path, tmp_path: Path) 
     assert facts(manifest) == ("uint16", [("train", 2, 4), ("valid", 2, 4)])
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_the_type_given_is_tested_too(data: Path, tmp_path: Path) -> None:
     np.array([*STREAM, 0], "<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(DataError, match=r"contains id 786,443"):  # 11 + 12 * 65,536
@@ -173,7 +166,6 @@ def npy(ids: Sequence[int]) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize("content", [llm_c(STREAM), llm_c(STREAM, 20240801, 7, "<u4"), npy(STREAM)])
 def test_a_header_is_not_read_as_ids(data: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.bin").write_bytes(content)
@@ -184,14 +176,12 @@ def test_a_header_is_not_read_as_ids(data: Path, tmp_path: Path, content: bytes)
     assert ids_of(tmp_path / "copy") == (STREAM[:6], STREAM[6:])
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_a_header_that_counts_other_tokens_means_a_truncated_file(data: Path, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(llm_c(STREAM)[:-4])
     with pytest.raises(DataError, match=r"9 tokens.*11"):
         adopt(tmp_path / "train", data / "tokenizer", output=tmp_path / "copy")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -209,7 +199,6 @@ def test_what_is_not_an_array_of_ids_is_named(data: Path, tmp_path: Path, conten
         adopt(tmp_path / "train", data / "tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize("dtype", ["u2", "i4"])
 def test_documents_of_several_sequences_stay_whole(data: Path, tmp_path: Path, dtype: str) -> None:
     """Sentences of 2 + 2, 2, and 1 + 1 + 3 tokens, only the last of each ended."""
@@ -224,7 +213,6 @@ def test_documents_of_several_sequences_stay_whole(data: Path, tmp_path: Path, d
     assert (shown.document, shown.tokens) == (2, 5)
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_empty_documents_are_counted_and_left_out(data: Path, tmp_path: Path) -> None:
     write_megatron(tmp_path / "its", [[[5, 6, 7, 0]], [], [[8, 0]], [[]], [[9, 10, 11, 12, 0]]])
     manifest = adopt(tmp_path / "its", data / "tokenizer", valid_fraction=0.3)
@@ -233,7 +221,6 @@ def test_empty_documents_are_counted_and_left_out(data: Path, tmp_path: Path) ->
     verify(tmp_path, deep=True)
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize(
     "firsts",
     [[0, 2, 1, 3], [1, 2, 3, 3], [0, 1, 2, 2], [0, 1, 2, 9]],
@@ -247,7 +234,6 @@ def test_an_index_with_impossible_documents_is_damaged(data: Path, tmp_path: Pat
         adopt(tmp_path / "its", data / "tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize(
     ("documents", "missing"), [([[d] for d in BARE], "3 of 3"), ([[[5, 6, 7, 0]], [[8]], [[9, 0]]], "1 of 3")]
 )
@@ -255,19 +241,17 @@ def test_documents_without_end_tokens_are_refused(
     data: Path, tmp_path: Path, documents: list[list[list[int]]], missing: str
 ) -> None:
     write_megatron(tmp_path / "its", documents)
-    with pytest.raises(DataError, match=rf"{missing} documents.*--append-eod.*--append-eos --output"):
+    with pytest.raises(DataError, match=rf"{missing} documents.*--append-eod.*--append-eos"):
         adopt(tmp_path / "its", data / "tokenizer")
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_documents_that_end_with_another_id_show_another_tokenizer(data: Path, tmp_path: Path) -> None:
     write_megatron(tmp_path / "its", [[[*d, 300]] for d in BARE])
     with pytest.raises(DataError, match=r"all end with id 300.*--tokenizer"):
         adopt(tmp_path / "its", data / "tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize("dtype", ["i2", "i4", "i8", "u2"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_end_tokens_are_appended_to_a_copy(data: Path, tmp_path: Path, dtype: str, mixed: bool) -> None:
@@ -288,7 +272,6 @@ def test_end_tokens_are_appended_to_a_copy(data: Path, tmp_path: Path, dtype: st
     assert (shown.provenance.repository, shown.provenance.path) == ("its", "document 2")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_end_tokens_cannot_tell_documents_apart_that_nothing_separates(data: Path, tmp_path: Path) -> None:
     np.array([5, 6, 7, 8], "<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(DataError, match=r"no end token.*\.idx"):
@@ -296,7 +279,6 @@ def test_end_tokens_cannot_tell_documents_apart_that_nothing_separates(data: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_the_validation_dataset_is_tested_like_the_other(data: Path, tmp_path: Path) -> None:
     train = write_megatron(tmp_path / "its", ended(BARE))
     valid = write_megatron(tmp_path / "valid", [[d] for d in BARE])
@@ -312,7 +294,6 @@ def test_the_validation_dataset_is_tested_like_the_other(data: Path, tmp_path: P
     verify(out, deep=True)
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_end_tokens_in_front_of_documents_separate_them_too(data: Path, tmp_path: Path) -> None:
     """As llm.c writes them. The first end token ends nothing, and the last document has none."""
     np.array([0, 5, 6, 7, 0, 8, 0, 9, 10, 11, 12], "<u2").tofile(tmp_path / "train.bin")
@@ -338,7 +319,6 @@ def test_an_index_of_no_integers_is_refused(data: Path, tmp_path: Path, code: in
         adopt(tmp_path / "its", data / "tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 @pytest.mark.parametrize("dtype", ["i2", "i8"])
 def test_an_index_of_other_integers_is_adopted_as_a_copy(data: Path, tmp_path: Path, dtype: str) -> None:
     write_megatron(tmp_path / "its", ended(BARE), dtype)
@@ -348,7 +328,6 @@ def test_an_index_of_other_integers_is_adopted_as_a_copy(data: Path, tmp_path: P
     assert facts(manifest) == ("uint16", [("train", 2, 6), ("valid", 1, 5)])
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_other_indices_are_named(data: Path, tmp_path: Path) -> None:
     write_megatron(tmp_path / "modes", ended(BARE), modes=True)
     with pytest.raises(DataError, match="multimodal"):
@@ -378,12 +357,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="data of other tools is taken for something else")
 def test_the_command_appends_end_tokens(data: Path, tmp_path: Path) -> None:
     its = write_megatron(tmp_path / "its", [[d] for d in BARE])
     options: list[Any] = [its, "--tokenizer", data / "tokenizer", "--append-eos"]
-    nowhere = run(*options)
-    assert (nowhere.returncode, "--output" in nowhere.stderr) == (1, True), nowhere.stderr
     done = run(*options, "--valid-fraction", "0.3", "--output", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -393,3 +369,18 @@ def test_the_command_appends_end_tokens(data: Path, tmp_path: Path) -> None:
     assert (again.returncode, "already" in again.stderr) == (1, True), again.stderr
     here = run(*options, "--output", tmp_path)
     assert here.returncode == 1, here.stderr
+
+
+def test_by_default_the_copy_is_next_to_the_dataset(data: Path, tmp_path: Path) -> None:
+    its = write_megatron(tmp_path / "its", [[d] for d in BARE])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    manifest = adopt(its, data / "tokenizer", valid_fraction=0.3, append_eos=True)
+    assert facts(manifest) == ("uint16", [("train", 2, 6), ("valid", 1, 5)])
+    verify(tmp_path, deep=True)
+    assert ids_of(tmp_path) == (STREAM[:6], STREAM[6:])
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    own = write_megatron(other / "train-00000", [[d] for d in BARE])
+    with pytest.raises(ConfigError, match=r"train-00000.bin: already exists.*--output"):
+        adopt(own, data / "tokenizer", append_eos=True)
