@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT = 240  # seconds
 nightly = pytest.mark.nightly
-wrong = pytest.mark.xfail(strict=True, reason="ranks run in another directory, or restart in vain")
 SPACE, QUOTE = "with space", "it's a $HOME clone"
 OTHERS = ['a "b" \\c `d`', "100%h %n", "x;y & z*", "-dash [1] #", "naïve ~", "two\nlines"]
 NAME = f"in-a-directory-{os.getpid()}"
@@ -87,11 +86,10 @@ def require_trained_in(cwd: Path, done: Launched, elsewhere: Sequence[Path] = ()
 @pytest.mark.parametrize(
     ("launcher", "name"),
     [
-        pytest.param(None, SPACE, marks=wrong),
+        (None, SPACE),
         ("mpirun", QUOTE),
         pytest.param("ssh", "x;y & 100%h", marks=nightly),
-        *(pytest.param(None, name, marks=[nightly, wrong]) for name in (QUOTE, *OTHERS)),
-        *(pytest.param("mpirun", name, marks=nightly) for name in (QUOTE, *OTHERS)),
+        *(pytest.param(launcher, name, marks=nightly) for name in (QUOTE, *OTHERS) for launcher in (None, "mpirun")),
     ],
 )
 def test_ranks_run_where_the_job_was_launched(
@@ -106,7 +104,6 @@ def test_ranks_run_where_the_job_was_launched(
     assert ("using ssh instead of pdsh" in done.output) == (launcher is None), done.output
 
 
-@wrong
 @pytest.mark.parametrize("name", [SPACE, QUOTE, *OTHERS])
 def test_pdsh_itself_is_refused_such_a_directory(
     real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path, name: str
@@ -119,7 +116,6 @@ def test_pdsh_itself_is_refused_such_a_directory(
 
 
 @nightly
-@wrong
 def test_an_interpreter_whose_name_needs_quotes(real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path) -> None:
     """A virtual environment in a directory with a space."""
     python = tmp_path / "my venv" / "bin" / "python"
@@ -134,7 +130,7 @@ def test_an_interpreter_whose_name_needs_quotes(real_hosts: RealHosts, relative_
     assert "using ssh instead of pdsh" in done.output
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("pdsh", marks=wrong), pytest.param("ssh", marks=nightly)])
+@pytest.mark.parametrize("launcher", ["pdsh", pytest.param("ssh", marks=nightly)])
 def test_percent_signs_and_quotes_in_arguments_arrive(
     real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path, launcher: str
 ) -> None:
@@ -147,7 +143,6 @@ def test_percent_signs_and_quotes_in_arguments_arrive(
     assert sorted(path.name for path in tmp_path.glob("runs of *")) == ["runs of %h"]
 
 
-@wrong
 @pytest.mark.parametrize("launcher", ["pdsh", "ssh", "mpirun"])
 def test_a_host_without_the_directory_is_named_before_anything_starts(
     real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path, launcher: str
@@ -164,7 +159,6 @@ def test_a_host_without_the_directory_is_named_before_anything_starts(
 
 
 @nightly
-@wrong
 def test_a_link_may_lead_elsewhere_on_each_host(real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path) -> None:
     """The second host lacks the path behind the link of the first."""
     disks = [tmp_path / "disk-1", tmp_path / "disk-2"]
@@ -183,7 +177,6 @@ def test_a_link_may_lead_elsewhere_on_each_host(real_hosts: RealHosts, relative_
     require_trained_in(disks[0] / "project", done)
 
 
-@wrong
 @pytest.mark.parametrize(
     "name",
     [
