@@ -24,6 +24,11 @@ from codeparrot_ds.errors import (
     UserError,
 )
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
+from codeparrot_ds.hosts.working_directory import (
+    WorkingDirectory,
+    check_common_directory,
+    check_directory_of_runner,
+)
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
     nvme_path,
@@ -55,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     parser.add_argument("--supervisor", type=Supervisor.parse, help="set by `codeparrot-ds launch`")
+    parser.add_argument("--directory", type=WorkingDirectory.parse, help="set by `codeparrot-ds launch`")
     options = parser.parse_args(arguments)
     lifeline: Lifeline | None = None
     rank, message = _environment("RANK", 0), ""
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.update(rank_of_scheduler(os.environ))
         rank = _environment("RANK", 0)
         lifeline = Lifeline(options.supervisor, rank)
-        code = 0 if train(options.recipe, options.set, lifeline) else EXIT_PREEMPTED
+        code = 0 if train(options.recipe, options.set, lifeline, options.directory) else EXIT_PREEMPTED
     except Exception as error:
         explained = as_user_error(error)
         if explained is None:
@@ -77,8 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
+def train(
+    recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline, directory: WorkingDirectory | None = None
+) -> bool:
     """Train a recipe on this rank.
+
+    Args:
+        recipe_path: YAML file.
+        overrides: KEY=VALUE each.
+        lifeline: connection to the supervisor, if there is one.
+        directory: where the job was started; None if unknown.
 
     Returns:
         True when the last step is reached, False when the run saved and stopped early on request.
@@ -89,6 +103,10 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     world_size = _environment("WORLD_SIZE", 1)
     checked, failure = None, None
     try:
+        if directory is not None:
+            directory.check()
+        else:
+            check_directory_of_runner()
         checked = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
         failure = as_user_error(error)
@@ -107,6 +125,8 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     ranks = rank_module.join()
     ranks.agree(failure, _CANNOT_START)
     assert checked is not None
+    if directory is None and _spans_hosts(world_size):
+        check_common_directory(ranks.gather((socket.gethostname(), WorkingDirectory.here())))
     with contextlib.ExitStack() as stack:
         if _spans_hosts(world_size):
             ranks = rank_module.find_disks(ranks, checked.run.path)
