@@ -5,40 +5,30 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.run.ds_config import required_ops
-from codeparrot_ds.run.recipe import Recipe
-
-if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is refused before it is loaded
-    pass
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.hosts.hostfile import check_launch_command
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
     load_ds_config,
     offload_device,
+    required_ops,
     resolve,
     swap_bytes_per_parameter,
     swap_directory,
 )
-from codeparrot_ds.run.recipe import load_recipe
+from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 from codeparrot_ds.shards.sequences import Dataset
-from codeparrot_ds.system.files import (
-    make_directory,
-    require_free_space,
-)
+from codeparrot_ds.system.files import make_directory, require_free_space
 from codeparrot_ds.system.launched import local_world_size
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is refused before it is loaded
     from codeparrot_ds.training.ranks import Ranks
 
 

@@ -15,10 +15,7 @@ from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
 from codeparrot_ds.run.directory import RunDirectory
 from tests.conftest import LAUNCH_TIMEOUT, OPERATORS_TIMEOUT, ROOT, Launched, RunRanks, Trained, read_run, save_recipe
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xfail(strict=True, reason="changes of the recipe are ignored, or apply silently"),
-]
+pytestmark = pytest.mark.slow
 RATE = 0.01
 Train = Callable[..., Launched]
 

@@ -22,7 +22,6 @@ from codeparrot_ds.run.directory import Checkpoint
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from tests.conftest import ROOT, save_recipe
 
-pytestmark = pytest.mark.xfail(strict=True, reason="keys have no rule on resume")
 # Another valid value for each key. None: the only value there is.
 OTHER: dict[str, Any] = {
     "name": "other",
