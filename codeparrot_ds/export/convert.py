@@ -77,7 +77,7 @@ def convert(
     weights = _open(checkpoints)
     newest = checkpoints[-1]
     run = newest.run
-    recipe = load_recipe(run.recipe)
+    recipe = _as_evaluated(load_recipe(run.recipe), newest)
     parameters = sum(shape.numel() for shape in weights.shapes.values())
     make_directory(output.parent)
     require_free_space(output.parent, parameters * DTYPES[dtype].itemsize, "the converted model")
@@ -115,6 +115,12 @@ def convert(
         certificate["peak_memory_bytes"] = memory.peak_resident_bytes()
         write_json(unfinished / CERTIFICATE, certificate)
     return certificate
+
+
+def _as_evaluated(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the number of validation sequences that the checkpoint's loss was measured on."""
+    sequences = (checkpoint.settings or {}).get("evaluation.sequences", recipe.evaluation.sequences)
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sequences": sequences})})
 
 
 class _Mean:

@@ -12,6 +12,7 @@ import yaml
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
+from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.directory import RunDirectory
 from tests.conftest import LAUNCH_TIMEOUT, OPERATORS_TIMEOUT, ROOT, Launched, RunRanks, Trained, read_run, save_recipe
 
@@ -248,6 +249,35 @@ def test_another_deepspeed_json_resumes_with_the_same_state(
     changed = recorded(run)[0]["changes"]
     key = next(key for key in after if after[key] != before.get(key))
     assert changed[f"ds_config.zero_optimization.{key}"] == [before.get(key), after[key]]
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_another_precision_resumes_with_the_same_master_weights(
+    train: Train, tmp_path: Path, before: str, after: str
+) -> None:
+    assert train(3, f"engine.precision={before}").returncode == 0
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    done = train(4, f"engine.precision={after}", "optimizer.learning_rate=1e-30")
+    assert done.returncode == 0, done.output
+    old, new = (ZeroCheckpoint(source_checkpoint(run.checkpoint(step))) for step in (3, 4))
+    for name in old.shapes:
+        assert torch.equal(new.read(name), old.read(name)), name
+    assert recorded(run)[0]["changes"]["engine.precision"] == [before, after]
+    assert run.newest_checkpoint().precision == after
+
+
+def test_a_checkpoint_is_converted_with_the_evaluation_that_it_had(train: Train, tmp_path: Path) -> None:
+    """Its loss is over 7 sequences, although the recipe of the steps after it says 2."""
+    assert train(3).returncode == 0
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    assert train(6, "evaluation.sequences=2").returncode == 0
+    found = {}
+    for step in (3, 6):
+        out = tmp_path / f"hf-{step}"
+        convert([source_checkpoint(run.checkpoint(step))], out, memory_cap_bytes=8_000_000_000)
+        engine = json.loads((out / "certificate.json").read_text())["engine"]
+        found[step] = (engine["sequences"], engine["not_compared"])
+    assert found == {3: (7, None), 6: (2, None)}
 
 
 @pytest.mark.parametrize("ranks", [2, 1], ids=["same layout", "other ranks"])
