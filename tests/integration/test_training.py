@@ -135,7 +135,7 @@ def test_another_seed_or_model_is_not_resumed(
     done = forked("--module", "codeparrot_ds.train", save_recipe(tiny_recipe, tmp_path / "tiny.yaml"))
     assert done.returncode == 1
     assert done.output.count("error: ") == 1 and "Traceback" not in done.output
-    assert "seed: saved with 1, now 5" in done.output and "model: saved with" in done.output
+    assert "seed: saved with 1, now 5" in done.output and "model.n_layer: saved with 2, now 3" in done.output
     assert "shards" not in done.output  # which are the same
     assert trained.run.recipe.read_bytes() == stored
     assert trained.run.newest_checkpoint().step == 6
