@@ -32,7 +32,6 @@ OPERATORS_TIMEOUT = 1200  # seconds; takes two minutes on two idle cores, and wa
 LAUNCH_TIMEOUT = 300  # seconds; a hung rendezvous would wait for more than ten minutes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-EXPECTED_FAILURES = set(json.loads((ROOT / "tests" / "expected_failures.json").read_text()))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,8 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.slow)
-        if item.nodeid in EXPECTED_FAILURES:
-            item.add_marker(pytest.mark.xfail(strict=True, reason="issue 18, cases 5, 6, 9 and 11"))
 
 
 @pytest.hookimpl(wrapper=True)
