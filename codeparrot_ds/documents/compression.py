@@ -77,10 +77,17 @@ class Content:
         self.trailing = ""
 
     def __iter__(self) -> Iterator[bytes]:
-        blocks = self._decompressed() if self._compression else iter(lambda: self._file.read(BLOCK_BYTES), b"")
-        for number, block in enumerate(blocks):
-            if number == 0 and self._from_start and content_of(block[:SNIFFED_BYTES]):
-                raise DamageError(misnamed(block[:SNIFFED_BYTES], "text in UTF-8"))
+        blocks = self._decompressed() if self._compression else self._plain()
+        block = next(blocks, b"")
+        if self._from_start and content_of(block[:SNIFFED_BYTES]):
+            raise DamageError(misnamed(block[:SNIFFED_BYTES], "text in UTF-8"))
+        if block:
+            yield block
+            del block  # a block that is held is not reused for the next one
+            yield from blocks
+
+    def _plain(self) -> Iterator[bytes]:
+        while block := self._file.read(BLOCK_BYTES):
             yield block
 
     def _decompressed(self) -> Iterator[bytes]:

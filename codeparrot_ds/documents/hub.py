@@ -98,6 +98,8 @@ def read_hub(piece: Piece, text_field: str, read: Callable[[Piece, str], Iterato
 
 def _read_stream(piece: Piece, dataset: Any, text_field: str) -> Iterator[Read]:
     """One document per example that `datasets` streams, with the columns of the text and the provenance only."""
+    from huggingface_hub.errors import HTTPError
+
     part = dataset.shard(num_shards=piece.stop, index=piece.start)
     if part.column_names and text_field in part.column_names:
         wanted = {text_field, *PROVENANCE_NAMES}
@@ -111,7 +113,7 @@ def _read_stream(piece: Piece, dataset: Any, text_field: str) -> Iterator[Read]:
         except Exception as error:  # network errors and damaged files raise exceptions of many libraries
             mend = (
                 "Check the network, and run the same command again."
-                if isinstance(error, OSError)
+                if isinstance(error, OSError | HTTPError)
                 else "Correct the dataset, or download its files and give these as input."
             )
             raise DataError(

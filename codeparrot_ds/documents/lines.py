@@ -85,11 +85,10 @@ def read_json(piece: Piece, text_field: str) -> Iterator[Read]:
         reader = _Lines(piece, text_field, start)
         try:
             first = next(blocks, b"")
-            blocks = chain([first], blocks) if first else blocks
-            if piece.whole and is_json_values(first[:_HEAD_BYTES]):
-                yield from _read_values(piece, blocks, text_field)
-            else:
-                yield from reader.read(blocks)
+            values = piece.whole and is_json_values(first[:_HEAD_BYTES])
+            blocks = chain([first], blocks)
+            del first  # a block that is held is not reused for the next one
+            yield from _read_values(piece, blocks, text_field) if values else reader.read(blocks)
         except DamageError as damage:
             yield BadDocument(piece.location, damage.after(f"line {reader.number:,}"))
         else:

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import socket
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -246,25 +247,25 @@ def test_unreadable_directories_are_refused_all_at_once(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_permissions_that_bind_are_noticed_too(tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.name.startswith(("pytest-", "test_")):
-            parent.chmod(0o755)
-    write(tmp_path / "d" / "a.jsonl", json_lines(0))
-    write(tmp_path / "d" / "closed" / "b.jsonl", json_lines(50))
-    (tmp_path / "d" / "closed").chmod(0)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setgid(65_534)
-            os.setuid(65_534)
-            find_inputs([str(tmp_path / "d")])
-        except DataError as error:
-            code = 0 if "closed: unreadable directory (Permission denied)" in str(error) else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_permissions_that_bind_are_noticed_too() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        root.chmod(0o755)
+        write(root / "a.jsonl", json_lines(0))
+        write(root / "closed" / "b.jsonl", json_lines(50))
+        (root / "closed").chmod(0)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setgid(65_534)
+                os.setuid(65_534)
+                find_inputs([directory])
+            except DataError as error:
+                code = 0 if "closed: unreadable directory (Permission denied)" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_glob_names_what_it_matches_and_does_not_read(data: Path, tmp_path: Path) -> None:
