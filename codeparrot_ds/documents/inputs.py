@@ -20,6 +20,8 @@ from codeparrot_ds.documents.walk import (
     BROKEN_LINK,
     NOT_REGULAR,
     OTHER_SUFFIX,
+    QUARANTINE,
+    REJECTED,
     SYMBOLIC_LINK,
     UNREADABLE_DIRECTORY,
     UNSUPPORTED,
@@ -31,11 +33,14 @@ from codeparrot_ds.documents.walk import (
 )
 from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.system.files import MANIFEST, digest_json
-from codeparrot_ds.system.storage import filesystem, is_remote
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD
+from codeparrot_ds.system.storage import explain_store_errors, filesystem, is_remote
 
 __all__ = ["Corpus", "Inputs", "deal", "find_inputs", "search_inputs", "text_bytes"]
 
-_FOREIGN_MANIFEST = "manifest of another tool"
+_RECORDS = {REJECTED, QUARANTINE, INPUTS_RECORD}  # JSON that is no data, beside a manifest of ours
+_RECORD = "record of a corpus or of shards"
+_MANIFEST = "manifest"
 _ARCHIVE_IN_ARCHIVE = "archive inside an archive"
 
 
@@ -193,7 +198,9 @@ def _add_file(
 ) -> None:
     """Add a file that was found in a directory or matched by a glob: its pieces, or why it is not read."""
     kind = _kind_or_reason(path.name, suffix)
-    if isinstance(kind, Skipped):
+    if path.name in _RECORDS and _is_ours(path.parent):
+        found.skipped.append(Skipped(0, skipped_name, _RECORD))
+    elif isinstance(kind, Skipped):
         found.skipped.append(msgspec.structs.replace(kind, path=skipped_name))
     elif suffix and path.is_symlink():
         found.skipped.append(Skipped(0, skipped_name, SYMBOLIC_LINK))
@@ -208,7 +215,7 @@ def _kind_or_reason(name: str, suffix: str | None) -> str | Skipped:
     if suffix:
         return "file" if name.endswith(suffix) else Skipped(0, name, OTHER_SUFFIX)
     if name == MANIFEST:
-        return Skipped(0, name, _FOREIGN_MANIFEST)
+        return Skipped(0, name, _MANIFEST)
     form = format_of(name)
     return form.kind if form else Skipped(0, name, UNSUPPORTED)
 
@@ -243,8 +250,15 @@ def _add_piece(found: Inputs, piece: Piece, skipped_name: str) -> None:
 def _is_ours(directory: Path) -> bool:
     """Whether this package wrote the manifest in `directory`; other software also uses the name manifest.json."""
     try:
-        body = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        return _is_our_manifest((directory / MANIFEST).read_bytes())
+    except OSError:
+        return False
+
+
+def _is_our_manifest(content: bytes) -> bool:
+    try:
+        body = json.loads(content)
+    except ValueError:
         return False
     return isinstance(body, dict) and {"format_version", "kind"} <= body.keys()
 
@@ -285,6 +299,10 @@ def _find_remote(argument: str, suffix: str | None) -> Inputs:
             found.skipped.append(hidden)
             continue
         kind = _kind_or_reason(PurePosixPath(name).name, suffix)
+        manifest = str(PurePosixPath(address).with_name(MANIFEST))
+        if not named and PurePosixPath(name).name in _RECORDS and fs.exists(manifest):
+            with explain_store_errors(argument, DataError):
+                kind = Skipped(0, name, _RECORD) if _is_our_manifest(fs.cat_file(manifest)) else kind
         if isinstance(kind, Skipped):
             found.skipped.append(msgspec.structs.replace(kind, path=name))
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 REJECTED = "rejected.jsonl"  # lists what was skipped, beside a manifest that has the counts
+QUARANTINE = "quarantine.jsonl"  # lists bad documents, beside the manifest of shards
 TOOL_DIRECTORIES = {".git", "__pycache__", "node_modules", ".venv", ".tox", "__MACOSX"}
 HIDDEN_FILE, HIDDEN_DIRECTORY = "hidden file", "hidden directory"
 TOOL_DIRECTORY = "directory of caches or dependencies"

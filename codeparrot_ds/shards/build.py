@@ -21,7 +21,7 @@ from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
-from codeparrot_ds.documents.walk import REJECTED, count_reasons, encode_skipped
+from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
@@ -35,7 +35,6 @@ from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
 from codeparrot_ds.tokenizer.proof import record_proof
 
-QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
 _BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the CPU caches

@@ -198,7 +198,7 @@ def test_a_store_and_a_directory_leave_out_the_same(
             "directory of caches or dependencies": 1,
             "hidden directory": 2,
             "hidden file": 1,
-            "manifest of another tool": 1,
+            "manifest": 1,
             "unsupported file type": 3,
         }
     )

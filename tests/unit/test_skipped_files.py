@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import zstandard
 
@@ -182,7 +183,7 @@ EXPECTED = {
     "hidden file": [".hidden.jsonl"],
     "hidden directory": [".cache"],
     "directory of caches or dependencies": ["node_modules"],
-    "manifest of another tool": ["manifest.json"],
+    "manifest": ["manifest.json"],
 }
 
 
@@ -322,6 +323,25 @@ def test_a_pipe_that_is_named_is_refused_and_not_waited_for(data: Path, tmp_path
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl: not a regular file"):
         make(data, tmp_path / "a.jsonl", tmp_path / "shards")
+
+
+def test_the_records_of_a_corpus_are_no_data(data: Path, tmp_path: Path) -> None:
+    """Below a directory, matched by a glob, or at a URL, where the corpus's manifest does not decide what is read."""
+    write(tmp_path / "all" / "rejected.jsonl", json_lines(100))  # data: there is no manifest beside it
+    for n, text in enumerate(texts(0)):
+        write(tmp_path / "src" / f"{n}.py", text.encode())
+    write(tmp_path / "src" / "notes.txt", b"")
+    collect(tmp_path / "all" / "corpus", [tmp_path / "src"])
+    assert sorted(texts_of(tmp_path / "all")) == sorted([*texts(0), *texts(100)])
+    assert sorted(texts_of(tmp_path / "all" / "corpus" / "*.json*")) == sorted(texts(0))
+    fsspec.filesystem("memory").put(str(tmp_path / "all"), "/all", recursive=True)
+    assert sorted(texts_of("memory://all")) == sorted([*texts(0), *texts(100)])
+    make(data, tmp_path / "all", tmp_path / "shards")
+    assert skipped_in(tmp_path / "shards") == {
+        "manifest": 1,
+        "record of a corpus or of shards": 2,
+        "unsupported file type": 1,
+    }
 
 
 def test_the_list_of_an_earlier_build_does_not_stay(data: Path, tmp_path: Path) -> None:
