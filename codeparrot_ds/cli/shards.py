@@ -25,7 +25,7 @@ def shards_build(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Corpus directories, JSON Lines or parquet files, globs, URLs (s3://, hf://), hub:DATASET."
+            help="Corpora, directories, files (JSON Lines, CSV, parquet, zip), globs, URLs (s3://, hf://), hub:DATASET."
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to create.")],
@@ -199,10 +199,12 @@ def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None 
     rows.append(("type", f"{manifest.dtype}, {manifest.vocab_size:,} tokens in the vocabulary"))
     counts = {**manifest.documents, **(also or {})}
     rows += [(f"documents {name}", f"{count:,}") for name, count in counts.items() if count or name == "read"]
+    rows += [(f"files not read: {reason}", f"{count:,}") for reason, count in manifest.skipped_files.items()]
     result = {
         "directory": str(manifest.directory),
         "tokens": {split: manifest.tokens(split) for split in SPLITS},
         "documents": counts,
+        "skipped_files": manifest.skipped_files,
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "digest": manifest.digest,

@@ -273,6 +273,7 @@ class Manifest:
         sources: the input files, `{"name", "bytes"}` each.
         options: the build options that determine the output bytes.
         documents: counts; "read" = "written" + "quarantined" + "empty".
+        skipped_files: input files that were not read, counted by reason; `rejected.jsonl` names them.
     """
 
     directory: Address
@@ -285,6 +286,7 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
+    skipped_files: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         """The shards of one split, in order."""
@@ -319,6 +321,7 @@ class Manifest:
             "tokenizer_digest": self.tokenizer_digest,
             "options": self.options,
             "documents": self.documents,
+            "skipped_files": self.skipped_files,
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "inputs": self.inputs,
             "sources": self.sources,
@@ -340,6 +343,7 @@ class Manifest:
             return cls(
                 directory=store.path if isinstance(store, LocalDirectory) else directory,
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
+                skipped_files=body.get("skipped_files", {}),  # absent from shards of earlier versions
                 **{
                     key: body[key]
                     for key in (
