@@ -29,7 +29,9 @@ from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.lossless import require_lossless
 from codeparrot_ds.tokenizer.proof import record_proof
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
@@ -97,7 +99,7 @@ def build(
 
     Raises:
         ConfigError: invalid option, no permission, or disk too small.
-        DataError: damaged input, or `output` contains other shards.
+        DataError: damaged input, a tokenizer that loses text, or `output` contains other shards.
         ClusterError: workers were lost permanently.
     """
     options = options or BuildOptions()
@@ -105,6 +107,9 @@ def build(
     pieces = find_inputs(arguments, options.suffix)
     text = sum(map(text_bytes, pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
+    changes = require_lossless(referee, tokenizer / TOKENIZER_FILE)
+    if changes:
+        say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,
@@ -120,6 +125,7 @@ def build(
             "valid_fraction": options.valid_fraction,
             "shard_tokens": options.shard_tokens or _shard_tokens(text),
             "on_bad_document": options.on_bad_document,
+            **({"text_changes": changes} if changes else {}),
         },
     )
     # An absolute path, because workers may run in another directory.
@@ -183,6 +189,8 @@ def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
     if not target.exists(MANIFEST):
         return None
     found = Manifest.read(wanted.directory)
+    if "text_changes" not in found.options:  # written by a version that did not record what the tokenizer determines
+        wanted = dataclasses.replace(wanted, options={k: v for k, v in wanted.options.items() if k != "text_changes"})
     keys = ("tokenizer_digest", "options", "sources")
     differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
     if differing:

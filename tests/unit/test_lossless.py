@@ -108,7 +108,6 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 @pytest.mark.parametrize("setting", REFUSED)
 def test_settings_that_are_random_or_lose_text_are_refused_by_name(tmp_path: Path, setting: str) -> None:
     make, message = REFUSED[setting]
@@ -118,7 +117,6 @@ def test_settings_that_are_random_or_lose_text_are_refused_by_name(tmp_path: Pat
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 def test_all_refused_settings_are_named_at_once(tmp_path: Path) -> None:
     tokenizer = only_bytes(
         model={"dropout": 0.5}, normalizer={"type": "Lowercase"}, pre_tokenizer=pre(split("Removed"))
@@ -177,7 +175,6 @@ LOST: dict[str, tuple[Callable[[], Tokenizer], str]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 @pytest.mark.parametrize("what", LOST)
 def test_text_that_is_lost_is_named(tmp_path: Path, what: str) -> None:
     make, message = LOST[what]
@@ -193,7 +190,6 @@ def end_token_as_a_word() -> Tokenizer:
     return only_bytes(model={"ignore_merges": True}, pre_tokenizer=pre_tokenizer, added_tokens=[])
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 @pytest.mark.parametrize("special", [True, False])
 def test_an_end_token_that_a_text_may_contain_is_refused(tmp_path: Path, special: bool) -> None:
     tokenizer = end_token_as_a_word()
@@ -222,12 +218,7 @@ ACCEPTED: dict[str, tuple[Tokenizer, list[int], list[str]]] = {
 }
 
 
-HOLES = pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=HOLES if changes else ()) for kind, (_, _, changes) in ACCEPTED.items()]
-)
+@pytest.mark.parametrize("kind", ACCEPTED)
 def test_accepted_changes_are_said_and_recorded(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer, ids, changes = ACCEPTED[kind]
     manifest = shards_of(tmp_path, tokenizer, ["é \n"])
@@ -248,9 +239,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "flag", [pytest.param(flag, marks=() if flag in ("none", "normalized", "special") else HOLES) for flag in FLAGS]
-)
+@pytest.mark.parametrize("flag", FLAGS)
 def test_added_tokens_are_matched_by_the_rules_of_tokenizers(
     tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +254,6 @@ def test_added_tokens_are_matched_by_the_rules_of_tokenizers(
     assert ("white space before '<x>' is removed (lstrip)" in said) == (flag == "lstrip")
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 def test_a_text_on_which_the_library_panics_is_an_error_of_the_user(tmp_path: Path) -> None:
     """`tokenizers` panics where two added tokens strip the same white space."""
     added = [added_token("\n", 257, lstrip=True), added_token("<x>", 258, lstrip=True, rstrip=True)]

@@ -373,7 +373,6 @@ COMPONENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 @pytest.mark.usefixtures("short_proof")
 @pytest.mark.parametrize("defect", COMPONENTS)
 def test_a_wrong_id_for_what_a_component_treats_in_a_special_way_is_found(
@@ -432,7 +431,6 @@ UNCOVERED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 7: encoding with holes")
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("what", UNCOVERED)
 def test_what_the_proof_does_not_cover_is_encoded_by_the_referee(
