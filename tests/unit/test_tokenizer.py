@@ -94,19 +94,16 @@ def by_digest(corpus: Path) -> list[bytes]:
     return [document.text.encode() for document in documents]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_the_default_limit_is_below_every_possible_overflow() -> None:
     assert training.MAX_TEXT_BYTES < 2**31
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_a_small_corpus_is_used_whole(data: Path) -> None:
     texts = by_digest(data / "corpus")
     manifest = json.loads((data / "tokenizer" / "manifest.json").read_text())
     assert manifest["trained_on"] == {"documents": len(texts), "bytes": sum(map(len, texts))}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_of_a_larger_corpus_the_first_by_digest_are_used(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +129,6 @@ def written_corpus(directory: Path, *texts: str) -> Path:
     return directory / "corpus"
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_the_limit_holds_to_the_byte_and_a_document_above_it_is_left_out(tmp_path: Path) -> None:
     corpus = written_corpus(tmp_path, "ab " * 100, "é" * 150 + "é", "cd " * 400)  # 300, 302 and 1,200 bytes
     sizes = {602: (2, 602), 601: (1, None), 302: (1, None), 1802: (3, 1802), 1801: (2, None)}
@@ -142,7 +138,6 @@ def test_the_limit_holds_to_the_byte_and_a_document_above_it_is_left_out(tmp_pat
         assert size in (None, trained["bytes"])
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     corpus = written_corpus(tmp_path, "ab " * 100)
     with pytest.raises(DataError, match="too small for 258 tokens"):
@@ -163,7 +158,6 @@ def trained_on(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_a_frequent_pair_that_was_not_merged_is_found(data: Path) -> None:
     """As after an overflow: the commonest pair, two blanks, was left out."""
     assert merges_of(data / "tokenizer")[0] == ["Ġ", "Ġ"]
@@ -176,7 +170,6 @@ def test_a_frequent_pair_that_was_not_merged_is_found(data: Path) -> None:
     training.require_frequent_pairs_merged(right, texts, texts)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 def test_a_tokenizer_that_fails_the_check_is_not_stored(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +192,6 @@ def test_a_right_tokenizer_passes_the_check(tmp_path: Path, vocab_size: int) -> 
     assert train(corpus, tmp_path / "tokenizer", vocab_size)["vocab_size"] == vocab_size
 
 
-@pytest.mark.xfail(strict=True, reason="issue 18, 10: pair counts overflow")
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_pair_counts_of_tokenizers_overflow_at_2_to_the_31_and_the_check_finds_it() -> None:
