@@ -107,7 +107,7 @@ def build(
     pieces = find_inputs(arguments, options.suffix)
     text = sum(map(text_bytes, pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
-    changes = require_lossless(referee, tokenizer / TOKENIZER_FILE)
+    changes = require_lossless(referee, tokenizer)
     if changes:
         say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
     manifest = Manifest(

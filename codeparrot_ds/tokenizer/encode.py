@@ -13,7 +13,7 @@ from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
 from codeparrot_ds.system.jobs import threads
 from codeparrot_ds.tokenizer.parts import Parts
-from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
+from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 
 class Encoder:
@@ -179,7 +179,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """The Hugging Face files of a tokenizer directory: name -> content. Raises DataError when there is no tokenizer."""
     if not (directory / TOKENIZER_FILE).is_file():
         raise DataError(f"{directory / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
-    names = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
+    names = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json")
     return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
 
 

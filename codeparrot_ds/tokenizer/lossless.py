@@ -8,13 +8,15 @@ import string
 import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 
 from codeparrot_ds.errors import DataError, list_problems
+from codeparrot_ds.system.files import read_json
 from codeparrot_ds.tokenizer.encode import Encoder
-from codeparrot_ds.tokenizer.parts import BLANK, accepted_changes, refused_settings
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
+from codeparrot_ds.tokenizer.parts import BLANK, accepted_changes, config_conflicts, refused_settings
+from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 # All characters of one and two bytes; of the others, every 977th: each byte that UTF-8 has, in every position.
 _CHARACTERS = [chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 977)) if not 0xD800 <= c < 0xE000]
@@ -29,12 +31,12 @@ _LAYOUT = (
 _SHOWN = 8  # characters named in a message
 
 
-def require_lossless(encoder: Encoder, where: object) -> list[str]:
-    """Check that the same text always gets the same ids, and that they can be decoded to this text.
+def require_lossless(encoder: Encoder, directory: Path) -> list[str]:
+    """Check that the same text always gets the same ids, here and in transformers, and that they decode to this text.
 
     Args:
         encoder: reference encoder of the tokenizer.
-        where: named in the error.
+        directory: of the tokenizer.
 
     Returns:
         The changes of the text that are accepted (see `parts.accepted_changes`).
@@ -43,8 +45,12 @@ def require_lossless(encoder: Encoder, where: object) -> list[str]:
         DataError: encoding is random or loses text; names each setting that is to blame.
     """
     problems = refused_settings(encoder.parts) or _found_by_encoding(encoder)
+    if (config := directory / CONFIG_FILE).is_file():
+        problems += config_conflicts(encoder.parts, read_json(config, "tokenizer config"))
     if problems:
-        raise DataError(list_problems(str(where), problems, "Shards need every text exactly: use another tokenizer."))
+        raise DataError(
+            list_problems(str(directory / TOKENIZER_FILE), problems, "Correct it, or use another tokenizer.")
+        )
     return accepted_changes(encoder.parts)
 
 

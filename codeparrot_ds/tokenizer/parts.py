@@ -133,3 +133,22 @@ def accepted_changes(parts: Parts) -> list[str]:
         if stripping:
             changes.append(f"white space {where} {', '.join(map(ascii, sorted(stripping)))} is removed ({side})")
     return changes
+
+
+def config_conflicts(parts: Parts, config: Any) -> list[str]:
+    """Settings of `tokenizer_config.json` with which transformers would encode differently, one sentence each."""
+    if not isinstance(config, dict) or not isinstance(config.get("added_tokens_decoder") or {}, dict):
+        return ["tokenizer_config.json is not a tokenizer's configuration"]
+    problems = []
+    added = {token["id"]: token["content"] for token in parts.added_tokens}
+    for number, token in (config.get("added_tokens_decoder") or {}).items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if not str(number).isdecimal() or added.get(int(number)) != content:
+            problems.append(f"tokenizer_config.json has {content!a} as added token {number}, tokenizer.json does not")
+    byte_level = [part["add_prefix_space"] for part in parts.pre_tokenizers if part["type"] == "ByteLevel"]
+    wanted = config.get("add_prefix_space")
+    if wanted is not None and byte_level and bool(wanted) != any(byte_level):
+        problems.append(
+            f"add_prefix_space is {bool(wanted)} in tokenizer_config.json and {any(byte_level)} in tokenizer.json"
+        )
+    return problems

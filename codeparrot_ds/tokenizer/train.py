@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"  # of transformers
 # `tokenizers` counts pairs in 32 bits and wraps at 2**31 without an error; that pair is then never merged. A text has
 # fewer pairs than bytes, so no count can reach the limit in this much text.
 MAX_TEXT_BYTES = 2**31 - 1
@@ -91,7 +92,7 @@ def train(
     require_frequent_pairs_merged(tokenizer, sample.texts(), sample.texts(_CHECKED_BYTES))
     with publish_directory(output) as unfinished:
         tokenizer.save(str(unfinished / TOKENIZER_FILE))
-        write_json(unfinished / "tokenizer_config.json", _hugging_face_config(max_seq_len))
+        write_json(unfinished / CONFIG_FILE, _hugging_face_config(max_seq_len))
         manifest = {
             "format_version": FORMAT_VERSION,
             "kind": "tokenizer",

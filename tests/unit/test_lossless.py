@@ -14,6 +14,7 @@ from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.lossless import require_lossless
 from codeparrot_ds.tokenizer.train import EOS_TOKEN
 from tests.tokenizer_kinds import BYTES, added_token, only_bytes, save, unigram
 
@@ -252,6 +253,33 @@ def test_added_tokens_are_matched_by_the_rules_of_tokenizers(
     said = capsys.readouterr().err
     assert (f"encoding with tokenizers, because the added token '<x>' is matched by the rule {flag}" in said) == by_name
     assert ("white space before '<x>' is removed (lstrip)" in said) == (flag == "lstrip")
+
+
+CONFLICTS: dict[str, tuple[Any, str | None]] = {
+    "no settings": ({}, None),
+    "the same": ({"add_prefix_space": False, "added_tokens_decoder": {"0": {"content": EOS_TOKEN}}}, None),
+    "no prefix either": ({"add_prefix_space": None, "added_tokens_decoder": None}, None),
+    "another prefix": ({"add_prefix_space": True}, "add_prefix_space is True in tokenizer_config.json and False in"),
+    "another token": ({"added_tokens_decoder": {"257": {"content": "ABC"}}}, "has 'ABC' as added token 257, tokenizer"),
+    "another id": ({"added_tokens_decoder": {"1": {"content": EOS_TOKEN}}}, "as added token 1, tokenizer"),
+    "another content": ({"added_tokens_decoder": {"0": {"content": "</s>"}}}, "has '</s>' as added token 0, tokenizer"),
+    "no number": ({"added_tokens_decoder": {"x": {"content": EOS_TOKEN}}}, "as added token x, tokenizer"),
+    "a list": ([], "not a tokenizer's configuration"),
+    "a list of tokens": ({"added_tokens_decoder": [1]}, "not a tokenizer's configuration"),
+}
+
+
+@pytest.mark.parametrize("what", CONFLICTS)
+def test_settings_that_make_transformers_encode_differently_are_refused(tmp_path: Path, what: str) -> None:
+    """Otherwise a model would be used with other ids than it was trained on."""
+    config, message = CONFLICTS[what]
+    directory = save(only_bytes(), tmp_path)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if message is None:
+        assert require_lossless(Encoder(directory), directory) == []
+        return
+    with pytest.raises(DataError, match=message):
+        require_lossless(Encoder(directory), directory)
 
 
 def test_a_text_on_which_the_library_panics_is_an_error_of_the_user(tmp_path: Path) -> None:
