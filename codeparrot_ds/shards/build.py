@@ -33,7 +33,9 @@ from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.lossless import require_lossless
 from codeparrot_ds.tokenizer.proof import record_proof
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
@@ -99,7 +101,7 @@ def build(
 
     Raises:
         ConfigError: invalid option, no permission, or disk too small.
-        DataError: damaged input, or `output` contains other shards.
+        DataError: damaged input, a tokenizer that loses text, or `output` contains other shards.
         ClusterError: workers were lost permanently.
     """
     options = options or BuildOptions()
@@ -108,6 +110,9 @@ def build(
     pieces = found.pieces
     text = sum(map(text_bytes, pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
+    changes = require_lossless(referee, tokenizer)
+    if changes:
+        say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,
@@ -123,6 +128,7 @@ def build(
             "valid_fraction": options.valid_fraction,
             "shard_tokens": options.shard_tokens or _shard_tokens(text),
             "on_bad_document": options.on_bad_document,
+            **({"text_changes": changes} if changes else {}),
         },
         skipped_files=count_reasons(found.skipped),
     )

@@ -1,5 +1,6 @@
 """What finished shards were built from, to notice that a later call wants something else."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def finished_shards(target: Directory, wanted: Manifest, files: Files) -> Manife
     if not target.exists(MANIFEST):
         return None
     found = Manifest.read(wanted.directory)
+    if "text_changes" not in found.options:  # written by a version that did not record what the tokenizer determines
+        wanted = dataclasses.replace(wanted, options={k: v for k, v in wanted.options.items() if k != "text_changes"})
     keys = ("tokenizer_digest", "options", "sources")
     differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
     if differing:

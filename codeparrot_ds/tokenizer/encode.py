@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
 from codeparrot_ds.system.jobs import threads
-from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
+from codeparrot_ds.tokenizer.parts import Parts
+from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 
 class Encoder:
@@ -51,7 +53,14 @@ class Encoder:
 
         Adds no end tokens.
         """
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:  # a Rust panic is not an Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"{self.label} failed on a text ({error}). Its added tokens may overlap: remove lstrip and rstrip."
+            ) from None
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
         return np.concatenate(ids) if ids else np.empty(0, np.uint32), ends
@@ -63,6 +72,28 @@ class Encoder:
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`, [tokens] of any integer type; incomplete UTF-8 characters become U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The tokenizer's components as loaded."""
+        return Parts.parse(self._tokenizer.to_str())
+
+    def lost_by(self, text: str) -> str:
+        """The component because of which `text` does not come back, and what it does: "model BPE drops"."""
+        model, tokenizer = self.parts.model, self._tokenizer
+        pieces = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        if tokenizer.pre_tokenizer:
+            split = tokenizer.pre_tokenizer.pre_tokenize_str(pieces)
+            if sum(end - start for _, (start, end) in split) < len(pieces):
+                return f"pre-tokenizer {' + '.join(part['type'] for part in self.parts.pre_tokenizers)} removes"
+            pieces = "".join(piece for piece, _ in split)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+        if unknown is not None and tokenizer.token_to_id(unknown) in encoding.ids:
+            return f"model {model['type']} has no tokens for, and encodes as {unknown},"
+        if set(pieces) - set("".join(encoding.tokens)) and not model.get("byte_fallback"):
+            return f"model {model['type']} without unk_token has no tokens for, and drops,"
+        return "normalizer or decoder does not restore"
 
     def tokens(self) -> list[str]:
         """The text of every token in the vocabulary, indexed by id."""
@@ -148,7 +179,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """The Hugging Face files of a tokenizer directory: name -> content. Raises DataError when there is no tokenizer."""
     if not (directory / TOKENIZER_FILE).is_file():
         raise DataError(f"{directory / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
-    names = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
+    names = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json")
     return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
 
 
