@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
@@ -153,13 +153,20 @@ def test_files_that_contradict_each_other_are_named(
 
 
 def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_path: Path) -> None:
-    """The tokenizer of training states another limit, cuts and pads, and names other special tokens."""
+    """The tokenizer of training states another limit, cuts and pads, and names other special tokens and another class.
+
+    GPT2Tokenizer would use its own pre-tokenizer, which does not split numbers into digits.
+    """
     run = copy_baseline("stated").run
     tokenizer = Tokenizer.from_file(str(run.tokenizer / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer]
+    )
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(run.tokenizer / "tokenizer.json"))
     stated = {"model_max_length": 256, "eos_token": "</s>", "pad_token": "<pad>", "bos_token": {"content": "<s>"}}
+    stated |= {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
     (run.tokenizer / "tokenizer_config.json").write_text(json.dumps(stated))
     (run.tokenizer / "special_tokens_map.json").write_text(json.dumps({"unk_token": "<unk>"}))
     convert([source_checkpoint(run.path)], tmp_path / "hf", memory_cap_bytes=8 * GB)
@@ -170,6 +177,6 @@ def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_pa
         "<|endoftext|>",
         loaded.eos_token_id,
     )
-    text = "def f(x):\n    return x\n" * 3
+    text = "def f(x):\n    return 1010101\n" * 3
     assert loaded(text)["input_ids"] == Encoder(tmp_path / "hf").encode(text).tolist()
     assert len(loaded(text)["input_ids"]) > 8
