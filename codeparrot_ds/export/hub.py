@@ -129,7 +129,7 @@ def _limit_silence(seconds: float) -> None:
 def _contents(directory: Path) -> tuple[str, list[str]]:
     """Return (repository type, files to push) for `directory`. Raises DataError or CheckpointError."""
     if (directory / certificates.CERTIFICATE).is_file():
-        certificate = certificates.check(directory)
+        certificate = certificates.verify(directory)
         return "model", sorted([*certificate["files"], certificates.CERTIFICATE])
     names = sorted(
         path.relative_to(directory).as_posix()
