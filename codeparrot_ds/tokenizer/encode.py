@@ -1,11 +1,13 @@
 """Exact encoding of documents into token ids: `tokenizers` as the reference, and the much faster `fastokens`."""
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +30,9 @@ class Encoder:
 
     def __init__(self, directory: Path) -> None:
         """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged or has no end token."""
-        from tokenizers import Tokenizer
-
         self.digest = tokenizer_digest(directory)
         path = directory / TOKENIZER_FILE
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception on a bad file
-            raise DataError(f"{path}: not a tokenizer ({error}).") from None
+        self._tokenizer = load_tokenizer(directory)
         # A literal "<|endoftext|>" inside a document is text: encode it as such, never as the end token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a tokenizer.json may enable truncation or padding, which alter documents
@@ -157,12 +154,37 @@ def fast_label() -> str:
         return "fastokens none"
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """`directory`/tokenizer.json as a `tokenizers.Tokenizer`. Raises DataError."""
+    from tokenizers import Tokenizer
+
+    path = directory / TOKENIZER_FILE
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception on a bad file
+        raise DataError(f"{path}: not a tokenizer ({error}).") from None
+
+
 def tokenizer_digest(directory: Path) -> str:
     """xxh3-128 of `directory`/tokenizer.json. Raises DataError when it is missing."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         raise DataError(f"{path}: no such file. Create it with `codeparrot-ds tokenizer train`.")
     return digest_file(path)
+
+
+def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
+    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing.
+
+    Compares what determines ids: vocabulary, merges, added tokens, normalizer and pre-tokenizer.
+    """
+
+    def determines_ids(path: Path) -> list[Any]:
+        body = json.loads(load_tokenizer(path).to_str())  # as this version writes it, whichever version wrote the file
+        return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+
+    if determines_ids(directory) != determines_ids(other):
+        raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -15,14 +15,15 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
-from codeparrot_ds.errors import CheckpointError, ConfigError
+from codeparrot_ds.errors import CheckpointError, ConfigError, DataError
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export.certificate import CERTIFICATE, check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.system.files import digest_bytes, digest_file
 from codeparrot_ds.tokenizer.encode import Encoder
-from tests.conftest import Trained
+from codeparrot_ds.training.preflight import check_shards
+from tests.conftest import Trained, save_recipe
 
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
@@ -150,6 +151,26 @@ def test_files_that_contradict_each_other_are_named(
         return
     with pytest.raises(CheckpointError, match=said):
         check(copy)
+
+
+def test_ids_of_another_tokenizer_are_not_taken_for_the_models(
+    baseline: Trained, converted: Path, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its vocabulary has the same size: neither `evaluate loss` nor `model.init_from` would notice."""
+    subprocess.run(["cp", "-r", converted, tmp_path / "other"], check=True)
+    body = json.loads((converted / "tokenizer.json").read_text())
+    vocab = body["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(body))
+    sources = load_recipe(baseline.run.recipe).data.sources
+    with pytest.raises(DataError, match=r"gives other ids than .*use shards that were built with its tokenizer"):
+        validation_loss(tmp_path / "other", sources, 2)
+    tiny_recipe["model"]["init_from"] = str(tmp_path / "other")
+    recipe = save_recipe(tiny_recipe, tmp_path / "recipe.yaml")
+    with pytest.raises(DataError, match=r"gives other ids than .*build the shards with its tokenizer"):
+        check_shards(load_recipe(recipe))
+    tiny_recipe["model"]["init_from"] = str(converted)
+    check_shards(load_recipe(save_recipe(tiny_recipe, tmp_path / "recipe.yaml")))
 
 
 def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_path: Path) -> None:

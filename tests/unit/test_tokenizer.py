@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.tokenizer import train as training
-from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.encode import Encoder, require_same_encoding
 from codeparrot_ds.tokenizer.train import EOS_TOKEN, train
 from tests.conftest import VOCAB_SIZE
 
@@ -202,3 +203,30 @@ def test_pair_counts_of_tokenizers_overflow_at_2_to_the_31_and_the_check_finds_i
     assert ["Ġ", "Ġ"] not in json.loads(tokenizer.to_str())["model"]["merges"]  # if it is, the library counts further
     with pytest.raises(DataError, match=r"' ' \+ ' ' occurs at least 249,999 times and was never merged"):
         training.require_frequent_pairs_merged(tokenizer, [word, rest], [word, rest])
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}, True),
+        ({"post_processor": None}, True),
+        ({"normalizer": {"type": "NFC"}}, False),
+        ({"added_tokens": []}, False),
+        ({"vocab": None}, False),
+    ],
+)
+def test_tokenizers_are_the_same_if_they_give_the_same_ids(
+    data: Path, tmp_path: Path, change: dict[str, Any], same: bool
+) -> None:
+    body = json.loads((data / "tokenizer" / "tokenizer.json").read_text())
+    if "vocab" in change:  # two tokens have changed places: no size differs
+        vocab = body["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        change = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**body, **change}))
+    if same:
+        require_same_encoding(data / "tokenizer", tmp_path, "Fix it.")
+    else:
+        with pytest.raises(DataError, match=r"tokenizer\.json: gives other ids than .*tokenizer\.json\. Fix it\."):
+            require_same_encoding(data / "tokenizer", tmp_path, "Fix it.")
