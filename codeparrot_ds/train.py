@@ -24,16 +24,22 @@ from codeparrot_ds.errors import (
     UserError,
 )
 from codeparrot_ds.hosts.lifeline import Lifeline, Supervisor
+from codeparrot_ds.hosts.working_directory import (
+    WorkingDirectory,
+    check_common_directory,
+    check_directory_of_runner,
+)
+from codeparrot_ds.run.changes import describe
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.ds_config import (
     nvme_path,
     offload_device,
     required_ops,
 )
+from codeparrot_ds.run.ds_keys import untested_keys
 from codeparrot_ds.system.files import (
     as_user_error,
     exclusive_lock,
-    write_atomically,
     write_json,
 )
 from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
@@ -55,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--local_rank", type=int, default=0, help="set by deepspeed")
     parser.add_argument("--supervisor", type=Supervisor.parse, help="set by `codeparrot-ds launch`")
+    parser.add_argument("--directory", type=WorkingDirectory.parse, help="set by `codeparrot-ds launch`")
     options = parser.parse_args(arguments)
     lifeline: Lifeline | None = None
     rank, message = _environment("RANK", 0), ""
@@ -62,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.update(rank_of_scheduler(os.environ))
         rank = _environment("RANK", 0)
         lifeline = Lifeline(options.supervisor, rank)
-        code = 0 if train(options.recipe, options.set, lifeline) else EXIT_PREEMPTED
+        code = 0 if train(options.recipe, options.set, lifeline, options.directory) else EXIT_PREEMPTED
     except Exception as error:
         explained = as_user_error(error)
         if explained is None:
@@ -77,8 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bool:
+def train(
+    recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline, directory: WorkingDirectory | None = None
+) -> bool:
     """Train a recipe on this rank.
+
+    Args:
+        recipe_path: YAML file.
+        overrides: KEY=VALUE each.
+        lifeline: connection to the supervisor, if there is one.
+        directory: where the job was started; None if unknown.
 
     Returns:
         True when the last step is reached, False when the run saved and stopped early on request.
@@ -89,6 +104,10 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     world_size = _environment("WORLD_SIZE", 1)
     checked, failure = None, None
     try:
+        if directory is not None:
+            directory.check()
+        else:
+            check_directory_of_runner()
         checked = check(recipe_path, overrides, world_size)
     except (UserError, OSError) as error:
         failure = as_user_error(error)
@@ -102,11 +121,15 @@ def train(recipe_path: Path, overrides: Sequence[str], lifeline: Lifeline) -> bo
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from codeparrot_ds.training import ranks as rank_module
     from codeparrot_ds.training.resume import find_resume_point
+    from codeparrot_ds.training.settings import require_same_on_all_ranks
 
     rank_module.die_with_launcher()
     ranks = rank_module.join()
     ranks.agree(failure, _CANNOT_START)
     assert checked is not None
+    if directory is None and _spans_hosts(world_size):
+        check_common_directory(ranks.gather((socket.gethostname(), WorkingDirectory.here())))
+    require_same_on_all_ranks(checked, ranks)
     with contextlib.ExitStack() as stack:
         if _spans_hosts(world_size):
             ranks = rank_module.find_disks(ranks, checked.run.path)
@@ -157,20 +180,18 @@ def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.E
 
 
 def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
-    """Check that the run can resume from this checkpoint, then write its configuration to the run directory."""
+    """Check that the run can resume from this checkpoint, then copy its tokenizer to the run directory."""
     from codeparrot_ds.checkpoint.zero import check_pickles
     from codeparrot_ds.training.checkpoint import check_identity
+    from codeparrot_ds.training.settings import settings_of
 
-    run, recipe = checked.run, checked.recipe
     if resume_from is not None:
-        check_identity(resume_from, recipe.identity(checked.data.digest))
+        check_identity(resume_from, checked.recipe.identity(checked.data.digest), settings_of(resume_from))
     if not ranks.is_fs_leader:
         return
     if resume_from is not None:
         check_pickles(resume_from)
-    write_json(run.ds_config, checked.ds_config)
-    write_atomically(run.recipe, recipe.resolved(run.ds_config).to_yaml())
-    copy_tokenizer(next(iter(recipe.data.sources)) / "tokenizer", run.tokenizer)
+    copy_tokenizer(next(iter(checked.recipe.data.sources)) / "tokenizer", checked.run.tokenizer)
 
 
 def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
@@ -181,10 +202,13 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     from codeparrot_ds.training.loop import Trainer
     from codeparrot_ds.training.metrics import Metrics, log
     from codeparrot_ds.training.model import build_model
+    from codeparrot_ds.training.settings import changes_since, settings_now, write_settings
 
     recipe, ds_config, data, run = checked.recipe, checked.ds_config, checked.data, checked.run
     if resume_from is not None and resume_from.step >= recipe.schedule.last_step:
         log.info("%s: already trained to step %d; nothing to do.", run.path, resume_from.step)
+        if changed := changes_since(resume_from, settings_now(checked)):
+            log.warning("These changes of the recipe have no effect: %s", describe(changed))
         if ranks.rank == 0:  # a kill after the last checkpoint may have left the status at "running"
             _write_finished(run, resume_from, ranks)
         return True
@@ -232,12 +256,14 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
         offload=offload_device(ds_config),
         skipped_ranges=_skipped_ranges(run, ranks),
         on_published=export.start if export is not None else None,
+        settings=settings_now(checked),
     )
     if resume_from is not None:
         trainer.load(resume_from)
         log.info("resuming from %s", resume_from.path)
-        if export is not None:
-            export.start(resume_from.step)  # the previous run may have ended before its export
+    ranks.call(write_settings, checked, ranks)
+    if resume_from is not None and export is not None:
+        export.start(resume_from.step)  # the previous run may have ended before its export
     log.info(
         "%s: %.1f M parameters, ZeRO-%d, %d ranks on %s, %s, %s training sequences of %d tokens",
         recipe.name,
@@ -249,6 +275,8 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
         f"{len(data.train):,}",
         recipe.model.seq_len,
     )
+    if untested := untested_keys(ds_config):
+        log.warning("DeepSpeed keys that are not tested with this package: %s", ", ".join(untested))
     try:
         finished = trainer.fit()
     except TrainingError:  # raised by all ranks at the same step

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+SHA = "0" * 40  # of every commit that is read
 TOKEN = "hf_" + "T0kenOfThisTest" * 2
 
 
@@ -63,6 +64,11 @@ class Hub:
         return None
 
 
+def _branch_of(revision: str) -> str:
+    """The branch that a revision names; the only commit is that of the main branch."""
+    return "main" if revision == SHA else revision
+
+
 def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -108,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return function(self, body, *match.groups())
         return self._answer(404, {"error": f"no such call: {self.command} {path}"})
 
-    do_GET = do_POST = do_PUT = _handle  # noqa: N815 (names that the base class calls)
+    do_GET = do_POST = do_PUT = do_HEAD = _handle  # noqa: N815 (names that the base class calls)
 
     def _create(self, body: bytes) -> None:
         wanted = json.loads(body)
@@ -127,8 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[branch] = dict(repository.branches["main"])
         return self._answer(200)
 
-    def _tree(self, _: bytes, key: str, branch: str) -> None:
-        files = self.hub.repositories[key].branches[branch]
+    def _tree(self, _: bytes, key: str, branch: str, below: str | None = None) -> None:
+        files = self.hub.repositories[key].branches[_branch_of(branch)]
         self._answer(
             200,
             [{"type": "file", "path": path, "size": len(data), "oid": _git_oid(data)} for path, data in files.items()],
@@ -179,8 +185,43 @@ class _Handler(BaseHTTPRequestHandler):
         place = key.removeprefix("models/")
         self._answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{place}/commit/{oid}"})
 
-    def _info(self, _: bytes, key: str, branch: str) -> None:
-        self._answer(200, {"id": key.partition("/")[2], "sha": "0" * 40, "siblings": []})
+    def _info(self, _: bytes, key: str, branch: str = "main") -> None:
+        repository = self.hub.repositories.get(key)
+        if repository is None:
+            return self._answer(404, {"error": "Repository not found"})
+        files = repository.branches[_branch_of(branch)]
+        found = {"id": key.partition("/")[2], "sha": SHA, "private": repository.private, "tags": []}
+        return self._answer(200, {**found, "siblings": [{"rfilename": path} for path in files]})
+
+    def _paths_info(self, body: bytes, key: str, branch: str) -> None:
+        files = self.hub.repositories[key].branches[_branch_of(branch)]
+        wanted = [path for path in json.loads(body)["paths"] if path in files]
+        self._answer(
+            200, [{"type": "file", "path": p, "size": len(files[p]), "oid": _git_oid(files[p])} for p in wanted]
+        )
+
+    def _resolve(self, _: bytes, name: str, branch: str, path: str) -> None:
+        """Content of a file, or of the requested range of it."""
+        repository = self.hub.repositories.get(f"datasets/{name}")
+        data = repository.branches[_branch_of(branch)].get(path) if repository else None
+        if data is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if repository else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        first = int(part[1]) if part else 0
+        content = data[first : int(part[2]) + 1 if part and part[2] else None]
+        self.send_response(206 if part else 200)
+        self.send_header("X-Repo-Commit", SHA)
+        self.send_header("ETag", f'"{_git_oid(data)}"')
+        self.send_header("Content-Length", str(len(content)))
+        if part:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _yaml(self, _: bytes) -> None:
         self._answer(200, {"errors": [], "warnings": []})
@@ -191,8 +232,12 @@ _ROUTES: list[tuple[str, str, Any]] = [
     ("POST", "/api/repos/create", _Handler._create),
     ("POST", "/api/validate-yaml", _Handler._yaml),
     ("POST", _KEY + "/branch/(.+)", _Handler._branch),
-    ("GET", _KEY + "/tree/([^/]+)", _Handler._tree),
+    ("GET", _KEY + "/tree/([^/]+)(/.*)?", _Handler._tree),
+    ("GET", _KEY, _Handler._info),
     ("GET", _KEY + "/revision/([^/]+)", _Handler._info),
+    ("POST", _KEY + "/paths-info/([^/]+)", _Handler._paths_info),
+    ("GET", "/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
+    ("HEAD", "/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
     ("POST", _KEY + "/preupload/(.+)", _Handler._preupload),
     ("POST", _KEY + "/commit/(.+)", _Handler._commit),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", _Handler._batch),

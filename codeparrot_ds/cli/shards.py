@@ -25,7 +25,7 @@ def shards_build(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Corpus directories, JSON Lines or parquet files, globs, URLs (s3://, hf://), hub:DATASET."
+            help="Corpora, directories, files (JSON Lines, CSV, parquet, zip), globs, URLs (s3://, hf://), hub:DATASET."
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to create.")],
@@ -163,12 +163,31 @@ def shards_adopt(
     valid_fraction: Annotated[
         float, typer.Option(help="Without --valid-prefix: fraction of the tokens, taken from the end.")
     ] = 0.005,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of a .bin without .idx: uint16, int32, uint32 or int64. Default: tested.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Copy it into this new shard directory.")
+    ] = None,
+    append_eos: Annotated[
+        bool,
+        typer.Option("--append-eos", help="Copy it into shards, with an end token after each document without one."),
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it."""
+    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it. Or copy it into shards."""
     from codeparrot_ds.shards.adopt import adopt
 
-    _print_shards(adopt(prefix, tokenizer, valid_prefix=valid_prefix, valid_fraction=valid_fraction), json_output)
+    manifest = adopt(
+        prefix,
+        tokenizer,
+        valid_prefix=valid_prefix,
+        valid_fraction=valid_fraction,
+        dtype=dtype,
+        append_eos=append_eos,
+        output=output,
+    )
+    _print_shards(manifest, json_output)
 
 
 def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
@@ -180,10 +199,12 @@ def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None 
     rows.append(("type", f"{manifest.dtype}, {manifest.vocab_size:,} tokens in the vocabulary"))
     counts = {**manifest.documents, **(also or {})}
     rows += [(f"documents {name}", f"{count:,}") for name, count in counts.items() if count or name == "read"]
+    rows += [(f"files not read: {reason}", f"{count:,}") for reason, count in manifest.skipped_files.items()]
     result = {
         "directory": str(manifest.directory),
         "tokens": {split: manifest.tokens(split) for split in SPLITS},
         "documents": counts,
+        "skipped_files": manifest.skipped_files,
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "digest": manifest.digest,

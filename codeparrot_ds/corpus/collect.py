@@ -4,6 +4,7 @@ The result depends only on the files found and the options: documents are sorted
 directory listing order does not matter, and `sample_bytes` takes a uniform sample.
 """
 
+import dataclasses
 import gzip
 import importlib.metadata
 import os
@@ -15,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from codeparrot_ds.corpus.card import CARD, CORPUS_CARD
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.piece import printable_name
+from codeparrot_ds.documents.walk import OTHER_SUFFIX, REJECTED, Skipped, walk
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
@@ -25,12 +31,15 @@ from codeparrot_ds.system.files import (
     finished_manifest,
     make_directory,
     require_free_space,
+    write_atomically,
     write_json,
 )
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD, Files, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import progress
+from codeparrot_ds.system.storage import LocalDirectory
 
-_SKIPPED_DIRECTORIES = {".git", "__pycache__", "node_modules", ".venv", ".tox"}
 _DOCUMENT_FILE_BYTES = 8_000_000  # of text per file: small enough that a few workers share a small corpus
+_PACKAGES = {"site-packages", "dist-packages"}
 _GZIP_RATIO = 0.35  # compressed size of Python source, measured 0.25 to 0.30 at level 6
 
 
@@ -43,6 +52,23 @@ class Candidate:
     path: str
     licence: str
     source: str
+    size: int  # bytes
+    modified: int  # ns
+
+
+class Rejected(msgspec.Struct, frozen=True, order=True, omit_defaults=True):
+    """A file that is not in the corpus, or a directory that was not searched: a line of `rejected.jsonl`.
+
+    Attributes:
+        repository, path: as in a Document.
+        reason: one of a few, so that they can be counted.
+        detail: more about this one: of a duplicate, the repository and path of the file that is kept.
+    """
+
+    repository: str
+    path: str
+    reason: str
+    detail: str = ""
 
 
 def collect(
@@ -57,16 +83,19 @@ def collect(
     """Collect source files into the corpus directory `output` and return its manifest.
 
     Args:
-        output: created if missing; a finished corpus with the same options is kept unchanged.
-        directories: searched recursively, without following symbolic links.
+        output: created if missing; a finished corpus of the same files and options is kept unchanged.
+        directories: searched recursively, except hidden directories and those of tools; symbolic links are not
+            followed.
         installed_python: also collect the standard library and the installed packages of this interpreter.
         suffix: suffix of the files to collect.
         max_file_bytes: larger files are counted and skipped.
         sample_bytes: stop at this many bytes of text, choosing the documents with the smallest digests.
 
+    The manifest counts whatever was found and is not in the corpus, by reason, and `rejected.jsonl` names it.
+
     Raises:
         ConfigError: a directory is missing, `output` cannot be written, or the disk is too small.
-        DataError: no source file was found, or `output` contains another corpus.
+        DataError: no source file was found, or `output` contains a corpus of other options or files.
     """
     options = {
         "directories": [str(directory) for directory in directories],
@@ -75,67 +104,98 @@ def collect(
         "max_file_bytes": max_file_bytes,
         "sample_bytes": sample_bytes,
     }
-    if finished := finished_manifest(output, "corpus", {"options": options}):
-        return finished
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"{directory}: no such directory to collect from. Check the name.")
-    candidates = [c for directory in directories for c in _files_below(directory, suffix)]
+    rejected: list[Rejected] = []
+    candidates = [c for directory in directories for c in _files_below(directory, suffix, rejected)]
     if installed_python:
-        candidates += _installed_python(suffix)
+        candidates += _installed_python(suffix, rejected)
+    files = {printable_name(str(c.file)): (c.size, str(c.modified)) for c in candidates}
+    if finished := _finished(output, options, files):
+        return finished
 
-    skipped: Counter[str] = Counter()
-    chosen = _choose(candidates, max_file_bytes, sample_bytes, skipped)
+    chosen = _choose(candidates, max_file_bytes, sample_bytes, rejected)
+    skipped = dict(sorted(Counter(each.reason for each in rejected).items()))
     if not chosen:
         places = ", ".join(str(directory) for directory in directories) or "this Python installation"
         raise DataError(
-            f"no {suffix} files found in {places} (skipped: {dict(skipped) or 'none'}). "
-            "Name directories that contain source code."
+            f"no {suffix} files found in {places} (skipped: {skipped or 'none'}). Name directories that contain source "
+            "code."
         )
     make_directory(output)
     total_bytes = sum(size for _, size, _ in chosen)
     require_free_space(output, int(total_bytes * _GZIP_RATIO), "the corpus")
-    files = _write(output, chosen)
+    written = _write(output, chosen)
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": "corpus",
         "options": options,
         "documents": len(chosen),
         "text_bytes": total_bytes,
-        "skipped": dict(sorted(skipped.items())),
-        "files": files,
-        "digest": digest_json([entry["xxh3_128"] for entry in files]),
+        "skipped": skipped,
+        "files": written,
+        "digest": digest_json([entry["xxh3_128"] for entry in written]),
     }
+    write_atomically(output / REJECTED, b"".join(msgspec.json.encode(each) + b"\n" for each in sorted(rejected)))
+    write_atomically(output / INPUTS_RECORD, encode_record(files))
+    if not (output / CARD).exists():
+        write_atomically(output / CARD, CORPUS_CARD)
     write_json(output / MANIFEST, manifest)
     return manifest
 
 
-def _files_below(root: Path, suffix: str, repository: str = "", licence: str = "") -> Iterator[Candidate]:
-    """Yield candidates below `root`, without following symbolic links."""
+def _finished(output: Path, options: dict[str, Any], files: Files) -> dict[str, Any] | None:
+    """The manifest in `output`, or None. Raises DataError for a corpus of other options or files."""
+    if (output / MANIFEST).exists() and (output / INPUTS_RECORD).exists():
+        # The record has absolute paths, while the same directories may be named in several ways.
+        stored = finished_manifest(output, "corpus", {}) or {}
+        options = {**options, "directories": stored.get("options", {}).get("directories")}
+    finished = finished_manifest(output, "corpus", {"options": options})
+    if finished:
+        require_same_inputs(LocalDirectory(output), "corpus", files)
+    return finished
+
+
+def _files_below(
+    root: Path, suffix: str, rejected: list[Rejected], repository: str = "", licence: str = ""
+) -> Iterator[Candidate]:
+    """Yield candidates below `root`, and append what else is there to `rejected`."""
     root = root.resolve()
-    for parent, directories, names in os.walk(root):
-        directories[:] = [name for name in directories if name not in _SKIPPED_DIRECTORIES]
-        for name in names:
-            file = Path(parent) / name
-            if name.endswith(suffix) and file.is_file() and not file.is_symlink():
-                path = file.relative_to(root).as_posix()
-                yield Candidate(file, repository or root.name, path, licence, "directory")
+    repository = repository or root.name
+    for entry in walk(root, follow_links=False):
+        if isinstance(entry, Skipped):
+            rejected.append(_rejected(repository, entry.path, entry.reason, entry.detail))
+        elif not entry.name.endswith(suffix):
+            rejected.append(_rejected(repository, entry.name, OTHER_SUFFIX))
+        else:
+            yield Candidate(entry.path, repository, entry.name, licence, "directory", entry.size, entry.modified)
 
 
-def _installed_python(suffix: str) -> list[Candidate]:
+def _rejected(repository: str, path: str, reason: str, detail: str = "") -> Rejected:
+    return Rejected(*map(printable_name, (repository, path, reason, detail)))
+
+
+def _installed_python(suffix: str, rejected: list[Rejected]) -> list[Candidate]:
     """Candidates from this interpreter's standard library and installed packages, with names and licences."""
     site_packages = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
     standard_library = Path(sysconfig.get_path("stdlib")).resolve()
-    found = [
-        candidate
-        for candidate in _files_below(standard_library, suffix, f"cpython-{platform.python_version()}", "PSF-2.0")
-        if not {"site-packages", "dist-packages"} & set(candidate.file.parts)
-    ]
+    of_library: list[Rejected] = []
+    version = f"cpython-{platform.python_version()}"
+    library = list(_files_below(standard_library, suffix, of_library, version, "PSF-2.0"))
+    found = [candidate for candidate in library if not _PACKAGES & set(Path(candidate.path).parts)]
+    rejected += [each for each in of_library if not _PACKAGES & set(Path(each.path).parts)]
+    for parent in sorted(standard_library.rglob("*-packages")):
+        if parent.name in _PACKAGES and parent.resolve() not in site_packages:
+            path = parent.relative_to(standard_library).as_posix()
+            rejected.append(_rejected(version, path, "packages of another environment"))
     for root in sorted(site_packages):
         owners = _distributions_by_file(root)
-        for candidate in _files_below(root, suffix):
+        for candidate in _files_below(root, suffix, rejected):
             repository, licence = owners.get(candidate.path, ("site-packages", ""))
-            found.append(Candidate(candidate.file, repository, candidate.path, licence, "installed-python"))
+            found.append(
+                dataclasses.replace(candidate, repository=repository, licence=licence, source="installed-python")
+            )
     return found
 
 
@@ -177,7 +237,7 @@ def _document(candidate: Candidate, text: str) -> Document:
 
 
 def _choose(
-    candidates: Sequence[Candidate], max_file_bytes: int, sample_bytes: int | None, skipped: Counter[str]
+    candidates: Sequence[Candidate], max_file_bytes: int, sample_bytes: int | None, rejected: list[Rejected]
 ) -> list[tuple[str, int, Candidate]]:
     """(digest, bytes, candidate) of the documents to keep, sorted by digest: deduplicated, and sampled if requested.
 
@@ -189,11 +249,14 @@ def _choose(
         try:
             text = _read_text(candidate, max_file_bytes)
         except ValueError as reason:
-            skipped[str(reason)] += 1
+            rejected.append(_rejected(candidate.repository, candidate.path, str(reason)))
             continue
         digest = _document(candidate, text).digest()
         if digest in unique:
-            skipped["duplicate"] += 1
+            kept = unique[digest][1]
+            rejected.append(
+                _rejected(candidate.repository, candidate.path, "duplicate", f"{kept.repository} {kept.path}")
+            )
         else:
             unique[digest] = (len(text.encode()), candidate)
     chosen: list[tuple[str, int, Candidate]] = []
@@ -203,8 +266,8 @@ def _choose(
             break
         chosen.append((digest, size, candidate))
         kept_bytes += size
-    if len(chosen) < len(unique):
-        skipped["beyond the sample"] = len(unique) - len(chosen)
+    for _, (_, candidate) in sorted(unique.items())[len(chosen) :]:
+        rejected.append(_rejected(candidate.repository, candidate.path, "beyond the sample"))
     return chosen
 
 

@@ -22,7 +22,7 @@ from codeparrot_ds.doctor import probe
 from codeparrot_ds.doctor.judge import Expected, Report, judge
 from codeparrot_ds.hosts.ssh import ssh_command
 from codeparrot_ds.run.directory import RunDirectory, step_of
-from codeparrot_ds.run.ds_config import load_ds_config, required_ops, swap_bytes_per_parameter
+from codeparrot_ds.run.ds_config import load_ds_config, required_ops, resolve, swap_bytes_per_parameter
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 
@@ -57,7 +57,7 @@ def examine(
     needs: dict[str, int] = {}
     token = None
     if recipe is not None:
-        ds_config = load_ds_config(recipe.engine.deepspeed)  # its "auto" values do not matter here
+        ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, sum(slots.values()))
         ops += required_ops(ds_config)
         needs = disk_needs(recipe, ds_config, slots)
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]

@@ -18,6 +18,7 @@ PROVENANCE_FIELDS: dict[str, tuple[str, ...]] = {
     "source": ("source",),
 }
 
+MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; anything longer is a data dump, not source code
 PROVENANCE_NAMES = [name for names in PROVENANCE_FIELDS.values() for name in names]
 _ENDS = list(accumulate(map(len, PROVENANCE_FIELDS.values())))
 # Indices of each field's names in PROVENANCE_NAMES.
@@ -58,19 +59,34 @@ class Document(msgspec.Struct, frozen=True, order=True, gc=False):
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-class BadDocument(msgspec.Struct, frozen=True):
-    """Placeholder for a document that cannot be read.
+class BadDocument(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Placeholder for a document that cannot be read, or for several consecutive ones.
 
     Attributes:
         where: file and line, byte or row.
         reason: what is wrong, as a clause of an error message.
+        documents: how many documents it stands for; 1 if unknown.
     """
 
     where: str
     reason: str
+    documents: int = 1
 
 
-def document_from_row(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Document | BadDocument:
+Read = Document | BadDocument
+
+
+def document_from_table(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Read:
+    """Like `document_from_row`, with a limit on the document's size."""
+    text = row.get(text_field)
+    if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
+        return BadDocument(
+            where, f"{len(text):,} characters; the limit for one document is {MAX_DOCUMENT_BYTES:,} bytes"
+        )
+    return document_from_row(row, text_field, where, number)
+
+
+def document_from_row(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Read:
     """Create a document from one row of a table, with provenance under any of the `PROVENANCE_FIELDS` names.
 
     Args:

@@ -1,36 +1,131 @@
-"""Stream datasets from the Hugging Face Hub."""
+"""Datasets of the Hugging Face Hub: their files are read like any other, and what is not in files is streamed."""
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
+import msgspec
+
+from codeparrot_ds.documents.document import PROVENANCE_NAMES, BadDocument, Read, document_from_table
+from codeparrot_ds.documents.formats import format_of
+from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.errors import DataError
 
+_BUILDERS = {"Json": "jsonl", "Csv": "csv", "Parquet": "parquet"}  # of `datasets` -> kind of the files they read
+_HARMLESS = {"name", "version", "data_dir", "data_files", "description", "features"}  # settings of every builder
 
-def open_hub_dataset(address: str) -> Any:
-    """Open "hub:NAME" or "hub:NAME?split=train&config=C&revision=R" as a `datasets.IterableDataset`.
+
+@dataclasses.dataclass(frozen=True)
+class HubDataset:
+    """One split of a dataset.
+
+    Attributes:
+        files: addresses of its files, if they can be read without `datasets`; else empty.
+        stream: the split as a `datasets.IterableDataset`, if it has no such files.
+    """
+
+    files: list[str]
+    stream: Any = None
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that can be read separately, usually files."""
+        return len(self.files) or int(self.stream.num_shards)
+
+
+def open_hub_dataset(address: str) -> HubDataset:
+    """Open "hub:NAME" or "hub:NAME?split=train&config=C&revision=R".
 
     NAME is a dataset on the Hub, or a local directory that `datasets` can load. Dataset scripts are never executed.
     Raises DataError.
     """
     from urllib.parse import parse_qsl
 
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     name, _, query = address.removeprefix("hub:").partition("?")
     options = dict(parse_qsl(query))
     unknown = sorted(set(options) - {"split", "config", "revision"})
     if unknown:
         raise DataError(f"{address}: unknown option {unknown[0]!r}; use split, config or revision.")
+    split = options.get("split", "train")
     try:
-        return load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=options.get("revision"),
-            streaming=True,
-        )
+        builder = load_dataset_builder(name, options.get("config"), revision=options.get("revision"))
+        if files := _plain_files(builder, split):
+            return HubDataset(files)
+        return HubDataset([], builder.as_streaming_dataset(split=split))
     except Exception as error:  # datasets raises exceptions of many libraries when a dataset cannot be opened
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{address}: this dataset cannot be opened ({type(error).__name__}: {reason}). Check its name, split and "
+            f"{address}: this dataset cannot be opened ({_one_line(error)}). Check its name, split and "
             "configuration, and the network. A private dataset needs `hf auth login`."
         ) from error
+
+
+def _plain_files(builder: Any, split: str) -> list[str]:
+    """The files of a split if they are in formats of ours and read without settings, else nothing."""
+    kind = next((_BUILDERS[each.__name__] for each in type(builder).__mro__ if each.__name__ in _BUILDERS), "")
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
+    for field in dataclasses.fields(builder.config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name not in _HARMLESS and getattr(builder.config, field.name) != default:
+            return []
+    formats = [format_of(PurePosixPath(file).name) for file in files]
+    return files if kind and all(form is not None and form.kind == kind for form in formats) else []
+
+
+def read_hub(piece: Piece, text_field: str, read: Callable[[Piece, str], Iterator[Read]]) -> Iterator[Read]:
+    """Yield the documents of one part of a dataset; `read` reads a file."""
+    dataset = open_hub_dataset(piece.address)
+    assert piece.stop is not None
+    if not dataset.files:
+        yield from _read_stream(piece, dataset.stream, text_field)
+        return
+    file = dataset.files[piece.start]
+    form = format_of(PurePosixPath(file).name)
+    assert form is not None
+    number = 1
+    for found in read(Piece(file, f"{piece.name}#{PurePosixPath(file).name}", form.kind, 0), text_field):
+        if isinstance(found, BadDocument):
+            where = f"{piece.address} part {piece.start} example {number:,}"
+            yield msgspec.structs.replace(found, where=where, reason=f"{found.reason} (in {found.where})")
+            number += found.documents
+        else:
+            yield found
+            number += 1
+
+
+def _read_stream(piece: Piece, dataset: Any, text_field: str) -> Iterator[Read]:
+    """One document per example that `datasets` streams, with the columns of the text and the provenance only."""
+    from huggingface_hub.errors import HTTPError
+
+    part = dataset.shard(num_shards=piece.stop, index=piece.start)
+    if part.column_names and text_field in part.column_names:
+        wanted = {text_field, *PROVENANCE_NAMES}
+        part = part.select_columns([name for name in part.column_names if name in wanted])
+    rows = iter(part)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # network errors and damaged files raise exceptions of many libraries
+            mend = (
+                "Check the network, and run the same command again."
+                if isinstance(error, OSError | HTTPError)
+                else "Correct the dataset, or download its files and give these as input."
+            )
+            raise DataError(
+                f"{piece.address}: part {piece.start} cannot be read after example {number - 1:,} "
+                f"({_one_line(error)}). {mend}"
+            ) from error
+        where = f"{piece.address} part {piece.start} example {number:,}"
+        yield document_from_table(row, text_field, where, f"{piece.name}#{piece.start}.{number}")
+
+
+def _one_line(error: Exception) -> str:
+    """The error, and what caused it if `datasets` hides that."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
+    texts = [f"{type(each).__name__}: {(str(each).strip() or '?').splitlines()[0]}" for each in (error, cause) if each]
+    return "; ".join(texts)

@@ -1,123 +1,112 @@
-"""Find a command's input files, and split them into tasks of similar size based on the file list alone."""
+"""Find a command's input files; whatever is not read is named with the reason."""
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from glob import glob, has_magic
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
-from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.archives import list_members
+from codeparrot_ds.documents.corpora import Corpus
+from codeparrot_ds.documents.deal import deal, text_bytes
+from codeparrot_ds.documents.formats import SUPPORTED, format_of
 from codeparrot_ds.documents.hub import open_hub_dataset
-from codeparrot_ds.documents.read import Piece, printable_name, read_local
-from codeparrot_ds.errors import DataError
-from codeparrot_ds.system.files import MANIFEST, digest_json, read_manifest
-from codeparrot_ds.system.storage import filesystem, is_remote, open_binary
+from codeparrot_ds.documents.piece import Piece, printable_name
+from codeparrot_ds.documents.walk import (
+    BROKEN_LINK,
+    NOT_REGULAR,
+    OTHER_SUFFIX,
+    QUARANTINE,
+    REJECTED,
+    SYMBOLIC_LINK,
+    UNREADABLE_DIRECTORY,
+    UNSUPPORTED,
+    Entry,
+    Skipped,
+    count_reasons,
+    left_out,
+    walk,
+)
+from codeparrot_ds.errors import DataError, list_problems
+from codeparrot_ds.system.files import MANIFEST, digest_json
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD
+from codeparrot_ds.system.storage import explain_store_errors, filesystem, is_remote
 
-_KINDS = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".jsonl.zstd": "jsonl",
-    ".json": "jsonl",
-    ".json.gz": "jsonl",
-    ".json.zst": "jsonl",
-    ".parquet": "parquet",
-}
-# Bytes of text per byte of file, used only for planning. Measured on Python source: gzip 3.9, zstandard 4.2, parquet 3.
-_EXPANSION = {".gz": 3.9, ".zst": 4.2, ".zstd": 4.2, ".parquet": 3.0}
-_SKIPPED_DIRECTORIES = {".git", "__pycache__", "node_modules", ".venv", ".tox"}
+__all__ = ["Corpus", "Inputs", "deal", "find_inputs", "search_inputs", "text_bytes"]
+
+_RECORDS = {REJECTED, QUARANTINE, INPUTS_RECORD}  # JSON that is no data, beside a manifest of ours
+_RECORD = "record of a corpus or of shards"
+_MANIFEST = "manifest"
+_ARCHIVE_IN_ARCHIVE = "archive inside an archive"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A finished corpus directory: its manifest, and its document files in order."""
+@dataclass
+class Inputs:
+    """What the input arguments lead to.
 
-    directory: Path
-    files: tuple[Path, ...]
-    manifest: dict[str, Any]
+    Attributes:
+        pieces: one per file (per part of a Hub dataset, per member of an archive), not split further.
+        skipped: files that are not read and directories that are not searched, each with the reason.
+    """
 
-    @classmethod
-    def open(cls, directory: Path) -> "Corpus":
-        """Open `directory` and check that all its files exist with the expected size. Raises DataError."""
-        manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus collect")
-        try:
-            entries = [(entry["name"], entry["bytes"]) for entry in manifest["files"]]
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{directory / MANIFEST}: incomplete manifest ({error}). Collect the corpus again."
-            ) from None
-        files = []
-        for name, expected in entries:
-            path = directory / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != expected:
-                raise DataError(
-                    f"{path}: {size:,} bytes, the manifest says {expected:,}. Copy it again, or run "
-                    "`codeparrot-ds corpus collect` again."
-                )
-            files.append(path)
-        return cls(directory, tuple(files), manifest)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the contents of all document files."""
-        return str(self.manifest["digest"])
-
-    def __iter__(self) -> Iterator[Document]:
-        for file in self.files:
-            yield from read_local(file)
+    pieces: list[Piece] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Piece]:
+    """The pieces of `search_inputs`."""
+    return search_inputs(arguments, suffix).pieces
+
+
+def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs:
     """Find the input files named by `arguments`, in the order of the arguments and sorted within each.
 
     Args:
-        arguments: each a corpus directory, a directory or a file of JSON Lines or parquet, a glob, an fsspec URL
-            ("s3://bucket/prefix", "hf://datasets/NAME/data/*.parquet"), or "hub:NAME" for a Hub dataset to stream
-            with `datasets`.
+        arguments: each a corpus directory, a directory or a file of JSON Lines, CSV, parquet or zip, a glob, an fsspec
+            URL ("s3://bucket/prefix", "hf://datasets/NAME/data/*.parquet"), or "hub:NAME" for a dataset on the Hub.
         suffix: read files with this suffix as one document each, instead of data files.
 
-    Returns:
-        One piece per file (per part of a Hub dataset), not split further.
-
     Raises:
-        DataError: an argument matches nothing, or an input is named twice.
+        DataError: an argument matches nothing, an input is named twice, or a directory or link cannot be read.
     """
-    pieces: list[Piece] = []
-    for argument in arguments:
+    inputs = Inputs()
+    for number, argument in enumerate(arguments):
         argument = argument.removeprefix("file://").removeprefix("local://")
         if not argument:
             raise DataError(
                 "an input argument is empty, possibly from an unset shell variable. Name a file, a directory or a URL."
             )
         if argument.startswith("hub:"):
-            found = _find_hub(argument)
+            found = Inputs(_find_hub(argument))
         elif is_remote(argument):
             found = _find_remote(argument, suffix)
         else:
             found = _find_local(argument, suffix)
-        if not found:
-            wanted = f"files ending in {suffix}" if suffix else f"data files ({', '.join(_KINDS)})"
+        found.skipped = sorted(set(found.skipped))  # a glob with ** matches a directory and what is in it
+        if not found.pieces:
+            wanted = f"files ending in {suffix}" if suffix else f"data files ({SUPPORTED})"
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(found.skipped).items())
             raise DataError(
-                f"{argument}: contains no {wanted}. Name other input, or read source files as documents with --suffix "
-                ".py."
+                f"{argument}: contains no {wanted}{f'; not read: {counts}' if counts else ''}. Name other input, or "
+                "read source files as documents with --suffix .py."
             )
-        pieces += found
-    seen: set[tuple[str, int]] = set()
-    for piece in pieces:
+        inputs.pieces += found.pieces
+        inputs.skipped += [
+            msgspec.structs.replace(each, input=number, path=printable_name(each.path)) for each in found.skipped
+        ]
+    seen: set[tuple[str, str, int]] = set()
+    for piece in inputs.pieces:
         _require_utf8(piece)
-        key = (piece.address if is_remote(piece.address) else os.path.realpath(piece.address), piece.start)
+        address = piece.address if is_remote(piece.address) else os.path.realpath(piece.address)
+        key = (address, piece.member, piece.start)
         if key in seen:
-            raise DataError(f"{piece.address}: named twice among the inputs. Remove one, or it is trained on twice.")
+            raise DataError(f"{piece.location}: named twice among the inputs. Remove one, or it is trained on twice.")
         seen.add(key)
-    return pieces
+    return inputs
 
 
 def _require_utf8(piece: Piece) -> None:
@@ -126,58 +115,156 @@ def _require_utf8(piece: Piece) -> None:
         raise DataError(f"{printable_name(piece.address)}: its name is not UTF-8. Rename it.")
 
 
-def _kind(name: str) -> str | None:
-    """The kind of a data file according to its suffix, or None."""
-    return next((kind for end, kind in _KINDS.items() if name.lower().endswith(end)), None)
-
-
-def _find_local(argument: str, suffix: str | None) -> list[Piece]:
+def _find_local(argument: str, suffix: str | None) -> Inputs:
     root = Path(argument)
     if root.is_dir():
-        if suffix is None and _is_ours(root):
-            corpus = Corpus.open(root)
-            digests = [entry.get("xxh3_128", "") for entry in corpus.manifest["files"]]
-            found = [_local_piece(path, path.name) for path in corpus.files]
-            return [msgspec.structs.replace(p, digest=digest) for p, digest in zip(found, digests, strict=True)]
-        below = sorted(
-            path
-            for path in root.rglob(f"*{suffix or ''}")
-            if path.is_file()
-            and not (suffix and path.is_symlink())  # data files may be links into a cache
-            and path.name != MANIFEST
-            and not _SKIPPED_DIRECTORIES & set(path.relative_to(root).parts)
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        return _find_below(root, suffix)
+    if not has_magic(argument) or os.path.lexists(root):
+        return _find_named(root, suffix)
+    found = Inputs()
+    base = _before_magic(argument)
+    done: set[str] = set()
+    for match in sorted(glob(argument, recursive=True, include_hidden=True)):  # noqa: PTH207 (may be absolute)
+        path, name = Path(match), match.removeprefix(base)
+        if hidden := left_out(name.rstrip("/"), argument.removeprefix(base), is_directory=path.is_dir()):
+            found.skipped.append(hidden)
+            continue
+        matched = _find_below(path, suffix, name) if path.is_dir() else Inputs()
+        if not path.is_dir():
+            _add_file(matched, path, path.name, name, suffix)
+        found.pieces += [piece for piece in matched.pieces if piece.location not in done]
+        found.skipped += matched.skipped
+        done.update(piece.location for piece in matched.pieces)
+    return found
+
+
+def _before_magic(pattern: str) -> str:
+    """The directories of a glob above its first wildcard, with the final slash."""
+    parts = pattern.split("/")
+    fixed = next(number for number, part in enumerate(parts) if has_magic(part))
+    return "".join(f"{part}/" for part in parts[:fixed])
+
+
+def _find_named(path: Path, suffix: str | None) -> Inputs:
+    """A file that an argument names. Raises DataError when it cannot be read."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or directory. Check the name.")
+    if not path.is_file():
+        raise DataError(f"{path}: not a regular file, and input is read more than once. Save it to a file first.")
+    form = format_of(path.name)
+    if form is None and suffix is None:
+        raise DataError(
+            f"{path}: not a supported file type ({SUPPORTED}). Correct its suffix, or read it as one document with "
+            "--suffix."
         )
-        name = root.resolve().name
-        if suffix is not None:
-            return [_local_piece(path, path.relative_to(root).as_posix(), "file", name) for path in below]
-        return [_local_piece(path, path.relative_to(root).as_posix()) for path in below if _kind(path.name)]
-    files = [argument]
-    if has_magic(argument) and not root.exists():
-        files = sorted(glob(argument, recursive=True))  # noqa: PTH207 (a user's pattern may be absolute)
-    return [_local_piece(Path(file), Path(file).name, "file" if suffix else None) for file in files]
+    found = Inputs()
+    _add_piece(found, _local_piece(path, path.name, "file" if suffix or form is None else form.kind), path.name)
+    return found
+
+
+def _find_below(root: Path, suffix: str | None, name: str = "") -> Inputs:
+    """What a directory holds; `name` is its path relative to the input argument."""
+    found = Inputs()
+    if suffix is None and _is_ours(root):
+        corpus = Corpus.open(root)
+        digests = [entry.get("xxh3_128", "") for entry in corpus.manifest["files"]]
+        pieces = [_local_piece(path, path.name, "jsonl") for path in corpus.files]
+        return Inputs([msgspec.structs.replace(p, digest=d) for p, d in zip(pieces, digests, strict=True)])
+    prefix = f"{name.rstrip('/')}/" if name else ""
+    unreadable = []
+    entries = sorted(walk(root, follow_links=suffix is None), key=_order)  # data files may be links into a cache
+    for entry in entries:
+        if isinstance(entry, Entry):
+            _add_file(found, entry.path, entry.name, f"{prefix}{entry.name}", suffix, root.resolve().name)
+            continue
+        wanted = entry.path.endswith(suffix) if suffix else format_of(entry.path) is not None
+        if entry.reason == UNREADABLE_DIRECTORY or (entry.reason == BROKEN_LINK and wanted):
+            where = root / entry.path if entry.path != "." else root
+            unreadable.append(f"{printable_name(str(where))}: {entry.reason} ({entry.detail})")
+        found.skipped.append(msgspec.structs.replace(entry, path=f"{prefix}{entry.path}"))
+    if unreadable:
+        raise DataError(
+            list_problems(str(root), unreadable, "Make it readable, or remove it, so that no document is missed.")
+        )
+    return found
+
+
+def _order(entry: Entry | Skipped) -> list[str]:
+    return (entry.path if isinstance(entry, Skipped) else entry.name).split("/")
+
+
+def _add_file(
+    found: Inputs, path: Path, name: str, skipped_name: str, suffix: str | None, repository: str = ""
+) -> None:
+    """Add a file that was found in a directory or matched by a glob: its pieces, or why it is not read."""
+    kind = _kind_or_reason(path.name, suffix)
+    if path.name in _RECORDS and _is_ours(path.parent):
+        found.skipped.append(Skipped(0, skipped_name, _RECORD))
+    elif isinstance(kind, Skipped):
+        found.skipped.append(msgspec.structs.replace(kind, path=skipped_name))
+    elif suffix and path.is_symlink():
+        found.skipped.append(Skipped(0, skipped_name, SYMBOLIC_LINK))
+    elif not path.is_file():
+        found.skipped.append(Skipped(0, skipped_name, NOT_REGULAR if path.exists() else BROKEN_LINK))
+    else:
+        _add_piece(found, _local_piece(path, name, kind, repository if suffix else ""), skipped_name)
+
+
+def _kind_or_reason(name: str, suffix: str | None) -> str | Skipped:
+    """The kind of a file that was not named itself, or the reason why it is not read."""
+    if suffix:
+        return "file" if name.endswith(suffix) else Skipped(0, name, OTHER_SUFFIX)
+    if name == MANIFEST:
+        return Skipped(0, name, _MANIFEST)
+    form = format_of(name)
+    return form.kind if form else Skipped(0, name, UNSUPPORTED)
+
+
+def _add_piece(found: Inputs, piece: Piece, skipped_name: str) -> None:
+    """Add a file; for an archive its members, each by its own suffix."""
+    if piece.kind != "zip":
+        found.pieces.append(piece)
+        return
+    try:
+        with piece.open() as file:
+            members = list_members(file)
+    except ValueError:
+        found.pieces.append(piece)  # its reader says what is wrong
+        return
+    for member in members:
+        kind = _kind_or_reason(PurePosixPath(member.name).name, None)
+        hidden = left_out(member.name)
+        if hidden:
+            found.skipped.append(msgspec.structs.replace(hidden, path=f"{skipped_name}/{hidden.path}"))
+        elif isinstance(kind, Skipped):
+            found.skipped.append(msgspec.structs.replace(kind, path=f"{skipped_name}/{member.name}"))
+        elif kind == "zip":
+            found.skipped.append(Skipped(0, f"{skipped_name}/{member.name}", _ARCHIVE_IN_ARCHIVE))
+        else:
+            name = printable_name(f"{piece.name}/{member.name}")
+            facts = {"size": member.size, "stamp": f"{piece.stamp} {member.checksum}", "member": member.name}
+            kind = "zip" if member.refusal else kind  # its reader says why
+            found.pieces.append(msgspec.structs.replace(piece, name=name, kind=kind, **facts))
 
 
 def _is_ours(directory: Path) -> bool:
     """Whether this package wrote the manifest in `directory`; other software also uses the name manifest.json."""
     try:
-        body = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        return _is_our_manifest((directory / MANIFEST).read_bytes())
+    except OSError:
+        return False
+
+
+def _is_our_manifest(content: bytes) -> bool:
+    try:
+        body = json.loads(content)
+    except ValueError:
         return False
     return isinstance(body, dict) and {"format_version", "kind"} <= body.keys()
 
 
-def _local_piece(path: Path, name: str, kind: str | None = None, repository: str = "") -> Piece:
-    try:
-        facts = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: no such file or directory. Check the name.") from None
-    kind = kind or _kind(path.name)
-    if kind is None:
-        raise DataError(
-            f"{path}: not a supported file type ({', '.join(_KINDS)}). Correct its suffix, or read it as one document "
-            "with --suffix."
-        )
+def _local_piece(path: Path, name: str, kind: str, repository: str = "") -> Piece:
+    facts = path.stat()
     return Piece(
         os.path.abspath(path),  # noqa: PTH100 (does not resolve links; workers may run in another directory)
         printable_name(name),
@@ -188,44 +275,53 @@ def _local_piece(path: Path, name: str, kind: str | None = None, repository: str
     )
 
 
-def _find_remote(argument: str, suffix: str | None) -> list[Piece]:
+def _find_remote(argument: str, suffix: str | None) -> Inputs:
     fs, path = filesystem(argument)
     try:
-        found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
+        listed = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
+        for name in [name for name, facts in listed.items() if facts.get("type") == "directory"]:
+            listed.update(fs.find(name, detail=True))  # what a glob matches is searched
     except FileNotFoundError:
-        found = {}
+        listed = {}
     except Exception as error:  # each store has its own exceptions
         raise DataError(
             f"{argument}: cannot be listed ({type(error).__name__}: {error}). Check the address, the network and the "
             "credentials in the environment."
         ) from error
-    pieces = []
-    for name, facts in sorted(found.items()):
-        if facts.get("type", "file") != "file" or (suffix and not name.endswith(suffix)):
+    base = _before_magic(path) if has_magic(path) else f"{path.rstrip('/')}/"
+    found = Inputs()
+    for address, facts in sorted(listed.items()):
+        if facts.get("type", "file") != "file":
             continue
-        kind = "file" if suffix else _kind(name)
-        if kind is None:
+        name = address.removeprefix(base) if address.startswith(base) else PurePosixPath(address).name
+        named = address == path  # not found in a directory: not left out because of its name
+        if not named and (hidden := left_out(name, path.removeprefix(base))):
+            found.skipped.append(hidden)
             continue
-        below = name.removeprefix(path).strip("/") if not has_magic(path) else PurePosixPath(name).name
+        kind = _kind_or_reason(PurePosixPath(name).name, suffix)
+        manifest = str(PurePosixPath(address).with_name(MANIFEST))
+        if not named and PurePosixPath(name).name in _RECORDS and fs.exists(manifest):
+            with explain_store_errors(argument, DataError):
+                kind = Skipped(0, name, _RECORD) if _is_our_manifest(fs.cat_file(manifest)) else kind
+        if isinstance(kind, Skipped):
+            found.skipped.append(msgspec.structs.replace(kind, path=name))
+            continue
         stamp = str(facts.get("ETag") or facts.get("etag") or facts.get("mtime") or facts.get("LastModified") or "")
-        root = PurePosixPath(path).name
-        address = fs.unstrip_protocol(name)
-        pieces.append(
-            Piece(
-                address,
-                below or PurePosixPath(name).name,
-                kind,
-                int(facts.get("size") or 0),
-                stamp=stamp,
-                repository=root if suffix else "",
-            )
+        piece = Piece(
+            fs.unstrip_protocol(address),
+            name if not has_magic(path) else PurePosixPath(name).name,
+            kind,
+            int(facts.get("size") or 0),
+            stamp=stamp,
+            repository=PurePosixPath(path).name if suffix else "",
         )
-    return pieces
+        _add_piece(found, piece, name)
+    return found
 
 
 def _find_hub(argument: str) -> list[Piece]:
     """One piece per part of the dataset (usually one of its files)."""
-    parts = int(open_hub_dataset(argument).num_shards)
+    parts = open_hub_dataset(argument).parts
     called = argument.removeprefix("hub:")
     name, _, query = called.partition("?")
     options = dict(parse_qsl(query))
@@ -252,55 +348,3 @@ def _hub_revision(name: str, revision: str | None) -> str:
         return HfApi().dataset_info(name, revision=revision).sha or ""
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return ""
-
-
-def text_bytes(piece: Piece) -> float:
-    """Estimated bytes of text in a whole file; 0 if unknown."""
-    return piece.size * _EXPANSION.get(PurePosixPath(piece.address).suffix, 1.0)
-
-
-def deal(pieces: Sequence[Piece], task_bytes: float) -> list[list[Piece]]:
-    """Group pieces, in order, into tasks of about `task_bytes` of text.
-
-    Splits large files if their format allows it, and combines small ones. Depends only on its arguments.
-    """
-    tasks: list[list[Piece]] = []
-    filled = 0.0
-    for piece in _split(pieces, task_bytes):
-        size = text_bytes(piece) if piece.whole else task_bytes  # a part has the requested size
-        if not tasks or filled + size > task_bytes:
-            tasks.append([])
-            filled = 0.0
-        tasks[-1].append(piece)
-        filled += size
-    return tasks
-
-
-def _split(pieces: Iterable[Piece], task_bytes: float) -> Iterator[Piece]:
-    for piece in pieces:
-        parts = int(-(-text_bytes(piece) // task_bytes))
-        if parts <= 1 or not piece.whole:
-            yield piece
-        elif piece.kind == "jsonl" and re.search(r"\.jsonl?$", piece.address):
-            bounds = [piece.size * part // parts for part in range(parts)] + [piece.size]
-            for start, stop in pairwise(bounds):
-                yield msgspec.structs.replace(piece, start=start, stop=stop)
-        elif piece.kind == "parquet":
-            groups = _row_groups(piece)
-            bounds = sorted({groups * part // parts for part in range(parts)} | {groups})
-            for start, stop in pairwise(bounds):
-                yield msgspec.structs.replace(piece, start=start, stop=stop)
-        else:
-            yield piece
-
-
-def _row_groups(piece: Piece) -> int:
-    """Number of row groups in a parquet file. Raises DataError when it is not one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with open_binary(piece.address) as file:
-        try:
-            return int(pq.ParquetFile(file).num_row_groups)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{piece.address}: damaged parquet ({error}). Copy the file again.") from None

@@ -13,6 +13,8 @@ from codeparrot_ds.evaluation.pretrained import load_pretrained
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 from codeparrot_ds.system.jobs import Slice, progress
+from codeparrot_ds.tokenizer.encode import require_same_encoding
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def validation_loss(
     model, _, device = load_pretrained(model_directory)
     sources = {shards: 1.0} if isinstance(shards, Path) else shards
     valid = Dataset.open(sources, model.config.n_positions).valid
+    for directory in sources if (model_directory / TOKENIZER_FILE).exists() else ():
+        fix = "Ids mean something else to the model: use shards that were built with its tokenizer."
+        require_same_encoding(directory / "tokenizer", model_directory, fix)
     numbers = validation_sequences(len(valid), sequences)
     ids = torch.from_numpy(valid.batch(numbers))
     if int(ids.max()) >= model.config.vocab_size:

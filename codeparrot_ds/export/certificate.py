@@ -41,27 +41,35 @@ def read_certificate(directory: Path) -> dict[str, Any]:
     return body
 
 
-def check(directory: Path) -> dict[str, Any]:
+def verify(directory: Path) -> dict[str, Any]:
     """Verify every file and tensor of a converted model against its certificate, and return the certificate.
-
-    The installed transformers must also compute what the weights and the configuration say.
 
     Raises:
         DataError: the directory has no valid certificate.
-        CheckpointError: names each file and tensor that does not match, each contradiction between files, or what
-            transformers computes differently.
+        CheckpointError: names each file and tensor that does not match.
     """
     certificate = read_certificate(directory)
     problems = _files(directory, certificate["files"])
     if not problems:
         problems = check_tensors(directory, certificate)
-    if not problems:
-        problems = find_contradictions(directory)
-    if not problems and (difference := check_transformers(directory)):
-        raise CheckpointError(f"{directory}: {difference}")
     if problems:
         fix = "Copy the directory again, or convert the checkpoint again."
         raise CheckpointError(list_problems(str(directory), problems, fix))
+    return certificate
+
+
+def check(directory: Path) -> dict[str, Any]:
+    """Verify a converted model, and that the installed transformers computes what it says. Returns the certificate.
+
+    Raises:
+        DataError: the directory has no valid certificate.
+        CheckpointError: see `verify`; or files contradict one another, or transformers computes another model.
+    """
+    certificate = verify(directory)
+    if problems := find_contradictions(directory):
+        raise CheckpointError(list_problems(str(directory), problems, "Convert the checkpoint again."))
+    if difference := check_transformers(directory):
+        raise CheckpointError(f"{directory}: {difference}")
     return certificate
 
 

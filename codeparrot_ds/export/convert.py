@@ -93,7 +93,7 @@ def convert(
     require_transformers()
     newest = checkpoints[-1]
     run = newest.run
-    recipe = load_recipe(run.recipe)
+    recipe = _as_evaluated(load_recipe(run.recipe), newest)
     scale = (KEPT if keep_attention_scale else FOLDED) if recipe.model.scale_attn_by_inverse_layer_idx else NO_SCALE
     source = [{"step": checkpoint.step, "files": checkpoint.files} for checkpoint in checkpoints]
     if (output / CERTIFICATE).is_file():
@@ -141,6 +141,12 @@ def convert(
         certificate["peak_memory_bytes"] = memory.peak_resident_bytes()
         write_json(unfinished / CERTIFICATE, certificate)
     return certificate
+
+
+def _as_evaluated(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the number of validation sequences that the checkpoint's loss was measured on."""
+    sequences = (checkpoint.settings or {}).get("evaluation.sequences", recipe.evaluation.sequences)
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"sequences": sequences})})
 
 
 class _Mean:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.corpus.card import CARD, complete_card
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.export import certificate as certificates
 from codeparrot_ds.system.files import MANIFEST, read_json
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD
 from codeparrot_ds.system.jobs import say
 
 DEFAULT_TRIES, DEFAULT_TIMEOUT_SECONDS = 6, 120.0
@@ -25,7 +27,18 @@ _OF_MODELS = (
     ".index.json",
 )  # if left from an earlier push, they could be loaded instead of the new files
 _REPO_TYPES = {"shards": "dataset", "corpus": "dataset", "tokenizer": "model"}  # by the kind in the manifest
+_LOCAL = {INPUTS_RECORD}  # paths and times of files on this machine
 _MAIN = "main"
+_SHARDS_CARD = """---
+viewer: false
+---
+
+# Token ids
+
+Memory-mapped shards of token ids in Megatron-LM's format, with their tokenizer; not a table that `datasets` can load.
+Made by `codeparrot-ds shards build`. Train on them with `data: {shards: PATH}` in a recipe of codeparrot-ds, after
+`hf download --repo-type dataset OWNER/NAME --local-dir PATH`.
+"""
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
@@ -79,6 +92,8 @@ def push(
     from huggingface_hub.errors import HFValidationError
 
     repo_type, names = _contents(directory)
+    card = _card(directory, repo_type)
+    names = sorted({*names, *card})
     _limit_silence(timeout_seconds)
     api = HfApi(library_name="codeparrot-ds")
     targets = [branch or _MAIN, *([_MAIN] if merge and branch not in (None, _MAIN) else [])]
@@ -89,7 +104,7 @@ def push(
         for target in targets:
             if target != _MAIN:
                 hub.call(api.create_branch, url.repo_id, branch=target, repo_type=repo_type, exist_ok=True)
-            commits.append(hub.call(_commit, api, url.repo_id, repo_type, target, directory, names))
+            commits.append(hub.call(_commit, api, url.repo_id, repo_type, target, directory, names, card))
     except HFValidationError as error:
         raise ConfigError(f"{repo}: not a valid repository name ({hub.clean(error)}). Use OWNER/NAME.") from None
     return Pushed(url.repo_id, repo_type, targets, commits, len(names))
@@ -114,13 +129,14 @@ def _limit_silence(seconds: float) -> None:
 def _contents(directory: Path) -> tuple[str, list[str]]:
     """Return (repository type, files to push) for `directory`. Raises DataError or CheckpointError."""
     if (directory / certificates.CERTIFICATE).is_file():
-        certificate = certificates.check(directory)
+        certificate = certificates.verify(directory)
         return "model", sorted([*certificate["files"], certificates.CERTIFICATE])
     names = sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts)
     )
+    names = [name for name in names if name not in _LOCAL]
     if MANIFEST in names:
         kind = read_json(directory / MANIFEST, "manifest").get("kind")
         if kind in _REPO_TYPES:
@@ -133,14 +149,29 @@ def _contents(directory: Path) -> tuple[str, list[str]]:
     )
 
 
-def _commit(api: Any, repo: str, repo_type: str, branch: str, directory: Path, names: list[str]) -> str:
+def _card(directory: Path, repo_type: str) -> dict[str, bytes]:
+    """The dataset card by its name, if it has to differ from the one in `directory`: a missing or incomplete one."""
+    if repo_type != "dataset":
+        return {}
+    path = directory / CARD
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    kind = read_json(directory / MANIFEST, "manifest")["kind"]
+    complete = complete_card(text) if kind == "corpus" else text or _SHARDS_CARD
+    return {CARD: complete.encode()} if complete != text else {}
+
+
+def _commit(
+    api: Any, repo: str, repo_type: str, branch: str, directory: Path, names: list[str], card: dict[str, bytes]
+) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     there = api.list_repo_files(repo, repo_type=repo_type, revision=branch)
+    if CARD in card and CARD in there and not (directory / CARD).is_file():
+        names = [name for name in names if name != CARD]  # written by the repository's owner, or by an earlier push
     old = [name for name in there if name not in names and name.endswith(_OF_MODELS) and repo_type == "model"]
     operations = [
         *(CommitOperationDelete(name) for name in old),
-        *(CommitOperationAdd(name, str(directory / name)) for name in names),
+        *(CommitOperationAdd(name, card.get(name) or str(directory / name)) for name in names),
     ]
     commit = api.create_commit(
         repo, operations, commit_message=f"{directory.name}: {len(names)} files", repo_type=repo_type, revision=branch

@@ -7,15 +7,17 @@ from codeparrot_ds.system.files import parse_json, write_json
 from codeparrot_ds.tokenizer.encode import tokenizer_files
 from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
 
-_DEFAULT = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+# The only class that takes tokenizer.json as it is: others build a tokenizer of their own from its vocabulary.
+_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+_NOT_COPIED = ("auto_map", "added_tokens_decoder")  # code of the Hub; a copy of what tokenizer.json says
 
 
 def write_tokenizer(source: Path, directory: Path, seq_len: int) -> None:
     """Write the tokenizer of `source` into the directory of a model with a context of `seq_len` tokens.
 
-    Ids stay those of training. The limit and the end token become the model's, and nothing is truncated or padded, as
-    in training. special_tokens_map.json is not copied: it repeats tokenizer_config.json. Raises DataError when the
-    tokenizer is missing or damaged.
+    Ids stay those of training, whatever class the tokenizer's configuration names. The limit and the end token become
+    the model's, and nothing is truncated or padded, as in training. special_tokens_map.json is not copied: it repeats
+    tokenizer_config.json. Raises DataError when the tokenizer is missing or damaged.
     """
     files = tokenizer_files(source)
     tokenizer = parse_json(files[TOKENIZER_FILE], str(source / TOKENIZER_FILE), "tokenizer")
@@ -23,10 +25,11 @@ def write_tokenizer(source: Path, directory: Path, seq_len: int) -> None:
         write_json(directory / TOKENIZER_FILE, {**tokenizer, "truncation": None, "padding": None})
     else:
         (directory / TOKENIZER_FILE).write_bytes(files[TOKENIZER_FILE])
-    config = _DEFAULT
+    config = {}
     if TOKENIZER_CONFIG in files:
         config = parse_json(files[TOKENIZER_CONFIG], str(source / TOKENIZER_CONFIG), "tokenizer configuration")
     special = {f"{token}_token": EOS_TOKEN for token in ("bos", "eos")}
     if "pad_token" in config:
         special["pad_token"] = EOS_TOKEN
-    write_json(directory / TOKENIZER_CONFIG, {**config, "model_max_length": seq_len, **special})
+    kept = {key: value for key, value in config.items() if key not in _NOT_COPIED}
+    write_json(directory / TOKENIZER_CONFIG, {**kept, **_CLASS, "model_max_length": seq_len, **special})

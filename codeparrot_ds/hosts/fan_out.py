@@ -16,6 +16,7 @@ from typing import IO, TextIO
 
 from codeparrot_ds.hosts.hostfile import read_hostfile
 from codeparrot_ds.hosts.ssh import remote_script, ssh_command
+from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.system.jobs import die_with_parent
 
 
@@ -54,7 +55,7 @@ def launcher_command(slots: Mapping[str, int], master: str, port: int) -> list[s
     """Return the command of DeepSpeed's launcher, without the host's --node_rank and the program of the ranks."""
     world = base64.urlsafe_b64encode(json.dumps({host: list(range(count)) for host, count in slots.items()}).encode())
     options = [f"--world_info={world.decode()}", f"--master_addr={master}", f"--master_port={port}", "--quiet"]
-    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options]
+    return [sys.executable, "-u", "-m", LAUNCHER, *options]
 
 
 def copy_lines(host: str, output: IO[bytes], to: TextIO) -> None:

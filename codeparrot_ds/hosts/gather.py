@@ -56,7 +56,7 @@ def _fetch_from(host: str, checkpoint: Checkpoint, name: str) -> str | None:
     partial, digest, received = path.with_name(f"{path.name}.tmp"), xxhash.xxh3_128(), 0
     with tempfile.TemporaryFile() as errors, open(partial, "wb") as file:
         process = subprocess.Popen(
-            [*ssh_command(host), f"exec cat -- {shlex.quote(str(path))}"],
+            [*ssh_command(host), f"exec cat -- {shlex.quote(str(path.absolute()))}"],  # ssh starts in $HOME
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -5,9 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from codeparrot_ds.errors import ClusterError, list_problems
+from codeparrot_ds.hosts.working_directory import ancestors, is_runner
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
@@ -49,20 +48,13 @@ def check_launch_command(command_lines: Sequence[Sequence[str]] | None = None) -
     (nearest first). Raises ClusterError.
     """
     if command_lines is None:
-        command_lines = [_command_line(parent) for parent in psutil.Process().parents()]
+        command_lines = ancestors()
     for arguments in command_lines:
-        if any(Path(argument).name in ("deepspeed", "ds", "deepspeed.launcher.runner") for argument in arguments[:4]):
+        if is_runner(arguments):
             hostfile = _hostfile_option(arguments)
             if hostfile is not None:
                 read_hostfile(Path(hostfile))
             return
-
-
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
 
 
 def _hostfile_option(arguments: Sequence[str]) -> str | None:

@@ -12,19 +12,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from codeparrot_ds.errors import ClusterError, ConfigError
+from codeparrot_ds.errors import ClusterError, ConfigError, list_problems
 from codeparrot_ds.hosts import fan_out
 from codeparrot_ds.hosts.fan_out import launcher_command
 from codeparrot_ds.hosts.ssh import find_unreachable, kill_on, ssh_options
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.system.files import write_atomically
 from codeparrot_ds.system.gpus import visible_gpus
+from codeparrot_ds.system.jobs import say
 
 _SRUN_SECONDS = 15.0
 # Variables that ranks on other hosts need. Secrets are excluded: the values appear on command lines there.
 _FORWARDED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|TMPDIR|CUDA_HOME|(DS|GLOO|OMP|TORCH|HF|NCCL|FI|UCX|WANDB|TENSORBOARD|CODEPARROT)_\w+)"
+    r"(PATH|LD_LIBRARY_PATH|TMPDIR|CUDA_HOME|PYTHON\w+"
+    r"|(DS|GLOO|OMP|TORCH|HF|NCCL|FI|UCX|MV2|WANDB|MLFLOW|TENSORBOARD|CODEPARROT)_\w+)"
 )
+_PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # no shell changes it, nor pdsh
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 Command = tuple[
@@ -60,6 +63,12 @@ class Ssh:
             raise ConfigError(
                 "pdsh is not installed here. Install it (Debian: apt-get install pdsh), or use --launcher ssh."
             )
+        if self._pdsh and (problems := _unquoted_by_deepspeed()):
+            if launcher == "pdsh":
+                fix = "Rename them, or use --launcher ssh, which quotes them."
+                raise ConfigError(list_problems("with pdsh, DeepSpeed passes names to a shell unquoted", problems, fix))
+            say(f"using ssh instead of pdsh, for which DeepSpeed does not quote names: {'; '.join(problems)}")
+            self._pdsh = False
 
     def unreachable(self, hosts: Iterable[str]) -> dict[str, str]:
         """Return the hosts on which `true` cannot be run, with the reasons."""
@@ -89,15 +98,22 @@ class Ssh:
         return [sys.executable, "-m", fan_out.__name__, *options], {}
 
     def quote(self, argument: str) -> str:
-        """Quote for the shell that pdsh's ssh starts. DeepSpeed itself double-quotes arguments that contain a space."""
+        """Quote for pdsh and the shell of its ssh. DeepSpeed itself double-quotes arguments that contain a space."""
         if not self._pdsh:
             return argument
-        return _escape(argument, but='"') if " " in argument else shlex.quote(argument)
+        return _escape(argument, but='"') if " " in argument else shlex.quote(argument).replace("%", "%%")
 
 
 def _escape(text: str, but: str = "") -> str:
-    """Escape `text` for use between double quotes in a shell, except the characters in `but`, escaped later."""
-    return re.sub(r'["$\\`]', lambda found: found[0] if found[0] in but else f"\\{found[0]}", text)
+    """Escape `text` for pdsh, and for double quotes in a shell, except the characters in `but`, escaped later."""
+    escaped = re.sub(r'["$\\`]', lambda found: found[0] if found[0] in but else f"\\{found[0]}", text)
+    return escaped.replace("%", "%%")  # pdsh replaces %h, %n and %u
+
+
+def _unquoted_by_deepspeed() -> list[str]:
+    """Return the names that DeepSpeed's pdsh runner would pass to a shell unquoted although they need quotes."""
+    names = {"working directory": str(Path.cwd()), "Python interpreter": sys.executable}
+    return [f"the {what} {name!r}" for what, name in names.items() if not _PLAIN.fullmatch(name)]
 
 
 class Mpirun(Ssh):

@@ -3,10 +3,12 @@
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+
+from codeparrot_ds.hosts.working_directory import WorkingDirectory
 
 CONNECT_SECONDS = 5
 _MAX_AT_ONCE = 64
@@ -48,7 +50,7 @@ def ssh_command(host: str) -> list[str]:
 
 def remote_script(variables: Iterable[str], command: Sequence[str]) -> str:
     """Return a shell script that runs `command` in this directory with `variables` (NAME=VALUE, shell-quoted)."""
-    return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(variables)} {shlex.join(command)}"
+    return f"{WorkingDirectory.here().script()} && exec env {' '.join(variables)} {shlex.join(command)}"
 
 
 def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
@@ -81,8 +83,10 @@ def run_on_all(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[st
 
 
 def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Return the hosts on which `true` cannot be run, with the reasons."""
-    answers = run_on_all({host: ["true"] for host in hosts}, 2 * CONNECT_SECONDS)
+    """Return the hosts that do not answer, or lack this directory or this Python interpreter, with the reasons."""
+    python = shlex.quote(sys.executable)
+    script = f"{{ {WorkingDirectory.here().script()}; }} && {{ test -x {python} || ! echo {python}: not found; }} >&2"
+    answers = run_on_all({host: ["sh", "-c", script] for host in hosts}, 2 * CONNECT_SECONDS)
     return {host: answer.reason for host, answer in answers.items() if answer.code != 0}
 
 

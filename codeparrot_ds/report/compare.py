@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.run.changes import flatten
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.system.files import read_json
@@ -262,11 +263,11 @@ def _read_recipe(run: RunDirectory) -> dict[str, Any]:
         raise DataError(f"{run.path}: no run here: a run directory holds recipe.yaml and metrics.jsonl.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{run.recipe}: not valid YAML ({' '.join(str(error).split())}).") from None
-    recipe = _flatten(body)
+    recipe = flatten(body)
     if "batch.global_batch_size" not in recipe:
         raise DataError(f"{run.recipe}: not the recipe of a run: batch.global_batch_size is missing.")
     if run.ds_config.exists():
-        recipe |= _flatten({"ds_config": read_json(run.ds_config, "DeepSpeed JSON")})
+        recipe |= flatten({"ds_config": read_json(run.ds_config, "DeepSpeed JSON")})
     return recipe
 
 
@@ -275,16 +276,6 @@ def _read_rows(metrics: Path) -> list[dict[str, Any]]:
         return read_metrics(metrics)
     except UnicodeDecodeError as error:
         raise DataError(f"{metrics}: damaged: not UTF-8 text ({error}).") from None
-
-
-def _flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Flatten {"a": {"b": 1}} to {"a.b": 1}."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flatten(inner, f"{key}.{name}" if key else str(name))
-    return flat
 
 
 def _number(value: Any) -> float | None:

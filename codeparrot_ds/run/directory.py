@@ -98,6 +98,11 @@ class RunDirectory:
         return self.path / "incidents.jsonl"
 
     @property
+    def recipe_changes(self) -> Path:
+        """One JSON line per resume with other settings: its step, and old and new value of each key."""
+        return self.path / "recipe_changes.jsonl"
+
+    @property
     def skipped_ranges_file(self) -> Path:
         """Ranges of the data order that are skipped after loss spikes."""
         return self.path / "left_out.json"
@@ -228,6 +233,7 @@ class Checkpoint:
         loss_valid: validation loss at this step (nats per token), or None if not evaluated at this step.
         offload: where the optimizer state was kept: "none", "cpu" or "nvme".
         universal: True for one file per tensor, as `convert --to-universal` writes; False for per-rank files.
+        settings: recipe and DeepSpeed JSON that it was trained with, by dotted key (see changes.py); None if unknown.
     """
 
     path: Path
@@ -242,6 +248,7 @@ class Checkpoint:
     loss_valid: float | None
     offload: str = "none"
     universal: bool = False
+    settings: dict[str, Any] | None = None
 
     @property
     def run(self) -> RunDirectory:
@@ -258,7 +265,8 @@ class Checkpoint:
         """Read a checkpoint's manifest. Raises CheckpointError."""
         try:
             body = read_manifest(path, "checkpoint")
-            body = {"offload": "none", "universal": False, **body}  # version 0.1.0 did not write these keys
+            # Older versions did not write these keys.
+            body = {"offload": "none", "universal": False, "settings": None, **body}
             fields = {key: body[key] for key in cls.__dataclass_fields__ if key != "path"}
             for name in fields["files"]:  # files may be fetched from other hosts and written under these names
                 if Path(name).is_absolute() or ".." in Path(name).parts:

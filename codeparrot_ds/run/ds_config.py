@@ -7,32 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import ConfigError, list_problems
+from codeparrot_ds.run.ds_keys import TESTED, key_problems
 from codeparrot_ds.run.recipe import Recipe
 
-# Sections that duplicate recipe settings, or that DeepSpeed 0.19.8 accepts but ignores.
-_REFUSED = {
-    "optimizer": "the recipe's `optimizer` section sets it",
-    "scheduler": "the recipe's `schedule` section sets it",
-    "elasticity": "DeepSpeed 0.19.8 no longer supports elastic training",
-    "bfloat16": "the section is now called `bf16`, and the recipe's `engine.precision` sets it",
-    "amp": "the recipe's `engine.precision` sets it",
-    "torch_autocast": "the recipe's `engine.precision` sets it",
-    "checkpoint.writer": "DeepSpeed cannot load what this writer saves",
-}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON. Raises ConfigError."""
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_no_constant)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such DeepSpeed configuration. ds_configs/ has examples.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable DeepSpeed JSON ({error}).") from None
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration must be a JSON object.")
     return body
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(repeated)} appears twice in one section")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -59,11 +61,10 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         "data_types.grad_accum_dtype": "fp32",  # DeepSpeed's default with bf16 is bf16, which loses small gradients
     }
     resolved = deepcopy(dict(ds_config))
-    problems = [
-        f'{section}: {resolved.pop(section)!r}; must be a section, e.g. {{"enabled": "auto"}}.'
-        for section in ("bf16", "fp16", "data_types", "zero_optimization")
-        if not isinstance(resolved.setdefault(section, {}), dict)
-    ]
+    not_admitted, problems = key_problems(resolved, recipe.engine.allow_untested), list[str]()
+    for section in ("bf16", "fp16", "data_types", "zero_optimization"):
+        if not isinstance(resolved.setdefault(section, {}), dict):
+            del resolved[section]
     for section in _OFFLOADS:
         key = f"zero_optimization.{section}.nvme_path"
         if _get(resolved, f"zero_optimization.{section}.device") == "nvme" and recipe.swap_directory is not None:
@@ -75,15 +76,13 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         given = _get(resolved, key)
         if given is None or given == "auto":
             _set(resolved, key, value)
-        elif given != value:
+        elif given != value and TESTED[key].contains(given):
             problems.append(f'{key}: {given!r}, but the recipe sets {value!r}. Use "auto" or the same value.')
-    for key, reason in _REFUSED.items():
-        if _get(resolved, key) is not None:
-            problems.append(f"{key}: remove it; {reason}.")
+    problems += not_admitted
     problems += [f'{key}: "auto", but the recipe has no value for it. Set a value.' for key in _autos(resolved)]
     stage = _get(resolved, "zero_optimization.stage")
-    if stage not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage: {stage!r}; must be 0, 1, 2 or 3.")
+    if stage is None and "stage" not in resolved["zero_optimization"]:
+        problems.append("zero_optimization.stage: None; must be 0, 1, 2 or 3.")
     elif stage == 0 and recipe.engine.precision != "fp32":
         problems.append(
             f"zero_optimization.stage: 0 cannot accumulate {recipe.engine.precision} gradients in fp32. Use 1."

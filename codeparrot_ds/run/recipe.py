@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from codeparrot_ds.errors import ConfigError, list_problems
+from codeparrot_ds.run.changes import FIXED, ON_RESUME, flatten
 from codeparrot_ds.run.sections import (
     Batch,
     Checkpoints,
@@ -83,12 +84,9 @@ class Recipe(Section):
 
     def identity(self, shards_digest: str) -> dict[str, Any]:
         """Settings that must not change when a run resumes from a checkpoint, by their user-facing names."""
-        return {
-            "model": self.model.model_dump(mode="json", exclude={"activation_checkpointing", "init_from"}),
-            "seed": self.seed,
-            "batch.global_batch_size": self.batch.global_batch_size,
-            "digest of data.shards": shards_digest,
-        }
+        flat = flatten(self._with_absolute_paths().model_dump(mode="json"))
+        fixed = {key: flat[key] for key, rule in ON_RESUME.items() if rule == FIXED and key != "data.shards"}
+        return {**fixed, "digest of data.shards": shards_digest}
 
     def to_yaml(self) -> str:
         """The recipe as YAML, including all defaults."""
@@ -96,19 +94,26 @@ class Recipe(Section):
 
     def resolved(self, ds_config: Path) -> "Recipe":
         """This recipe with absolute paths and the resolved DeepSpeed JSON `ds_config`, valid in any directory."""
+        recipe = self._with_absolute_paths()
+        return recipe.model_copy(
+            update={"engine": recipe.engine.model_copy(update={"deepspeed": ds_config.resolve()})},
+        )
+
+    def _with_absolute_paths(self) -> "Recipe":
+        init_from = self.model.init_from
         return self.model_copy(
             update={
                 "runs": self.runs.resolve(),
+                "model": self.model.model_copy(
+                    update={"init_from": None if init_from is None else init_from.absolute()}
+                ),
                 "data": Data(
                     shards={path.resolve(): weight for path, weight in self.data.shards.items()}
                     if isinstance(self.data.shards, dict)
                     else self.data.shards.resolve()
                 ),
                 "engine": self.engine.model_copy(
-                    update={
-                        "deepspeed": ds_config.resolve(),
-                        "nvme": None if self.engine.nvme is None else self.engine.nvme.absolute(),
-                    }
+                    update={"nvme": None if self.engine.nvme is None else self.engine.nvme.absolute()}
                 ),
             }
         )

@@ -250,6 +250,7 @@ class Engine(Section):
         nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
         loss_chunk_tokens: compute the logits and the loss for this many tokens at a time, to limit memory.
         compile: apply torch.compile to the model's blocks.
+        allow_untested: dotted keys of the DeepSpeed JSON to accept although they are not tested with this package.
     """
 
     deepspeed: Path
@@ -257,6 +258,7 @@ class Engine(Section):
     nvme: Path | None = None
     loss_chunk_tokens: Positive = 4096
     compile: bool = False
+    allow_untested: tuple[str, ...] = ()
 
 
 class Evaluation(Section):

@@ -18,20 +18,25 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.documents.document import BadDocument, Document
-from codeparrot_ds.documents.inputs import deal, find_inputs, text_bytes
-from codeparrot_ds.documents.read import Piece, read_documents, require_document
+from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
+from codeparrot_ds.documents.piece import Piece
+from codeparrot_ds.documents.read import read_documents, require_document
+from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.identity import finished_shards, sources_of, versions_of
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.lossless import require_lossless
 from codeparrot_ds.tokenizer.proof import record_proof
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
-QUARANTINE = "quarantine.jsonl"
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
 _BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the CPU caches
@@ -41,7 +46,6 @@ _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
 _DIGEST_SPACE = 1 << 32
 _REFEREE_EVERY = 1000  # about one in 1000 documents is also encoded by the reference encoder
 _REFEREE_CHARACTERS = 1 << 16  # largest document it checks: each character takes 150 bytes and half a microsecond
-_LISTED_SOURCES = 10_000
 _PRELOAD = "codeparrot_ds.shards.preload"
 
 
@@ -97,14 +101,18 @@ def build(
 
     Raises:
         ConfigError: invalid option, no permission, or disk too small.
-        DataError: damaged input, or `output` contains other shards.
+        DataError: damaged input, a tokenizer that loses text, or `output` contains other shards.
         ClusterError: workers were lost permanently.
     """
     options = options or BuildOptions()
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
-    pieces = find_inputs(arguments, options.suffix)
+    found = search_inputs(arguments, options.suffix)
+    pieces = found.pieces
     text = sum(map(text_bytes, pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
+    changes = require_lossless(referee, tokenizer)
+    if changes:
+        say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
     manifest = Manifest(
         directory=output,
         vocab_size=referee.vocab_size,
@@ -113,18 +121,21 @@ def build(
         dtype=dtype_for(referee.vocab_size).name,
         shards=(),
         inputs=arguments,
-        sources=_sources(pieces),
+        sources=sources_of(pieces),
         options={
             "text_field": options.text_field,
             "suffix": options.suffix,
             "valid_fraction": options.valid_fraction,
             "shard_tokens": options.shard_tokens or _shard_tokens(text),
             "on_bad_document": options.on_bad_document,
+            **({"text_changes": changes} if changes else {}),
         },
+        skipped_files=count_reasons(found.skipped),
     )
+    files = versions_of(pieces)
     # An absolute path, because workers may run in another directory.
     target = open_directory(output if is_remote(output) else Path(output).resolve())
-    if finished := _finished(target, manifest):
+    if finished := finished_shards(target, manifest, files):
         _clean(target)  # a process may have been killed after writing the manifest
         return finished
     target.make()
@@ -133,7 +144,7 @@ def build(
         ids_bytes = text / BYTES_PER_TOKEN * dtype_for(referee.vocab_size).itemsize
         require_free_space(target.path, int(ids_bytes) - existing_bytes, "the shards")
     with _lock(target, options.part):
-        if finished := _finished(target, manifest):  # by the process that held the lock
+        if finished := finished_shards(target, manifest, files):  # by the process that held the lock
             return finished
         target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
         chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, options.text_field)
@@ -157,40 +168,17 @@ def build(
         )
         for _ in progress(results, "encoding", len(mine), "task", done=len(mine) - len(unfinished)):
             pass
-        return _finish(tasks, labels, target, manifest, tokenizer, alone=options.part is None)
+        beside = {
+            REJECTED: encode_skipped(found.skipped),
+            INPUTS_RECORD: encode_record(files),
+            **{f"tokenizer/{name}": data for name, data in tokenizer_files(tokenizer).items()},
+        }
+        return _finish(tasks, labels, target, manifest, beside, alone=options.part is None)
 
 
 def _shard_tokens(text: float) -> int:
     """Default shard size (tokens): few enough shards to open all of them, enough to distribute the work."""
     return int(min(max(text / BYTES_PER_TOKEN / _TASKS, _MIN_SHARD_TOKENS), _MAX_SHARD_TOKENS))
-
-
-def _sources(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """The input files for the manifest; for very many (a folder of source files) only their number and digest."""
-    sources = [
-        {"name": p.name, "bytes": p.size, **({"xxh3_128": p.digest} if p.digest else {})}
-        for p in pieces
-        if p.start == 0
-    ]
-    if len(sources) <= _LISTED_SOURCES:
-        return sources
-    size = sum(piece.size for piece in pieces)
-    return [{"name": f"{len(sources):,} files", "bytes": size, "xxh3_128": digest_json(sources)}]
-
-
-def _finished(target: Directory, wanted: Manifest) -> Manifest | None:
-    """The manifest in `target`, or None. Raises DataError when its shards were built with other options or inputs."""
-    if not target.exists(MANIFEST):
-        return None
-    found = Manifest.read(wanted.directory)
-    keys = ("tokenizer_digest", "options", "sources")
-    differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
-    if differing:
-        raise DataError(
-            f"{target}: contains finished shards that were built with different options (differing: "
-            f"{', '.join(differing)}). Name another output directory, or remove this one."
-        )
-    return found
 
 
 def _lock(target: Directory, part: Slice | None) -> Any:
@@ -228,12 +216,14 @@ def _build_one(task: _Task) -> int:
         splits = {split: _Split(encoder, referee, writer) for split, writer in writers.items()}
         for piece in task.pieces:
             for read in read_documents(piece, job.text_field):
-                receipt.read += 1
                 if isinstance(read, BadDocument):
                     if not job.skip_bad:
                         require_document(read)
+                    receipt.read += read.documents
                     receipt.quarantined.append(read)
-                elif not read.text:
+                    continue
+                receipt.read += 1
+                if not read.text:
                     receipt.empty += 1
                 else:
                     digest = xxhash.xxh3_128_intdigest(read.text.encode())
@@ -313,9 +303,18 @@ class _Split:
 
 
 def _finish(
-    tasks: Sequence[_Task], labels: set[str], target: Directory, manifest: Manifest, tokenizer: Path, *, alone: bool
+    tasks: Sequence[_Task],
+    labels: set[str],
+    target: Directory,
+    manifest: Manifest,
+    beside: dict[str, bytes],
+    *,
+    alone: bool,
 ) -> Manifest | None:
-    """Write the manifest if every task has a receipt. Several slices may do so concurrently with the same result."""
+    """Write the manifest if every task has a receipt. Several slices may do so concurrently with the same result.
+
+    `beside` is the content of the other files, by name; those without content are removed.
+    """
     receipts = [_read_receipt(task, labels) for task in tasks]
     if target.exists(MANIFEST):  # another slice was faster, and has removed receipts
         return Manifest.read(manifest.directory)
@@ -335,7 +334,7 @@ def _finish(
         "read": sum(receipt.read for receipt in kept),
         "written": sum(shard.documents for shard in shards),
         "empty": sum(receipt.empty for receipt in kept),
-        "quarantined": len(quarantined),
+        "quarantined": sum(bad.documents for bad in quarantined),
     }
     assert documents["read"] == documents["written"] + documents["empty"] + documents["quarantined"], documents
     manifest = dataclasses.replace(manifest, shards=tuple(shards), documents=documents)
@@ -346,7 +345,8 @@ def _finish(
                 f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
             )
     try:
-        _publish(target, manifest, quarantined, tokenizer)
+        lines = b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined)
+        _publish(target, manifest, {**beside, QUARANTINE: lines})
     except FileNotFoundError:  # another slice has finished meanwhile and removed our scratch files
         if not target.exists(MANIFEST):
             raise
@@ -354,14 +354,13 @@ def _finish(
     return manifest
 
 
-def _publish(target: Directory, manifest: Manifest, quarantined: Sequence[BadDocument], tokenizer: Path) -> None:
+def _publish(target: Directory, manifest: Manifest, beside: dict[str, bytes]) -> None:
     """Write the files that accompany the shards, the manifest last."""
-    if quarantined:
-        target.write(QUARANTINE, b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined))
-    else:
-        target.remove(QUARANTINE)  # from a killed run on an input that was fixed since
-    for name, data in tokenizer_files(tokenizer).items():
-        target.write(f"tokenizer/{name}", data)
+    for name, data in beside.items():
+        if data:
+            target.write(name, data)
+        else:
+            target.remove(name)  # from a killed run on an input that was fixed since
     listed = {f"{shard.name}{suffix}" for shard in manifest.shards for suffix in shard.files}
     for name in target.names():  # left by an unfinished build with other tasks; readers of *.bin would read them too
         if _SHARD_FILE.fullmatch(name) and name not in listed:

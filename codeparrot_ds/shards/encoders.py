@@ -11,6 +11,7 @@ from codeparrot_ds.documents.document import Document
 from codeparrot_ds.documents.read import Piece, read_documents
 from codeparrot_ds.errors import DataError, UserError
 from codeparrot_ds.system.jobs import run_apart
+from codeparrot_ds.tokenizer.cases import uncovered
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome
 
@@ -22,7 +23,7 @@ def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: S
 
     The proof, if needed, runs in a separate process, because it takes a few hundred megabytes for some seconds.
     """
-    if known_outcome(referee) is not None or wanted == "tokenizers":
+    if known_outcome(referee) is not None or uncovered(referee.parts) is not None or wanted == "tokenizers":
         return choose_encoder(tokenizer, referee, wanted, [])
     files = [piece for piece in pieces if piece.kind != "hub"]
     sample = files[:: -(-len(files) // _SAMPLE_FILES) or 1]

@@ -9,7 +9,7 @@ A shard is a byte-compatible Megatron-LM indexed dataset plus a provenance table
 Source of the `.idx` layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py:
     9 s magic, u64 version 1, u8 dtype code, u64 sequences, u64 documents + 1,
     int32 length [sequences] (tokens), int64 offset [sequences] (bytes), int64 first sequence [documents + 1].
-We store one sequence per document.
+We store one sequence per document; other software may store several, e.g. sentences.
 """
 
 import struct
@@ -38,7 +38,8 @@ from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, Scr
 SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron-LM's codes
+# Megatron-LM's codes. Our shards have the types int32 and uint16.
+_DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 _UINT16_VOCAB_LIMIT = 65_500  # Megatron-LM's limit for 16-bit ids, below 65,536
 _PROVENANCE = ("repository", "path", "licence", "source")
 _WRITE_BACK_BYTES = 1 << 20
@@ -172,42 +173,71 @@ class ShardIndex:
 
     Attributes:
         dtype: of the ids.
-        lengths: tokens of each document, [documents] int32.
-        offsets: byte offset of each document, [documents] int64.
+        lengths: tokens of each document, [documents] int64, without empty ones.
+        empty: number of documents without a token.
+        sequence_lengths: tokens of each sequence, [sequences] int32; a document is one or several.
+        sequence_offsets: byte offset of each sequence, [sequences] int64.
     """
 
     dtype: np.dtype
     lengths: np.ndarray
-    offsets: np.ndarray
+    empty: int
+    sequence_lengths: np.ndarray
+    sequence_offsets: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.lengths.sum(dtype=np.int64))
 
     def is_contiguous(self) -> bool:
-        """Whether each document starts where the previous one ends, and the first at 0."""
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        return bool(len(ends) == 0 or (self.offsets[0] == 0 and np.array_equal(self.offsets[1:], ends[:-1])))
+        """Whether each sequence starts where the previous one ends, and the first at 0."""
+        ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
+        offsets = self.sequence_offsets
+        return bool(len(ends) == 0 or (offsets[0] == 0 and np.array_equal(offsets[1:], ends[:-1])))
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Parse a `.idx` file. Raises DataError when it is not one, or is truncated."""
+    """Parse a `.idx` file. Raises DataError when it is not one, or is damaged."""
     return parse_index(path.read_bytes(), str(path))
 
 
 def parse_index(data: bytes, path: str) -> ShardIndex:
-    """Parse `data`, the content of the `.idx` file `path`. Raises DataError when it is not one, or is truncated."""
+    """Parse `data`, the content of the `.idx` file `path`. Raises DataError when it is not one, or is damaged."""
+    if data.startswith(b"TNTIDX"):
+        raise DataError(f"{path}: an index of an old format (TNTIDX). Preprocess the text again with Megatron-LM.")
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise DataError(f"{path}: not a Megatron-LM index (it does not start with {_MAGIC!r}).")
     _, version, code, sequences, documents = _HEADER.unpack_from(data)
     names = {number: name for name, number in _DTYPE_CODES.items()}
     if version != 1 or code not in names:
         raise DataError(
-            f"{path}: index version {version} with dtype code {code} is not supported; must be version 1 with uint16 "
-            "or int32."
+            f"{path}: index version {version} with dtype code {code} is not supported; must be version 1 with one of "
+            f"{', '.join(_DTYPE_CODES)}."
         )
     expected = _HEADER.size + sequences * (4 + 8) + documents * 8
+    if len(data) == expected + sequences and sequences:
+        raise DataError(f"{path}: the index of a multimodal dataset, which is not supported.")
+    if len(data) == _HEADER.size - 8 + sequences * (4 + 8):
+        raise DataError(f"{path}: a fairseq index, which has no documents. Preprocess the text with Megatron-LM.")
     if len(data) != expected:
         raise DataError(f"{path}: {len(data):,} bytes; its header requires {expected:,}. Copy it again.")
-    lengths = np.frombuffer(data, "<i4", sequences, _HEADER.size)
+    sequence_lengths = np.frombuffer(data, "<i4", sequences, _HEADER.size)
     offsets = np.frombuffer(data, "<i8", sequences, _HEADER.size + 4 * sequences)
-    return ShardIndex(np.dtype(names[code]).newbyteorder("<"), lengths, offsets)
+    first_sequences = np.frombuffer(data, "<i8", documents, _HEADER.size + 12 * sequences)
+    if (
+        documents == 0
+        or first_sequences[0] != 0
+        or first_sequences[-1] != sequences
+        or (np.diff(first_sequences) < 0).any()
+        or (sequence_lengths < 0).any()
+    ):
+        raise DataError(f"{path}: its sequences cannot be divided into documents as it states. Copy it again.")
+    ends = np.concatenate([[0], np.cumsum(sequence_lengths, dtype=np.int64)])
+    lengths = np.diff(ends[first_sequences])
+    full = lengths[lengths > 0]
+    dtype = np.dtype(names[code]).newbyteorder("<")
+    return ShardIndex(dtype, full, len(lengths) - len(full), sequence_lengths, offsets)
 
 
 def read_provenance(data: bytes, path: str) -> list[Document]:
@@ -243,6 +273,7 @@ class Manifest:
         sources: the input files, `{"name", "bytes"}` each.
         options: the build options that determine the output bytes.
         documents: counts; "read" = "written" + "quarantined" + "empty".
+        skipped_files: input files that were not read, counted by reason; `rejected.jsonl` names them.
     """
 
     directory: Address
@@ -255,6 +286,7 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
+    skipped_files: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         """The shards of one split, in order."""
@@ -289,6 +321,7 @@ class Manifest:
             "tokenizer_digest": self.tokenizer_digest,
             "options": self.options,
             "documents": self.documents,
+            "skipped_files": self.skipped_files,
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "inputs": self.inputs,
             "sources": self.sources,
@@ -310,6 +343,7 @@ class Manifest:
             return cls(
                 directory=store.path if isinstance(store, LocalDirectory) else directory,
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
+                skipped_files=body.get("skipped_files", {}),  # absent from shards of earlier versions
                 **{
                     key: body[key]
                     for key in (

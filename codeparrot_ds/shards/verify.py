@@ -140,7 +140,7 @@ def _documents_of(manifest: Manifest, shard: ShardInfo | None) -> Iterator[tuple
     index = read_index(manifest.path(shard, ".idx"))
     path = manifest.path(shard, ".docs.parquet")
     provenance = read_provenance(path.read_bytes(), str(path))
-    starts = index.offsets // index.dtype.itemsize
+    starts = np.cumsum(index.lengths) - index.lengths
     for start, length, document in zip(starts, index.lengths, provenance, strict=True):
         yield ids[start : start + length], document
 

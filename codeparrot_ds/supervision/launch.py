@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeparrot_ds.errors import EXIT_CRASHED, ClusterError, ConfigError
+from codeparrot_ds.hosts.working_directory import WorkingDirectory
 from codeparrot_ds.run.directory import RunDirectory, step_of
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop, sleep_unless
@@ -85,7 +86,8 @@ class _Job:
         shown = [f"{key}={value}" for key, value in start.extra.items()]
         say(f"$ {shlex.join([*shown, *command])}")
         attempt = Attempt(start.address, start.slots, start.kill)
-        supervised = [*command, "--supervisor", str(attempt.supervisor)]
+        directory = WorkingDirectory.here().encode()
+        supervised = [*command, "--supervisor", str(attempt.supervisor), "--directory", directory]
         return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.restart_reason), list(start.slots)
 
     def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:

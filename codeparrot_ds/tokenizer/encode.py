@@ -1,17 +1,21 @@
 """Exact encoding of documents into token ids: `tokenizers` as the reference, and the much faster `fastokens`."""
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
 from codeparrot_ds.system.jobs import threads
-from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
+from codeparrot_ds.tokenizer.parts import Parts
+from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 
 class Encoder:
@@ -26,14 +30,9 @@ class Encoder:
 
     def __init__(self, directory: Path) -> None:
         """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged or has no end token."""
-        from tokenizers import Tokenizer
-
         self.digest = tokenizer_digest(directory)
         path = directory / TOKENIZER_FILE
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception on a bad file
-            raise DataError(f"{path}: not a tokenizer ({error}).") from None
+        self._tokenizer = load_tokenizer(directory)
         # A literal "<|endoftext|>" inside a document is text: encode it as such, never as the end token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a tokenizer.json may enable truncation or padding, which alter documents
@@ -51,7 +50,14 @@ class Encoder:
 
         Adds no end tokens.
         """
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:  # a Rust panic is not an Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"{self.label} failed on a text ({error}). Its added tokens may overlap: remove lstrip and rstrip."
+            ) from None
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
         return np.concatenate(ids) if ids else np.empty(0, np.uint32), ends
@@ -63,6 +69,28 @@ class Encoder:
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`, [tokens] of any integer type; incomplete UTF-8 characters become U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The tokenizer's components as loaded."""
+        return Parts.parse(self._tokenizer.to_str())
+
+    def lost_by(self, text: str) -> str:
+        """The component because of which `text` does not come back, and what it does: "model BPE drops"."""
+        model, tokenizer = self.parts.model, self._tokenizer
+        pieces = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        if tokenizer.pre_tokenizer:
+            split = tokenizer.pre_tokenizer.pre_tokenize_str(pieces)
+            if sum(end - start for _, (start, end) in split) < len(pieces):
+                return f"pre-tokenizer {' + '.join(part['type'] for part in self.parts.pre_tokenizers)} removes"
+            pieces = "".join(piece for piece, _ in split)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+        if unknown is not None and tokenizer.token_to_id(unknown) in encoding.ids:
+            return f"model {model['type']} has no tokens for, and encodes as {unknown},"
+        if set(pieces) - set("".join(encoding.tokens)) and not model.get("byte_fallback"):
+            return f"model {model['type']} without unk_token has no tokens for, and drops,"
+        return "normalizer or decoder does not restore"
 
     def tokens(self) -> list[str]:
         """The text of every token in the vocabulary, indexed by id."""
@@ -126,12 +154,37 @@ def fast_label() -> str:
         return "fastokens none"
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """`directory`/tokenizer.json as a `tokenizers.Tokenizer`. Raises DataError."""
+    from tokenizers import Tokenizer
+
+    path = directory / TOKENIZER_FILE
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception on a bad file
+        raise DataError(f"{path}: not a tokenizer ({error}).") from None
+
+
 def tokenizer_digest(directory: Path) -> str:
     """xxh3-128 of `directory`/tokenizer.json. Raises DataError when it is missing."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         raise DataError(f"{path}: no such file. Create it with `codeparrot-ds tokenizer train`.")
     return digest_file(path)
+
+
+def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
+    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing.
+
+    Compares what determines ids: vocabulary, merges, added tokens, normalizer and pre-tokenizer.
+    """
+
+    def determines_ids(path: Path) -> list[Any]:
+        body = json.loads(load_tokenizer(path).to_str())  # as this version writes it, whichever version wrote the file
+        return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+
+    if determines_ids(directory) != determines_ids(other):
+        raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -148,7 +201,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """The Hugging Face files of a tokenizer directory: name -> content. Raises DataError when there is no tokenizer."""
     if not (directory / TOKENIZER_FILE).is_file():
         raise DataError(f"{directory / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
-    names = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
+    names = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json")
     return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
 
 

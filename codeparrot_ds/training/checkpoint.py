@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ import torch
 
 from codeparrot_ds.checkpoint.zero import rank_of_file
 from codeparrot_ds.errors import CheckpointError, list_problems
+from codeparrot_ds.run.changes import ENGINE, ON_RESUME, flatten
 from codeparrot_ds.run.directory import Checkpoint, RunDirectory, classes_in_checkpoints, step_of
 from codeparrot_ds.system.files import digest_file, flush_to_disk
 from codeparrot_ds.training import disks, reshard
-from codeparrot_ds.training.engine import silence_prints
+from codeparrot_ds.training.engine import keep_settings, silence_prints
 from codeparrot_ds.training.metrics import log
 from codeparrot_ds.training.ranks import Ranks
+from codeparrot_ds.training.settings import changes_since
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,19 @@ def _list_files(directory: Path, rank: int, digested: dict[Path, dict[str, Any]]
     return files
 
 
-def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint's model, data, etc. match `wanted`, a `Recipe.identity`."""
-    saved = checkpoint.identity
+def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+    """Raise CheckpointError unless the checkpoint's model, data, etc. match `wanted`, a `Recipe.identity`.
+
+    Args:
+        checkpoint: to resume from. Its identity has fewer keys if an older version wrote it.
+        wanted: the identity of the run.
+        settings: of the checkpoint, for such keys, if known.
+    """
+    saved = {**(settings or {}), **flatten(checkpoint.identity)}
     problems = [
-        f"{key}: saved with {saved.get(key)}, now {value}" for key, value in wanted.items() if saved.get(key) != value
+        f"{key}: saved with {saved.get(key)}, now {value}"
+        for key, value in wanted.items()
+        if saved.get(key, value if key in ON_RESUME else None) != value
     ]
     if problems:
         fix = "Resume with the settings it was saved with, or start a run under another name (--set name=…)."
@@ -233,10 +243,10 @@ def check_identity(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
 def load_checkpoint(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks: Ranks) -> None:
     """Load weights and optimizer state. No pickle that could run code is loaded. Collective: all ranks must call.
 
-    `like` describes what this run would save. A checkpoint with a different ZeRO stage, world size, precision or
-    location of the optimizer state is loaded parameter by parameter, and so is any with optimizer state on NVMe:
-    DeepSpeed 0.19.8 copies its files back, but does not restore AdamW's step, drops its moments, and leaves groups
-    below 1 MiB as initialized.
+    `like` describes what this run would save. A checkpoint with a different ZeRO stage, world size, precision, location
+    of the optimizer state or other `zero_optimization` settings (some of which order its tensors) is loaded parameter
+    by parameter, and so is any with optimizer state on NVMe: DeepSpeed 0.19.8 copies its files back, but does not
+    restore AdamW's step, drops its moments, and leaves groups below 1 MiB as initialized.
     """
     layout = ("zero_stage", "world_size", "precision", "offload")
     differing = [name for name in layout if getattr(checkpoint, name) != getattr(like, name)]
@@ -249,7 +259,10 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks
                 getattr(checkpoint, name),
                 getattr(like, name),
             )
-    by_parameter = bool(differing) or checkpoint.universal or checkpoint.offload == "nvme"
+    zero_changed = any(
+        key.startswith(f"{ENGINE}zero_optimization.") for key in changes_since(checkpoint, like.settings or {})
+    )
+    by_parameter = bool(differing) or zero_changed or checkpoint.universal or checkpoint.offload == "nvme"
     if ranks.on_many_disks:
         needed = [name for name in checkpoint.files if by_parameter or rank_of_file(name) in (None, ranks.rank)]
         disks.fetch(checkpoint, ranks, needed)
@@ -257,7 +270,7 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint, like: Checkpoint, ranks
         reshard.load_resharded(engine, checkpoint, ranks)
         return
     torch.serialization.add_safe_globals(classes_in_checkpoints())
-    with silence_prints():
+    with silence_prints(), keep_settings(engine):
         path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if path is None or state["samples_seen"] != checkpoint.samples_seen:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed could not load it. Remove it to resume from an older one.")

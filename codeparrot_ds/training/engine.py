@@ -51,6 +51,40 @@ def forget_trace(engine: Any) -> None:
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # wrapped by DeepSpeed's profiling decorator
 
 
+@contextlib.contextmanager
+def keep_settings(engine: Any) -> Iterator[None]:
+    """Keep the engine's own settings while DeepSpeed loads a checkpoint.
+
+    DeepSpeed 0.19.8 replaces AdamW's hyperparameters, the clipping norm (at stages 1 and 2) and the settings of the
+    loss scaler by those that the checkpoint was saved with.
+    """
+    optimizer = engine.optimizer
+    groups = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    kept = {name: getattr(optimizer, name) for name in ("clip_grad", "dynamic_loss_scale") if hasattr(optimizer, name)}
+    scaler = getattr(optimizer, "loss_scaler", None)
+    yield
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    for name, value in kept.items():
+        setattr(optimizer, name, value)
+    if scaler is not None:
+        saved, optimizer.loss_scaler = optimizer.loss_scaler, scaler
+        continue_loss_scale(scaler, saved)
+
+
+def continue_loss_scale(scaler: Any, saved: Any) -> None:
+    """Continue the search for a loss scale where `saved` was, with the settings of `scaler`.
+
+    A scaler with a constant scale, or one that follows a constant scale, is left as it is.
+    """
+    if scaler is saved or not (scaler.dynamic and saved.dynamic):
+        return
+    for name in ("cur_iter", "last_overflow_iter"):
+        setattr(scaler, name, getattr(saved, name))
+    scaler.cur_scale = max(saved.cur_scale, scaler.min_scale)
+    scaler.cur_hysteresis = min(saved.cur_hysteresis, scaler.delayed_shift)
+
+
 def _adamw(groups: list[dict[str, Any]], settings: Optimizer, offloaded: bool) -> Any:
     import deepspeed
     import torch

@@ -20,8 +20,9 @@ import torch
 
 from codeparrot_ds.errors import EXIT_CRASHED, TrainingError
 from codeparrot_ds.hosts.lifeline import Lifeline
+from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.training.metrics import log
-from codeparrot_ds.training.ranks import LAUNCHER, Ranks
+from codeparrot_ds.training.ranks import Ranks
 
 _POLL_SECONDS = 1.0
 _FIRST_STEP = 3.0  # factor on the limit: the first step compiles, allocates, and waits for slow disks

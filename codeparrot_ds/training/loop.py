@@ -31,6 +31,7 @@ from codeparrot_ds.training.guards import (
 from codeparrot_ds.training.metrics import Instant, Metrics, Step, log, peak_memory_bytes, read_tensors
 from codeparrot_ds.training.ranks import Ranks
 from codeparrot_ds.training.resume import find_resume_point
+from codeparrot_ds.training.settings import record_changes
 
 _GO_BACK_STEPS = 8  # steps up to a spike whose samples may have caused it
 _MAX_GO_BACKS = 5
@@ -49,6 +50,7 @@ class Trainer:
         step: optimizer steps taken.
         skipped_ranges: ranges of the sample order that are not trained on.
         on_published: called with the step of each published checkpoint; on rank 0 only.
+        settings: of the run, stored in its checkpoints; see changes.py.
         loss_valid: latest validation loss, nats per token; None before the first evaluation.
     """
 
@@ -65,6 +67,7 @@ class Trainer:
     step: int = 0
     skipped_ranges: list[tuple[int, int]] = field(default_factory=list)
     on_published: Callable[[int], None] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     loss_valid: float | None = None
     _unlogged: list[Step] = field(default_factory=list)
     _go_backs: int = 0
@@ -268,6 +271,7 @@ class Trainer:
         """Resume from `checkpoint`. Collective: all ranks must call."""
         self.watchdog.beat(f"loading {checkpoint.path.name}", 10.0)
         checkpoints.load_checkpoint(self.engine, checkpoint, self.checkpoint(), self.ranks)
+        self.ranks.call(record_changes, self.run, self.ranks, checkpoint, self.settings)
         self.step = self._saved_step = checkpoint.step
         self._skipped = SkippedSteps(self.recipe.guards.max_skipped_steps, self.engine.skipped_steps)
         self._spikes = SpikeDetector(self.recipe.guards.spike_threshold)
@@ -350,6 +354,7 @@ class Trainer:
             files={},
             loss_valid=self.loss_valid if evaluated else None,
             offload=self.offload,
+            settings=self.settings,
         )
 
     def save(self, last: bool = False) -> None:

@@ -27,6 +27,8 @@ from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.system.files import make_directory, require_free_space
 from codeparrot_ds.system.launched import local_world_size
+from codeparrot_ds.tokenizer.encode import require_same_encoding
+from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is rejected before it is loaded
     from codeparrot_ds.training.ranks import Ranks
@@ -64,6 +66,10 @@ def check_shards(recipe: Recipe) -> Dataset:
             f"{manifest.directory}: its tokenizer has {manifest.vocab_size:,} tokens, but model.vocab_size is "
             f"{recipe.model.vocab_size:,}. Set model.vocab_size={manifest.vocab_size}, or use matching shards."
         )
+    start = recipe.model.init_from
+    if start is not None and (start / TOKENIZER_FILE).exists():  # weights may come alone, or be gone when a run resumes
+        fix = "The weights of model.init_from know other ids: build the shards with its tokenizer."
+        require_same_encoding(next(iter(recipe.data.sources)) / "tokenizer", start, fix)
     return data
 
 

@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from codeparrot_ds.errors import ClusterError, UserError, list_problems
+from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.system.files import as_user_error
 from codeparrot_ds.system.launched import local_world_size
 from codeparrot_ds.system.network import free_port
 from codeparrot_ds.system.processes import kill_with_parent
-
-LAUNCHER = "deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks of a host
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, SavedState, open_state
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.run.directory import Checkpoint
+from codeparrot_ds.training.engine import continue_loss_scale
 from codeparrot_ds.training.ranks import Ranks
 
 
@@ -56,8 +57,8 @@ def load_resharded(engine: Any, checkpoint: Checkpoint, ranks: Ranks) -> None:
     engine.global_samples = saved.model_state["global_samples"]
     engine.skipped_steps = saved.model_state["skipped_steps"]
     scaler = saved.loss_scaler()
-    if scaler is not None and hasattr(engine.optimizer, "loss_scaler") and scaler.dynamic:
-        engine.optimizer.loss_scaler = scaler
+    if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
+        continue_loss_scale(engine.optimizer.loss_scaler, scaler)
 
 
 def _read(saved: SavedState, flat: torch.Tensor, fragments: list[_Fragment], what: str) -> torch.Tensor:

@@ -13,12 +13,12 @@ import numpy as np
 import psutil
 
 from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
+from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import skip_ranges
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.system.files import digest_bytes
-from codeparrot_ds.training.ranks import LAUNCHER
 from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run
 from tests.forked_ranks import ForkedJob, ForkServer
 

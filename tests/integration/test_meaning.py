@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
-from codeparrot_ds.errors import CheckpointError, ConfigError
+from codeparrot_ds.errors import CheckpointError, ConfigError, DataError
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.export.certificate import CERTIFICATE, check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.system.files import digest_bytes, digest_file
 from codeparrot_ds.tokenizer.encode import Encoder
-from tests.conftest import Trained
+from codeparrot_ds.training.preflight import check_shards
+from tests.conftest import Trained, save_recipe
 
 pytestmark = pytest.mark.slow
 GB = 1_000_000_000
@@ -152,14 +153,41 @@ def test_files_that_contradict_each_other_are_named(
         check(copy)
 
 
+def test_ids_of_another_tokenizer_are_not_taken_for_the_models(
+    baseline: Trained, converted: Path, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its vocabulary has the same size: neither `evaluate loss` nor `model.init_from` would notice."""
+    subprocess.run(["cp", "-r", converted, tmp_path / "other"], check=True)
+    body = json.loads((converted / "tokenizer.json").read_text())
+    vocab = body["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(body))
+    sources = load_recipe(baseline.run.recipe).data.sources
+    with pytest.raises(DataError, match=r"gives other ids than .*use shards that were built with its tokenizer"):
+        validation_loss(tmp_path / "other", sources, 2)
+    tiny_recipe["model"]["init_from"] = str(tmp_path / "other")
+    recipe = save_recipe(tiny_recipe, tmp_path / "recipe.yaml")
+    with pytest.raises(DataError, match=r"gives other ids than .*build the shards with its tokenizer"):
+        check_shards(load_recipe(recipe))
+    tiny_recipe["model"]["init_from"] = str(converted)
+    check_shards(load_recipe(save_recipe(tiny_recipe, tmp_path / "recipe.yaml")))
+
+
 def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_path: Path) -> None:
-    """The tokenizer of training states another limit, cuts and pads, and names other special tokens."""
+    """The tokenizer of training states another limit, cuts and pads, and names other special tokens and another class.
+
+    GPT2Tokenizer would use its own pre-tokenizer, which does not split numbers into digits.
+    """
     run = copy_baseline("stated").run
     tokenizer = Tokenizer.from_file(str(run.tokenizer / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer]
+    )
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(run.tokenizer / "tokenizer.json"))
     stated = {"model_max_length": 256, "eos_token": "</s>", "pad_token": "<pad>", "bos_token": {"content": "<s>"}}
+    stated |= {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
     (run.tokenizer / "tokenizer_config.json").write_text(json.dumps(stated))
     (run.tokenizer / "special_tokens_map.json").write_text(json.dumps({"unk_token": "<unk>"}))
     convert([source_checkpoint(run.path)], tmp_path / "hf", memory_cap_bytes=8 * GB)
@@ -170,6 +198,6 @@ def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_pa
         "<|endoftext|>",
         loaded.eos_token_id,
     )
-    text = "def f(x):\n    return x\n" * 3
+    text = "def f(x):\n    return 1010101\n" * 3
     assert loaded(text)["input_ids"] == Encoder(tmp_path / "hf").encode(text).tolist()
     assert len(loaded(text)["input_ids"]) > 8

@@ -1,9 +1,11 @@
 """Shards from and to an object store (a real S3 client against moto on loopback), and from a streamed Hub dataset."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +120,7 @@ def remote(corpus: Corpus, *inputs: str) -> Corpus:
 def same_but_inputs(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
     """Check for equal names and bytes; manifests may name their inputs differently."""
     assert sorted(found) == sorted(expected)
-    for name in expected.keys() - {MANIFEST, "quarantine.jsonl"}:
+    for name in expected.keys() - {MANIFEST, "quarantine.jsonl", "inputs.json"}:
         assert found[name] == expected[name], name
     ours, theirs = (json.loads(files[MANIFEST]) for files in (found, expected))
     del ours["inputs"], theirs["inputs"]
@@ -156,6 +158,58 @@ def test_a_prefix_and_a_glob_name_the_same_input_as_a_directory(
         done = store.shards(*each.command(tmp_path / output, "--workers", "2"))
         assert done.returncode == 0, done.stderr
     same_but_inputs(files_of(tmp_path / "remote"), files_of(tmp_path / "local"))
+
+
+@pytest.mark.parametrize("argument", ["s3://bucket/mixed", "s3://bucket/mixed/*"])
+def test_a_store_and_a_directory_leave_out_the_same(
+    store: Store, corpus: Corpus, tmp_path: Path, argument: str
+) -> None:
+    files = {
+        "a.jsonl": b'{"content": "a = 1"}\n' * 20 + b'{"content": "b = 2"}\n' * 20,
+        "below/b.csv": b"content\n" + b"".join(b"value_%d\n" % n for n in range(40)),
+        "c.zip": zipped({"d.jsonl": b'{"content": "zipped"}\n', "notes.txt": b""}),
+        "notes.txt": b"no",
+        "manifest.json": b"{}",
+        ".hidden.jsonl": b"no",
+        ".cache/x.jsonl": b"no",
+        ".cache/y.jsonl": b"no",
+        "node_modules/z.jsonl": b"no",
+        "below/.hidden/z.jsonl": b"no",
+        "below/tar.jsonl.lz4": b"no",
+    }
+    for name, content in files.items():
+        store.put("bucket", f"mixed/{name}", content)
+        path = tmp_path / "mixed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    local = str(tmp_path / "mixed") + ("/*" if argument.endswith("*") else "")
+    for each, output in ((argument, "remote"), (local, "local")):
+        done = store.shards(*remote(corpus, each).command(tmp_path / output, "--workers", "1"))
+        assert done.returncode == 0, done.stderr
+    found, expected = files_of(tmp_path / "remote"), files_of(tmp_path / "local")
+    assert found["rejected.jsonl"] == expected["rejected.jsonl"]
+    manifests = [json.loads(files[MANIFEST]) for files in (found, expected)]
+    assert manifests[0]["documents"] == manifests[1]["documents"]
+    assert manifests[0]["documents"]["written"] == 81
+    assert (
+        manifests[0]["skipped_files"]
+        == manifests[1]["skipped_files"]
+        == {
+            "directory of caches or dependencies": 1,
+            "hidden directory": 2,
+            "hidden file": 1,
+            "manifest": 1,
+            "unsupported file type": 3,
+        }
+    )
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in members.items():
+            target.writestr(name, content)
+    return out.getvalue()
 
 
 def test_fsspecs_own_variables_reach_the_workers_too(

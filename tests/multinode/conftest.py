@@ -207,8 +207,9 @@ def run_deepspeed(
     *settings: str,
     hosts: Sequence[int] = (0, 1),
     slots: int = 1,
+    cwd: Path = ROOT,
 ) -> Launched:
-    """Run `deepspeed` on the first of `hosts` for `slots` ranks on each, with hostfile and home in `directory`."""
+    """Run `deepspeed` in `cwd` on the first of `hosts` for `slots` ranks on each, hostfile and home in `directory`."""
     hostfile = directory / "hostfile"
     hostfile.write_text("".join(f"{real_hosts.hosts[host]} slots={slots}\n" for host in hosts))
     environment = {
@@ -235,7 +236,7 @@ def run_deepspeed(
     command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
     command += [part for setting in settings for part in ("--set", setting)]
     return real_hosts.run(
-        command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=ROOT, host=hosts[0]
+        command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=cwd, host=hosts[0]
     )
 
 

@@ -70,12 +70,12 @@ class Slurm:
             "OMP_NUM_THREADS": "1",
         }
 
-    def call(self, *command: str | Path) -> str:
+    def call(self, *command: str | Path, cwd: Path = ROOT) -> str:
         """Run a command and return its output."""
         done = subprocess.run(
             [str(word) for word in command],
             env=self.environment(),
-            cwd=ROOT,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -85,9 +85,9 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stdout}"
         return done.stdout
 
-    def submit(self, log: Path, *command: str | Path) -> str:
+    def submit(self, log: Path, *command: str | Path, cwd: Path = ROOT) -> str:
         """Submit a job and return its id."""
-        return self.call("sbatch", "--parsable", f"--output={log}", *command).strip()
+        return self.call("sbatch", "--parsable", f"--output={log}", *command, cwd=cwd).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """Return what Slurm reports about a job."""
@@ -190,6 +190,16 @@ def test_two_nodes_train_exactly_as_two_ranks_on_one(
     assert trained.losses() == baseline.losses()
     assert trained.digests() == baseline.digests()
     assert "srun --nodes=2" in log.read_text()
+
+
+def test_nodes_train_where_the_job_was_submitted(slurm: Slurm, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    body = {**tiny_recipe, "name": "quoted", "runs": "runs", "schedule": {"steps": 2, "warmup_steps": 1}}
+    cwd, log = tmp_path / "it's a $HOME clone; 100%n", tmp_path / "job.log"
+    cwd.mkdir()
+    recipe = save_recipe(body, tmp_path / "tiny.yaml")
+    number = slurm.submit(log, ROOT / "launch" / "slurm_train.sbatch", recipe, "--ranks", "1", cwd=cwd)
+    wait_for(slurm, number, "COMPLETED", log)
+    assert len(read_run(cwd / "runs" / "quoted").losses()) == 2
 
 
 def test_a_job_that_slurm_asks_to_end_saves_and_is_requeued(

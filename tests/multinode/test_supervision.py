@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import load_recipe
-from codeparrot_ds.training.ranks import LAUNCHER
 from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe, train
 from tests.faults.jobs import batches, until
 from tests.multinode.conftest import TOOLS_PATH, RealHosts

@@ -11,6 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from codeparrot_ds.corpus.collect import collect
+from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.inputs import find_inputs
+from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_json
 from tests.conftest import ROOT
@@ -102,9 +106,129 @@ def test_shards_and_a_tokenizer_go_too(hub: Hub, data: Path) -> None:
     there = hub.repositories["datasets/me/data"]
     assert not there.private
     files = {path.relative_to(data / "shards").as_posix(): path.read_bytes() for path in (data / "shards").rglob("*.*")}
-    assert there.branches["main"] == {name: content for name, content in files.items() if not name.startswith(".")}
+    del files["inputs.json"]  # paths and times of this machine
+    pushed = dict(there.branches["main"])
+    card = pushed.pop("README.md").decode()
+    assert card.startswith("---\nviewer: false\n---\n") and "hf download" in card
+    assert pushed == {name: content for name, content in files.items() if not name.startswith(".")}
     assert push(hub, data / "tokenizer", "me/tokenizer").returncode == 0
     assert "tokenizer.json" in hub.repositories["models/me/tokenizer"].branches["main"]
+
+
+# What is pushed can be loaded
+
+
+def corpus(root: Path) -> tuple[Path, list[str]]:
+    """A corpus with files that were rejected, and the texts of its documents, sorted."""
+    for number in range(30):
+        path = root / "src" / f"{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"value = {number}\n")
+    (root / "src" / "notes.txt").write_text("no")
+    (root / "src" / "copy.py").write_text("value = 1\n")
+    collect(root / "corpus", [root / "src"])
+    return root / "corpus", sorted(f"value = {number}\n" for number in range(30))
+
+
+def load_dataset(name: str | Path, cache: Path, **environment: str) -> list[str]:
+    """Texts of the training split as the real library loads it, sorted."""
+    code = (
+        "import sys, json, datasets; found = datasets.load_dataset(sys.argv[1]); assert list(found) == ['train']\n"
+        "print(json.dumps(sorted(found['train']['content'])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(name)],
+        env={**os.environ, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def online(hub: Hub) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+def test_a_corpus_is_loaded_by_datasets_from_its_directory(tmp_path: Path) -> None:
+    directory, texts = corpus(tmp_path)
+    assert load_dataset(directory, tmp_path / "cache") == texts
+
+
+def test_a_corpus_is_read_through_hub(tmp_path: Path) -> None:
+    directory, texts = corpus(tmp_path)
+    for argument in (f"hub:{directory}", str(directory)):
+        reads = [read for piece in find_inputs([argument]) for read in read_documents(piece)]
+        assert sorted(read.text for read in reads if isinstance(read, Document)) == texts
+        assert len(reads) == 30
+
+
+@pytest.mark.slow
+def test_a_pushed_corpus_is_loaded_by_datasets(hub: Hub, tmp_path: Path) -> None:
+    directory, texts = corpus(tmp_path)
+    done = push(hub, directory, "me/corpus")
+    assert done.returncode == 0, done.stderr
+    there = hub.repositories["datasets/me/corpus"].branches["main"]
+    assert sorted(there) == ["README.md", "documents-00000.jsonl.gz", "manifest.json", "rejected.jsonl"]
+    assert str(tmp_path).encode() not in there["rejected.jsonl"] + there["README.md"]
+    assert load_dataset("me/corpus", tmp_path / "cache", **online(hub)) == texts
+
+
+@pytest.mark.slow
+def test_a_pushed_corpus_becomes_shards(hub: Hub, data: Path, tmp_path: Path) -> None:
+    directory, _ = corpus(tmp_path)
+    assert push(hub, directory, "me/corpus").returncode == 0
+    how = ["--tokenizer", str(data / "tokenizer"), "-o", str(tmp_path / "shards"), "--valid-fraction", "0.3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "codeparrot_ds.cli", "shards", "build", "hub:me/corpus", *how],
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **online(hub)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"]["written"] == 30
+
+
+@pytest.mark.parametrize("card", ["", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n", "---\nlicense: mit\n---\n"])
+def test_a_card_gets_its_configs(tmp_path: Path, card: str) -> None:
+    from codeparrot_ds.corpus.card import complete_card
+
+    directory, texts = corpus(tmp_path)
+    complete = complete_card(card)
+    assert complete.count("configs:") == 1 and "documents-*.jsonl.gz" in complete
+    assert ("license: mit" in complete) == ("license" in card) and ("# Mine" in complete) == ("Mine" in card)
+    assert complete_card(complete) == complete
+    (directory / "README.md").write_text(complete)
+    reads = [read for piece in find_inputs([f"hub:{directory}"]) for read in read_documents(piece)]
+    assert sorted(read.text for read in reads if isinstance(read, Document)) == texts
+
+
+@pytest.mark.slow
+def test_a_card_of_the_owner_is_kept(hub: Hub, tmp_path: Path) -> None:
+    from codeparrot_ds.corpus.card import CORPUS_CARD
+
+    directory, _ = corpus(tmp_path)
+    own = "---\nconfigs:\n- config_name: mine\n  data_files: documents-00000.jsonl.gz\n---\n# Mine\n"
+    (directory / "README.md").write_text(own)
+    assert push(hub, directory, "me/corpus").returncode == 0
+    assert hub.repositories["datasets/me/corpus"].branches["main"]["README.md"].decode() == own
+    (directory / "README.md").unlink()
+    assert push(hub, directory, "me/corpus").returncode == 0  # as by an older version: the one on the Hub stays
+    assert hub.repositories["datasets/me/corpus"].branches["main"]["README.md"].decode() == own
+    assert push(hub, directory, "me/other").returncode == 0
+    assert hub.repositories["datasets/me/other"].branches["main"]["README.md"].decode() == CORPUS_CARD
+
+
+def test_a_tokenizer_is_loaded_by_transformers(data: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(data / "tokenizer")
+    assert loaded.decode(loaded("def f():\n")["input_ids"]) == "def f():\n"
 
 
 @pytest.mark.slow

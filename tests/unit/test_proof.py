@@ -34,6 +34,7 @@ from codeparrot_ds.tokenizer.proof import (
     record_proof,
 )
 from codeparrot_ds.tokenizer.train import EOS_TOKEN
+from tests.tokenizer_kinds import added_token, only_bytes, save
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ class StandIn:
 
     def __init__(self, referee: Encoder, fast: FastEncoder) -> None:
         self.encode_flat, self.encode = fast.encode_flat, fast.encode
-        self.tokens, self.decode = referee.tokens, referee.decode
+        self.tokens, self.decode, self.parts = referee.tokens, referee.decode, referee.parts
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +322,128 @@ def test_the_text_that_differs_is_shown_in_ascii_and_in_short(data: Path, stand_
         prove(Mutant(data / "tokenizer", "🦜{9000}"), stand_in, [])
     assert "of a text of 10,000 characters" in str(caught.value)
     assert str(caught.value).isascii() and len(str(caught.value)) < 300
+
+
+# Cases made from the tokenizer's components
+
+
+ADDED = [added_token("<x>", 257), added_token("yz", 258), added_token("z<x", 259)]
+NFC = {"type": "NFC"}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SEVEN = {
+    "type": "Split",
+    "pattern": {"Regex": r"#\p{N}{1,37}|[~\u0416]\s?|\s+"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+REPLACE = {"type": "Replace", "pattern": {"String": "@@"}, "content": "~!"}
+END = added_token(EOS_TOKEN, 0, special=True)
+
+
+def pre(*components: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [*components, BYTE_LEVEL]}
+
+
+COMPONENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "an added token": ({"added_tokens": [END, *ADDED]}, "<x>"),
+    "an added token behind a tab": ({"added_tokens": [END, *ADDED]}, "\tyz"),
+    "added tokens side by side": ({"added_tokens": [END, *ADDED]}, "<x>yz"),
+    "added tokens around a line end": ({"added_tokens": [END, *ADDED]}, "yz\n<x>"),
+    "added tokens that overlap": ({"added_tokens": [END, *ADDED]}, "yz<x>"),
+    "an added token cut off": ({"added_tokens": [END, *ADDED]}, "a<xb"),
+    "an added token in capitals": ({"added_tokens": [END, *ADDED]}, " YZ "),
+    "a special token next to an added one": ({"added_tokens": [END, *ADDED]}, re.escape(EOS_TOKEN) + "yz"),
+    "a composition": ({"normalizer": NFC}, "e\u0327\u0301"),
+    "marks in the wrong order": ({"normalizer": NFC}, "q\u0301\u0323"),
+    "a Hangul syllable from its letters": ({"normalizer": NFC}, "\u1100\u1161\u11a8"),
+    "a singleton": ({"normalizer": {"type": "Sequence", "normalizers": [NFC]}}, "\u0958"),
+    "many marks": ({"normalizer": NFC}, "e\u0301{31}"),
+    "what is replaced": ({"normalizer": {"type": "Replace", "pattern": {"String": "@@"}, "content": "~~"}}, "7@@7"),
+    "what it is replaced by": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "@@"}, "content": "~!"}},
+        "@@~!",
+    ),
+    "what is put first": ({"normalizer": {"type": "Prepend", "prepend": "@#"}}, "\n@#"),
+    "a string to split by": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"String": "@#"}})}, "@#@#\n"),
+    "as many digits as a pattern counts": ({"pre_tokenizer": pre(SEVEN)}, "(?<!0)#*7{37}(?!7)"),
+    "more digits than a pattern counts": ({"pre_tokenizer": pre(SEVEN)}, "(?<!7)7{112}(?!7)"),
+    "a letter of a pattern": ({"pre_tokenizer": pre(SEVEN)}, "\u0416\t"),
+    "a sign of a pattern before a digit": ({"pre_tokenizer": pre(SEVEN)}, "~#٣"),
+    "the unknown token": ({"model": {"unk_token": "<?>"}}, r"<\?>\t"),
+}
+
+
+@pytest.mark.usefixtures("short_proof")
+@pytest.mark.parametrize("defect", COMPONENTS)
+def test_a_wrong_id_for_what_a_component_treats_in_a_special_way_is_found(
+    tmp_path: Path, defect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, pattern = COMPONENTS[defect]
+    directory = save(only_bytes(**parts), tmp_path)
+    stand_in: Any = StandIn(Encoder(directory), FastEncoder(directory))
+    monkeypatch.setattr(proof, "hard_cases", lambda referee: iter(()))
+    with pytest.raises(InexactError, match=r"\(components\) at token \d+"):
+        prove(Mutant(directory, pattern), stand_in, [])
+
+
+# "<x>" is matched first in the first two, because it is not normalized. As a byte, "<" is 3D and "y" 7A.
+LONGER = {"special": True, "normalized": True}
+OVERLAPPING = {
+    "special and longer": ([added_token("<x>", 257), added_token("<x>y", 258, **LONGER)], [257, 0x7A]),
+    "normalized and longer": ([added_token("<x>", 257), added_token("<x>y", 258, normalized=True)], [257, 0x7A]),
+    "normalized and earlier": ([added_token("x>y", 257), added_token("<x>", 258, normalized=True)], [0x3D, 257]),
+}
+
+
+@pytest.mark.usefixtures("short_proof", "cache")
+@pytest.mark.parametrize("what", OVERLAPPING)
+def test_added_tokens_that_the_fast_encoder_matches_in_another_order_are_encoded_by_the_referee(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added, ids = OVERLAPPING[what]
+    directory = save(only_bytes(added_tokens=[END, *added]), tmp_path / "tokenizer")
+    referee = Encoder(directory)
+    assert choose_encoder(directory, referee, "auto", []) == "tokenizers"
+    assert referee.encode("<x>y").tolist() == ids
+    assert re.search(r"fastokens differs from tokenizers \((hard cases|components)\)", capsys.readouterr().err)
+
+
+UNCOVERED: dict[str, tuple[dict[str, Any], str]] = {
+    "normalizer": ({"normalizer": {"type": "NFD"}}, "component NFD"),
+    "pre-tokenizer": ({"pre_tokenizer": pre({"type": "Punctuation", "behavior": "Isolated"})}, "component Punctuation"),
+    "one in a sequence": ({"normalizer": {"type": "Sequence", "normalizers": [NFC, {"type": "Nmt"}]}}, "component Nmt"),
+    "look-behind": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"Regex": r"(?<=a)b|c"}})}, r"expression '\(\?<=a\)"),
+    "anchor": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"Regex": r"^a|b"}})}, "regular expression"),
+    "possessive": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"Regex": r"\p{L}++|b"}})}, "regular expression"),
+    "nested class": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"Regex": r"[a-z&&[^b]]+"}})}, "regular expression"),
+    "word boundary": ({"pre_tokenizer": pre({**SEVEN, "pattern": {"Regex": r"\bx"}})}, "regular expression"),
+    "replaced pattern": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+        "regular expression ' \\+' of Replace",
+    ),
+    "prefix": ({"model": {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
+    "suffix": ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+    "dropout": ({"model": {"dropout": 0.5}}, "dropout"),
+    **{
+        flag: ({"added_tokens": [END, added_token("<x>", 257, **{flag: True})]}, f"'<x>' is matched by the rule {flag}")
+        for flag in ("single_word", "lstrip", "rstrip")
+    },
+}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("what", UNCOVERED)
+def test_what_the_proof_does_not_cover_is_encoded_by_the_referee(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts, reason = UNCOVERED[what]
+    directory = save(only_bytes(**parts), tmp_path / "tokenizer")
+    referee = Encoder(directory)
+    record_proof(referee, None, {})  # an outcome of an older version must not help
+    assert choose_encoder(directory, referee, "auto", _no_sample()) == "tokenizers"
+    assert re.search(f"^note: encoding with tokenizers, because .*{reason}", capsys.readouterr().err)
+    with pytest.raises(ConfigError, match=reason):
+        choose_encoder(directory, referee, "fastokens", _no_sample())
 
 
 # Choosing
@@ -552,7 +675,10 @@ def make(data: Path, inputs: Iterable[Path], output: Path, encoder: str = "auto"
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    """All files but the record of the input's modification times."""
+    files = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    files.pop("inputs.json", None)
+    return files
 
 
 @pytest.fixture

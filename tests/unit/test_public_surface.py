@@ -91,7 +91,7 @@ def test_manifests_of_shards_and_corpora_have_the_keys_that_readers_know(data: P
     shards = json.loads((data / "shards" / MANIFEST).read_text())
     assert set(shards) == {
         "format_version", "kind", "dtype", "vocab_size", "eos_id", "tokenizer_digest", "shards", "inputs", "sources",
-        "options", "documents", "tokens",
+        "options", "documents", "tokens", "skipped_files",
     }  # fmt: skip
     corpus = json.loads((data / "corpus" / MANIFEST).read_text())
     assert {"format_version", "kind", "files"} <= set(corpus)

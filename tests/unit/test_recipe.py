@@ -301,7 +301,8 @@ def test_a_run_resumes_only_with_its_model_seed_batch_and_data(tiny_recipe: dict
         ("digest of data.shards", {}, "b"),
         ("seed", {"seed": 2}, "a"),
         ("batch.global_batch_size", {"batch": {"global_batch_size": 8}}, "a"),
-        ("model", {"model": {**tiny_recipe["model"], "n_layer": 3}}, "a"),
+        ("model.n_layer", {"model": {**tiny_recipe["model"], "n_layer": 3}}, "a"),
+        ("model.init_from", {"model": {**tiny_recipe["model"], "init_from": "/a"}}, "a"),
     ]
     for key, change, digest in changes:
         other = Recipe.model_validate({**tiny_recipe, **change}).identity(digest)
