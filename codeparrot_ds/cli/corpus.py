@@ -42,3 +42,77 @@ def corpus_collect(
         *((f"skipped: {reason}", f"{count:,}") for reason, count in manifest["skipped"].items()),
     ]
     print_result(json_output, str(output), rows, manifest)
+
+
+@app.command("clean")
+def corpus_clean(
+    inputs: Annotated[list[str], typer.Argument(help="Corpus directories, data files, globs, URLs or hub:NAME.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Corpus directory to create.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with thresholds. Default: CodeParrot's.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field that holds the content.")] = "content",
+    suffix: Annotated[str | None, typer.Option(help="Read files with this suffix as one document each.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer, for the rule on characters per token. Default: the rule is off.")
+    ] = None,
+    licences: Annotated[
+        str | None, typer.Option(help="permissive, or a list: mit,apache-2.0. Default: any licence is kept.")
+    ] = None,
+    secrets: Annotated[str | None, typer.Option(help="Secrets and personal data: report, redact or drop.")] = None,
+    decontaminate: Annotated[bool, typer.Option(help="Remove documents with a problem of HumanEval.")] = True,
+    on_bad_document: Annotated[
+        str, typer.Option(help="fail: stop. skip: omit the document, list it in rejected.parquet.")
+    ] = "fail",
+    file_format: Annotated[str, typer.Option("--format", help="jsonl.zst or parquet.")] = "jsonl.zst",
+    file_size: Annotated[str, typer.Option(help="Text per file.")] = "64MB",
+    workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one per core.", min=1)] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
+    part: Annotated[
+        str | None, typer.Option("--slice", help="I/N: measure only slice I of N; the last slice finishes the corpus.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be removed; write no corpus.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove duplicates, near-duplicates and unsuitable documents from a corpus, and account for each of them."""
+    from codeparrot_ds.corpus.clean import CleanOptions, clean
+    from codeparrot_ds.corpus.options import Cleaning, load_cleaning, override
+    from codeparrot_ds.system.jobs import Slice
+
+    cleaning = load_cleaning(config) if config is not None else Cleaning()
+    options = CleanOptions(
+        cleaning=override(cleaning, licences=licences, secrets=secrets, decontaminate=decontaminate),
+        text_field=text_field,
+        suffix=suffix,
+        tokenizer=tokenizer,
+        on_bad_document=on_bad_document,
+        file_format=file_format,
+        file_bytes=parse_size(file_size),
+        workers=workers,
+        engine=engine,
+        part=None if part is None else Slice.parse(part),
+        dry_run=dry_run,
+    )
+    manifest = clean(inputs, output, options)
+    if manifest is None:
+        return
+    rows = [
+        ("read", f"{manifest['read']:,}"),
+        *((f"removed: {reason}", f"{count:,}") for reason, count in manifest["removed"].items()),
+        ("documents", f"{manifest['documents']:,}"),
+    ]
+    if "text_bytes" in manifest:
+        rows.append(("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"))
+    rows += [(f"found: {kind}", f"{count:,}") for kind, count in manifest["read_by"]["secrets"].items()]
+    print_result(json_output, f"{output} (dry run)" if dry_run else str(output), rows, manifest)
+
+
+@app.command("stats")
+def corpus_stats(
+    directory: Annotated[Path, typer.Argument(help="Cleaned corpus.")],
+    examples: Annotated[int, typer.Option(help="Removed documents to show per reason.", min=0)] = 2,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what came in, what each rule removed with examples, and the largest groups of near-duplicates."""
+    from codeparrot_ds.corpus.stats import summarize
+
+    found = summarize(directory, examples)
+    print_result(json_output, str(directory), found.rows(), found.as_json())

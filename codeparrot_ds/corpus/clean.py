@@ -14,6 +14,7 @@ The result depends on the input and the options only.
 
 import importlib.metadata
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from codeparrot_ds.corpus.card import CARD, cleaned_card
 from codeparrot_ds.corpus.decisions import (
     BandTask,
     Decisions,
@@ -34,12 +36,22 @@ from codeparrot_ds.corpus.decisions import (
     save,
     write_edges,
 )
-from codeparrot_ds.corpus.files import FORMATS, REJECTED, FileTask, plan_files, write_file, write_rejected
+from codeparrot_ds.corpus.files import (
+    FORMATS,
+    REJECTED,
+    FileTask,
+    count_removed,
+    plan_files,
+    write_file,
+    write_rejected,
+)
 from codeparrot_ds.corpus.measure import Task, measure_task
 from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Cleaning
-from codeparrot_ds.documents.inputs import deal, find_inputs
-from codeparrot_ds.documents.read import Piece
+from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs
+from codeparrot_ds.documents.versions import sources_of, versions_of
+from codeparrot_ds.documents.walk import REJECTED as SKIPPED
+from codeparrot_ds.documents.walk import count_reasons, encode_skipped
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
@@ -48,10 +60,13 @@ from codeparrot_ds.system.files import (
     exclusive_lock,
     finished_manifest,
     make_directory,
+    write_atomically,
     write_json,
 )
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
+from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_digest
 from codeparrot_ds.tokenizer.proof import choose_encoder
 
@@ -63,7 +78,7 @@ _FILE_BYTES = 64_000_000  # of text per file of the result
 
 @dataclass(frozen=True)
 class CleanOptions:
-    """How a corpus is cleaned. All but the last three decide what is in it.
+    """How a corpus is cleaned. All but the last four decide what is in it.
 
     Attributes:
         cleaning: the rules.
@@ -76,6 +91,7 @@ class CleanOptions:
         workers: local processes; None for one per core.
         engine: "local", or "ray" for a Ray cluster.
         part: the slice of the first step's tasks to run; the last slice to finish runs the other steps.
+        dry_run: count what would be removed, and write no corpus. A later run with the same options reuses the work.
 
     Raises ConfigError for a bad value.
     """
@@ -90,6 +106,7 @@ class CleanOptions:
     workers: int | None = None
     engine: str = "local"
     part: Slice | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.on_bad_document not in ("fail", "skip"):
@@ -120,7 +137,7 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     """
     options = options or CleanOptions()
     output = output.resolve()
-    pieces = find_inputs([str(argument) for argument in inputs], options.suffix)
+    found = search_inputs([str(argument) for argument in inputs], options.suffix)
     stated = {
         "cleaning": options.cleaning.model_dump(mode="json"),
         "text_field": options.text_field,
@@ -130,21 +147,26 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
         "file_format": options.file_format,
         "file_bytes": options.file_bytes,
     }
-    sources = [{"name": piece.name, "bytes": piece.size, "version": piece.digest or piece.stamp} for piece in pieces]
-    wanted = {"options": stated, "inputs": digest_json(sources)}
+    wanted = {"options": stated, "sources": sources_of(found.pieces)}
+    files = versions_of(found.pieces)
     if finished := finished_manifest(output, "corpus", wanted):
-        shutil.rmtree(output / _WORK, ignore_errors=True)
+        require_same_inputs(LocalDirectory(output), "corpus", files)
+        shutil.rmtree(output / _WORK, ignore_errors=True)  # a process may have been killed after writing the manifest
         return finished
     make_directory(output)
     busy = f"{output}: another process is cleaning a corpus here. Wait for it, or stop it."
     name = ".lock" if options.part is None else f".lock-{options.part.index}-of-{options.part.count}"
     with exclusive_lock(output / name, busy):
-        work = output / _WORK / digest_json([wanted, versions()])[:16]
+        work = output / _WORK / digest_json([wanted, files, versions()])[:16]
         for other in (output / _WORK).glob("*"):
             if other != work:  # of other input or options
                 shutil.rmtree(other)
         work.mkdir(parents=True, exist_ok=True)
-        return _Cleaner(output, work, pieces, options, wanted).run()
+        manifest = _Cleaner(output, work, found, options, wanted).run()
+        if manifest is not None and not options.dry_run:
+            for lock in output.glob(".lock*"):
+                lock.unlink(missing_ok=True)
+        return manifest
 
 
 def versions() -> dict[str, str]:
@@ -155,11 +177,9 @@ def versions() -> dict[str, str]:
 class _Cleaner:
     """One call of `clean`."""
 
-    def __init__(
-        self, output: Path, work: Path, pieces: Sequence[Piece], options: CleanOptions, wanted: dict[str, Any]
-    ) -> None:
-        self._output, self._work, self._options, self._wanted = output, work, options, wanted
-        self._pieces = deal(pieces, _TASK_BYTES)
+    def __init__(self, output: Path, work: Path, inputs: Inputs, options: CleanOptions, wanted: dict[str, Any]) -> None:
+        self._output, self._work, self._inputs, self._options, self._wanted = output, work, inputs, options, wanted
+        self._pieces = deal(inputs.pieces, _TASK_BYTES)
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 
     def run(self) -> dict[str, Any] | None:
@@ -175,7 +195,8 @@ class _Cleaner:
             measured = AllMeasured(self._directories)
             representative = keep_one_of_equals(measured)
             decisions = decide(measured, representative, self._compare(measured, representative))
-            return self._write(measured, decisions)
+            manifest = self._account(measured, decisions)
+            return manifest if self._options.dry_run else self._write(measured, decisions, manifest)
 
     def _measure(self) -> None:
         options = self._options
@@ -230,13 +251,35 @@ class _Cleaner:
         self._run(remove_similar, groups, removed, "comparing")
         return removed
 
-    def _write(self, measured: AllMeasured, decisions: Decisions) -> dict[str, Any]:
-        options, output = self._options, self._output
-        sizes, kept = measured.column("text_bytes"), decisions.kept
+    def _account(self, measured: AllMeasured, decisions: Decisions) -> dict[str, Any]:
+        """The manifest without the files."""
+        counts, kept = count_removed(measured, decisions), int(decisions.kept.sum())
+        read = len(measured) + counts["unreadable"]
+        assert read == kept + sum(counts.values()), (read, kept, counts)
+        came_in = {
+            what: dict(sorted(sum((Counter(part.info[what]) for part in measured.parts), Counter[str]()).items()))
+            for what in ("licences", "suffixes", "secrets")
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": "corpus",
+            **self._wanted,
+            "versions": versions(),
+            "skipped_files": count_reasons(self._inputs.skipped),
+            "read": read,
+            "documents": kept,
+            "removed": dict(sorted(counts.items())),
+            "read_by": came_in,
+        }
+
+    def _write(self, measured: AllMeasured, decisions: Decisions, manifest: dict[str, Any]) -> dict[str, Any]:
+        options, output, kept = self._options, self._output, decisions.kept
         if not kept.any():
-            raise DataError(f"{output}: every document was removed. Relax the rules, or check the input (--dry-run).")
+            raise DataError(f"{output}: every document was removed. Relax the rules, or look at the input (--dry-run).")
         save(self._work / "kept.npy", kept)
-        for leftover in output.glob("documents-*"):  # of an earlier run with other tasks
+        secrets = options.cleaning.secrets
+        redact = secrets.model_dump_json() if secrets is not None and secrets.mode == "redact" else ""
+        for leftover in output.glob("documents-*"):  # of a killed run
             leftover.unlink()
         tasks = [
             FileTask(
@@ -246,27 +289,21 @@ class _Cleaner:
                 self._pieces,
                 self._directories,
                 self._work / "kept.npy",
+                redact,
                 options.text_field,
                 output / f"documents-{number:05d}.{options.file_format}",
             )
-            for number, (start, stop) in enumerate(plan_files(sizes, kept, options.file_bytes))
+            for number, (start, stop) in enumerate(plan_files(measured.column("text_bytes"), kept, options.file_bytes))
         ]
-        workers = options.workers or available_cores()
-        results = run_tasks(write_file, tasks, workers, engine=options.engine)
-        files = sorted(progress(results, "writing", len(tasks), "file"), key=lambda entry: entry["name"])
-        counts = write_rejected(output / REJECTED, measured, decisions)
-        read = len(measured) + counts["unreadable"]
-        written = sum(entry["documents"] for entry in files)
-        assert read == written + sum(counts.values()), (read, written, counts)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "kind": "corpus",
-            **self._wanted,
-            "versions": versions(),
-            "read": read,
-            "documents": written,
-            "removed": dict(sorted(counts.items())),
-            "text_bytes": int(sizes[kept].sum()),
+        results = run_tasks(write_file, tasks, options.workers or available_cores(), engine=options.engine)
+        files = sorted(progress(results, "writing", len(tasks), "file"), key=lambda entry: str(entry["name"]))
+        write_rejected(output / REJECTED, measured, decisions)
+        write_atomically(output / SKIPPED, encode_skipped(self._inputs.skipped))
+        write_atomically(output / INPUTS_RECORD, encode_record(versions_of(self._inputs.pieces)))
+        write_atomically(output / CARD, cleaned_card(options.file_format, manifest))
+        assert sum(entry["documents"] for entry in files) == manifest["documents"]
+        manifest |= {
+            "text_bytes": sum(entry.pop("text_bytes") for entry in files),
             "files": files,
             "digest": digest_json([entry["xxh3_128"] for entry in files]),
         }

@@ -12,8 +12,12 @@ import numpy as np
 
 from codeparrot_ds.corpus.decisions import Decision, Decisions
 from codeparrot_ds.corpus.measured import AllMeasured
+from codeparrot_ds.corpus.options import Secrets
+from codeparrot_ds.corpus.secrets import redact
+from codeparrot_ds.documents.compression import zstd
 from codeparrot_ds.documents.document import BadDocument, Document
-from codeparrot_ds.documents.read import Piece, read_documents
+from codeparrot_ds.documents.piece import Piece
+from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_file, flush_to_disk
 
@@ -33,6 +37,7 @@ class FileTask(msgspec.Struct, frozen=True):
         pieces: of each task of the first step.
         measured: directory of each task of the first step.
         kept: file with the decision on each document, bool.
+        redact: rules for secrets to replace, as JSON; "" for none.
         text_field: field of a row that holds the content.
         output: file to create; its suffix selects the format.
     """
@@ -43,6 +48,7 @@ class FileTask(msgspec.Struct, frozen=True):
     pieces: list[list[Piece]]
     measured: list[Path]
     kept: Path
+    redact: str
     text_field: str
     output: Path
 
@@ -68,11 +74,11 @@ def write_file(task: FileTask) -> dict[str, Any]:
     """Write a file, and return its entry in the manifest. Raises DataError if the input has changed."""
     temporary = task.output.with_name(f".{task.output.name}.{os.getpid()}.tmp")
     write = _write_parquet if task.output.suffix == ".parquet" else _write_jsonl
-    documents = write(temporary, _kept_documents(task))
+    documents, text_bytes = write(temporary, _kept_documents(task))
     flush_to_disk(temporary)
     temporary.replace(task.output)
-    facts = {"documents": documents, "bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
-    return {"name": task.output.name, **facts}
+    facts = {"bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
+    return {"name": task.output.name, "documents": documents, "text_bytes": text_bytes, **facts}
 
 
 def _kept_documents(task: FileTask) -> Iterator[Document]:
@@ -100,27 +106,35 @@ def _kept_documents(task: FileTask) -> Iterator[Document]:
                             f"{piece.name}: changed while it was being cleaned. Remove the output directory, and run "
                             "the command again."
                         )
-                    yield document
+                    yield _redacted(document, task.redact)
 
 
-def _write_jsonl(path: Path, documents: Iterator[Document]) -> int:
-    import zstandard
+def _redacted(document: Document, rules: str) -> Document:
+    if not rules:
+        return document
+    text, replaced = redact(document.text, Secrets.model_validate_json(rules))
+    return msgspec.structs.replace(document, text=text) if replaced else document
 
-    count = 0
-    with open(path, "wb") as raw, zstandard.ZstdCompressor(_ZSTD_LEVEL, threads=0).stream_writer(raw) as out:
+
+def _write_jsonl(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
+    """Write documents, and return their number and the bytes of their text."""
+    count = text_bytes = 0
+    with zstd.open(path, "wb", level=_ZSTD_LEVEL) as out:
         for document in documents:
             out.write(document.to_json().encode())
             count += 1
-    return count
+            text_bytes += len(document.text.encode())
+    return count, text_bytes
 
 
-def _write_parquet(path: Path, documents: Iterator[Document]) -> int:
+def _write_parquet(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
+    """Write documents, and return their number and the bytes of their text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fields = [("repo_name", pa.string()), ("path", pa.string()), ("license", pa.string()), ("source", pa.string())]
     schema = pa.schema([*fields, ("size", pa.int64()), ("content", pa.large_string())])
-    count = 0
+    count = text_bytes = 0
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=_ZSTD_LEVEL) as writer:
         for batch in _batched(documents):
             rows = [
@@ -136,7 +150,8 @@ def _write_parquet(path: Path, documents: Iterator[Document]) -> int:
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema))
             count += len(batch)
-    return count
+            text_bytes += sum(len(each.text.encode()) for each in batch)
+    return count, text_bytes
 
 
 def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -150,8 +165,21 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> Counter[str]:
-    """Write the list of removed documents, and return their number by reason.
+def count_removed(measured: AllMeasured, decisions: Decisions) -> Counter[str]:
+    """The number of removed documents by reason."""
+    counts: Counter[str] = Counter()
+    for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
+        decided = decisions.decision[start : start + part.info["documents"]]
+        counts["exact duplicate"] += int((decided == Decision.EXACT_DUPLICATE).sum())
+        counts["near-duplicate"] += int((decided == Decision.NEAR_DUPLICATE).sum())
+        reasons = part.names.column("reason").take(np.flatnonzero(decided == Decision.REMOVED_BY_RULE))
+        counts.update(reasons.to_pylist())
+        counts["unreadable"] += sum(documents for _, _, documents in part.info["bad"])
+    return +counts  # without zeros
+
+
+def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> None:
+    """Write the list of removed documents.
 
     Columns: `repository`, `path`, `reason`, `value` (what made the rule apply: a measure, or the document that is kept
     instead, after the Jaccard index), and `step`.
@@ -160,22 +188,20 @@ def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> C
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.string()) for name in ("repository", "path", "reason", "value", "step")])
-    counts: Counter[str] = Counter()
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
             rows = [
                 {"repository": "", "path": where, "reason": "unreadable", "value": reason, "step": "read"}
                 for where, reason, _ in part.info["bad"]
             ]
-            counts["unreadable"] += sum(documents for _, _, documents in part.info["bad"])
             removed = np.flatnonzero(decisions.decision[start : start + part.info["documents"]])
             for row, names in zip(removed.tolist(), part.names.take(removed).to_pylist(), strict=True):
                 reason, value, step = _explain(measured, decisions, start + row, names)
-                counts[reason] += 1
                 place = {"repository": names["repository"], "path": names["path"]}
                 rows.append({**place, "reason": reason, "value": value, "step": step})
             writer.write_table(pa.Table.from_pylist(rows, schema))
-    return +counts  # without those that are zero
+    temporary.replace(path)
 
 
 def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: dict[str, str]) -> tuple[str, str, str]:

@@ -3,18 +3,22 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 import xxhash
 
 from codeparrot_ds.corpus import heuristics
+from codeparrot_ds.corpus.decontamination import Problems
+from codeparrot_ds.corpus.licences import is_allowed
 from codeparrot_ds.corpus.measured import EMPTY, Found, write_measured
 from codeparrot_ds.corpus.near_duplicates import Signatures, concatenate, sign
-from codeparrot_ds.corpus.options import Cleaning
+from codeparrot_ds.corpus.options import Cleaning, Decontamination
+from codeparrot_ds.corpus.secrets import find_secrets
 from codeparrot_ds.documents.document import BadDocument, Document
-from codeparrot_ds.documents.read import Piece, read_documents, require_document
+from codeparrot_ds.documents.piece import Piece
+from codeparrot_ds.documents.read import read_documents, require_document
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 
 _BATCH_CHARACTERS = 1 << 22
@@ -53,20 +57,25 @@ def measure_task(task: Task) -> int:
     piece_ends: list[int] = []  # number of documents up to the end of each piece
     bad: list[BadDocument] = []
     licences: Counter[str] = Counter()
+    secrets: Counter[str] = Counter()
+    suffixes: Counter[str] = Counter()
     for piece in task.pieces:
         for batch in _batches(read_documents(piece, task.text_field), task.skip_bad, bad):
-            measured = _measure(batch, rules, task)
+            measured = _measure(batch, rules, task, secrets)
             found += measured
             kept = [document.text for document, each in zip(batch, measured, strict=True) if not each.reason]
             if rules.near_duplicates is not None:
                 signatures.append(sign(kept, rules.near_duplicates))
-            licences.update(document.licence for document in batch)
+            suffixes.update(PurePosixPath(document.path).suffix for document in batch)
+            licences.update(document.licence[:80] for document in batch)
         piece_ends.append(len(found))
     info: dict[str, Any] = {
         "documents": len(found),
         "piece_ends": piece_ends,
         "bad": [[each.where, each.reason, each.documents] for each in bad],
         "licences": dict(sorted(licences.items())),
+        "secrets": dict(sorted(secrets.items())),
+        "suffixes": dict(sorted(suffixes.items())),
     }
     write_measured(task.output, found, concatenate(signatures), info)
     return task.number
@@ -89,7 +98,7 @@ def _batches(reads: Iterator[Any], skip_bad: bool, bad: list[BadDocument]) -> It
         yield batch
 
 
-def _measure(batch: Sequence[Document], rules: Cleaning, task: Task) -> list[Found]:
+def _measure(batch: Sequence[Document], rules: Cleaning, task: Task, secrets: Counter[str]) -> list[Found]:
     tokens: Sequence[int | None] = [None] * len(batch)
     if task.tokenizer is not None:
         _, ends = _encoder(task.tokenizer, task.encoder).encode_flat([document.text for document in batch])
@@ -98,28 +107,46 @@ def _measure(batch: Sequence[Document], rules: Cleaning, task: Task) -> list[Fou
     for document, count in zip(batch, tokens, strict=True):
         encoded = document.text.encode()
         digest = xxhash.xxh3_128_digest(encoded)
+        kinds = _secrets_in(document.text, rules)
+        secrets.update(kinds)
         reason, value = _rule(document, digest, count, rules)
+        if not reason and kinds and rules.secrets is not None and rules.secrets.mode == "drop":
+            reason, value = "secrets", ", ".join(sorted(set(kinds)))
         bare_digest = heuristics.digest_without_space(document.text)
         place = (document.path, document.repository)
         found.append(Found(digest, bare_digest, len(encoded), *place, reason, value))
     return found
 
 
+def _secrets_in(text: str, rules: Cleaning) -> list[str]:
+    """The kinds of all secrets in a text."""
+    return [] if rules.secrets is None else [each.kind for each in find_secrets(text, rules.secrets)]
+
+
 def _rule(document: Document, digest: bytes, tokens: int | None, rules: Cleaning) -> tuple[str, str]:
     """The first rule that removes a document, and its value; empty to keep it."""
     if not document.text.strip():
         return EMPTY, ""
-    if rules.heuristics is None:
-        return "", ""
-    ratio = None if tokens is None else len(document.text) / max(1, tokens)
-    found = heuristics.find_reason(
-        heuristics.measure(document.text, rules.heuristics),
-        rules.heuristics,
-        digest,
-        python=document.path.lower().endswith(_PYTHON_SUFFIXES),
-        characters_per_token=ratio,
-    )
-    return ("", "") if found is None else (found[0], f"{found[1]:.6g}")
+    if not is_allowed(document.licence, rules.licences):
+        return "licence", document.licence[:80]
+    if rules.heuristics is not None:
+        found = heuristics.find_reason(
+            heuristics.measure(document.text, rules.heuristics),
+            rules.heuristics,
+            digest,
+            python=document.path.lower().endswith(_PYTHON_SUFFIXES),
+            characters_per_token=None if tokens is None else len(document.text) / max(1, tokens),
+        )
+        if found is not None:
+            return found[0], f"{found[1]:.6g}"
+    if rules.decontamination.enabled and (match := _problems(rules.decontamination).find(document.text)):
+        return "contains a problem", f"{match.task_id}: {match.gram}"
+    return "", ""
+
+
+@lru_cache(maxsize=1)
+def _problems(rules: Decontamination) -> Problems:
+    return Problems.load(rules)
 
 
 @lru_cache(maxsize=1)

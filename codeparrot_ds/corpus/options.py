@@ -142,3 +142,26 @@ def load_cleaning(path: Path) -> Cleaning:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError(list_problems(str(path), problems)) from None
+
+
+def override(cleaning: Cleaning, *, licences: str | None, secrets: str | None, decontaminate: bool) -> Cleaning:
+    """Apply command-line options to the rules. Raises ConfigError for an unknown `secrets` mode.
+
+    Args:
+        cleaning: the rules of the file.
+        licences: "any", "permissive" or licences separated by commas; None for those of the file.
+        secrets: "report", "redact" or "drop"; None for the mode of the file.
+        decontaminate: False to search for no problems.
+    """
+    changes: dict[str, Section] = {}
+    if licences is not None:
+        allowed = licences if licences in ("any", "permissive") else tuple(filter(None, licences.split(",")))
+        changes["licences"] = Licences.model_validate({**cleaning.licences.model_dump(), "allowed": allowed})
+    if secrets is not None:
+        if secrets not in ("report", "redact", "drop"):
+            raise ConfigError(f"--secrets {secrets}: must be report, redact or drop.")
+        before = {} if cleaning.secrets is None else cleaning.secrets.model_dump()
+        changes["secrets"] = Secrets.model_validate({**before, "mode": secrets})
+    if not decontaminate:
+        changes["decontamination"] = cleaning.decontamination.model_copy(update={"enabled": False})
+    return cleaning.model_copy(update=changes)

@@ -168,7 +168,7 @@ def _find_below(root: Path, suffix: str | None, name: str = "") -> Inputs:
     if suffix is None and _is_ours(root):
         corpus = Corpus.open(root)
         digests = [entry.get("xxh3_128", "") for entry in corpus.manifest["files"]]
-        pieces = [_local_piece(path, path.name, "jsonl") for path in corpus.files]
+        pieces = [_local_piece(path, path.name, _kind(path.name)) for path in corpus.files]
         return Inputs([msgspec.structs.replace(p, digest=d) for p, d in zip(pieces, digests, strict=True)])
     prefix = f"{name.rstrip('/')}/" if name else ""
     unreadable = []
@@ -187,6 +187,14 @@ def _find_below(root: Path, suffix: str | None, name: str = "") -> Inputs:
             list_problems(str(root), unreadable, "Make it readable, or remove it, so that no document is missed.")
         )
     return found
+
+
+def _kind(name: str) -> str:
+    """The kind of a corpus's file. Raises DataError for a name that no corpus has."""
+    found = format_of(name)
+    if found is None:
+        raise DataError(f"{name}: the manifest lists this file, but files of this type are not read.")
+    return found.kind
 
 
 def _order(entry: Entry | Skipped) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from codeparrot_ds.documents.archives import MEMBER_ERRORS, list_members
 from codeparrot_ds.documents.document import MAX_DOCUMENT_BYTES, BadDocument, Document, Read
+from codeparrot_ds.documents.formats import format_of
 from codeparrot_ds.documents.hub import read_hub
 from codeparrot_ds.documents.lines import read_json
 from codeparrot_ds.documents.piece import Piece, printable_name
@@ -84,8 +85,10 @@ _READERS = {
 
 
 def read_local(file: Path, text_field: str = "content") -> Iterator[Document]:
-    """Yield the documents of one local file of JSON lines. Raises DataError at the first unreadable one."""
-    for read in read_documents(Piece(str(file), file.name, "jsonl", file.stat().st_size), text_field):
+    """Yield the documents of one local file of a supported name. Raises DataError at the first unreadable one."""
+    found = format_of(file.name)
+    assert found is not None, file
+    for read in read_documents(Piece(str(file), file.name, found.kind, file.stat().st_size), text_field):
         yield require_document(read)
 
 

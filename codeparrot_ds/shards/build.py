@@ -21,11 +21,12 @@ from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
+from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
-from codeparrot_ds.shards.identity import finished_shards, sources_of, versions_of
+from codeparrot_ds.shards.identity import finished_shards
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
