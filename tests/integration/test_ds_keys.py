@@ -39,6 +39,19 @@ KEYS: list[tuple[int, str, dict[str, Any]]] = [
 Run = Callable[..., Trained]
 
 
+def together() -> list[tuple[int, str, dict[str, Any]]]:
+    """All keys of each stage and precision in one configuration."""
+    merged = dict[tuple[int, str], dict[str, Any]]()
+    for stage, precision, config in KEYS:
+        whole = merged.setdefault((stage, precision), {})
+        for section, value in config.items():
+            whole[section] = {**whole.get(section, {}), **value} if isinstance(value, dict) else value
+    return [(stage, precision, config) for (stage, precision), config in merged.items()]
+
+
+CASES = [*together(), *(pytest.param(*case, marks=pytest.mark.nightly) for case in KEYS)]
+
+
 @pytest.fixture(scope="module")
 def run(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train on two ranks with a DeepSpeed JSON: `run(stage, precision, {"key": value})`. Runs are kept."""
@@ -66,7 +79,7 @@ def run(forked: RunRanks, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     return train
 
 
-@pytest.mark.parametrize(("stage", "precision", "config"), KEYS, ids=str)
+@pytest.mark.parametrize(("stage", "precision", "config"), CASES, ids=str)
 def test_a_tested_key_does_not_change_the_result(run: Run, stage: int, precision: str, config: dict[str, Any]) -> None:
     usual, other = run(stage, precision, {}), run(stage, precision, config)
     assert other.digests() == usual.digests()

@@ -104,7 +104,7 @@ def test_ranks_run_where_the_job_was_launched(
     assert ("using ssh instead of pdsh" in done.output) == (launcher is None), done.output
 
 
-@pytest.mark.parametrize("name", [SPACE, QUOTE, *OTHERS])
+@pytest.mark.parametrize("name", [SPACE, *(pytest.param(name, marks=nightly) for name in (QUOTE, *OTHERS))])
 def test_pdsh_itself_is_refused_such_a_directory(
     real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path, name: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_percent_signs_and_quotes_in_arguments_arrive(
     assert sorted(path.name for path in tmp_path.glob("runs of *")) == ["runs of %h"]
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "ssh", "mpirun"])
+@pytest.mark.parametrize("launcher", ["pdsh", *(pytest.param(each, marks=nightly) for each in ("ssh", "mpirun"))])
 def test_a_host_without_the_directory_is_named_before_anything_starts(
     real_hosts: RealHosts, relative_recipe: Path, tmp_path: Path, launcher: str
 ) -> None:
