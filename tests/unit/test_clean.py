@@ -364,6 +364,14 @@ def test_thresholds_come_from_the_file(tmp_path: Path) -> None:
     assert manifest is not None and manifest["removed"] == {"few assignments": 1}
 
 
+def test_problems_are_kept_on_request(tmp_path: Path, problem: str) -> None:
+    source = write(tmp_path / "in" / "a.jsonl", [problem, function("one")])
+    for decontaminate, removed in ((True, {"contains a problem": 1}), (False, {})):
+        cleaning = override(Cleaning(), licences=None, secrets=None, decontaminate=decontaminate)
+        manifest = clean([source], tmp_path / f"out-{decontaminate}", CleanOptions(cleaning=cleaning, workers=1))
+        assert manifest is not None and manifest["removed"] == removed
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "in" / "a.jsonl", ["x", "y"])
     with pytest.raises(DataError, match="every document was removed"):
