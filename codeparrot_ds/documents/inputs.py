@@ -28,7 +28,7 @@ from codeparrot_ds.documents.walk import (
     Entry,
     Skipped,
     count_reasons,
-    left_out,
+    skipped_by_name,
     walk,
 )
 from codeparrot_ds.errors import DataError, list_problems
@@ -126,7 +126,7 @@ def _find_local(argument: str, suffix: str | None) -> Inputs:
     done: set[str] = set()
     for match in sorted(glob(argument, recursive=True, include_hidden=True)):  # noqa: PTH207 (may be absolute)
         path, name = Path(match), match.removeprefix(base)
-        if hidden := left_out(name.rstrip("/"), argument.removeprefix(base), is_directory=path.is_dir()):
+        if hidden := skipped_by_name(name.rstrip("/"), argument.removeprefix(base), is_directory=path.is_dir()):
             found.skipped.append(hidden)
             continue
         matched = _find_below(path, suffix, name) if path.is_dir() else Inputs()
@@ -241,7 +241,7 @@ def _add_piece(found: Inputs, piece: Piece, skipped_name: str) -> None:
         return
     for member in members:
         kind = _kind_or_reason(PurePosixPath(member.name).name, None)
-        hidden = left_out(member.name)
+        hidden = skipped_by_name(member.name)
         if hidden:
             found.skipped.append(msgspec.structs.replace(hidden, path=f"{skipped_name}/{hidden.path}"))
         elif isinstance(kind, Skipped):
@@ -303,7 +303,7 @@ def _find_remote(argument: str, suffix: str | None) -> Inputs:
             continue
         name = address.removeprefix(base) if address.startswith(base) else PurePosixPath(address).name
         named = address == path  # not found in a directory: not left out because of its name
-        if not named and (hidden := left_out(name, path.removeprefix(base))):
+        if not named and (hidden := skipped_by_name(name, path.removeprefix(base))):
             found.skipped.append(hidden)
             continue
         kind = _kind_or_reason(PurePosixPath(name).name, suffix)

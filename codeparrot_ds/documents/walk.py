@@ -105,12 +105,12 @@ def _reason_for_directory(name: str) -> str:
     return HIDDEN_DIRECTORY if name.startswith(".") else ""
 
 
-def left_out(name: str, pattern: str = "", *, is_directory: bool = False) -> Skipped | None:
-    """The file or the directory above it that is left out because of its name, for a file of a flat listing.
+def skipped_by_name(name: str, pattern: str = "", *, is_directory: bool = False) -> Skipped | None:
+    """The file or the directory above it that is skipped because of its name, for a file of a flat listing.
 
     Args:
         name: path with forward slashes, relative to what was listed.
-        pattern: the glob that matched it. What it names explicitly is not left out: "*/.cache/*" reads that directory.
+        pattern: the glob that matched it. What it names explicitly is not skipped: "*/.cache/*" reads that directory.
         is_directory: whether it is a directory itself.
     """
     parts = name.split("/")

@@ -213,7 +213,7 @@ def test_documents_of_several_sequences_stay_whole(data: Path, tmp_path: Path, d
     assert (shown.document, shown.tokens) == (2, 5)
 
 
-def test_empty_documents_are_counted_and_left_out(data: Path, tmp_path: Path) -> None:
+def test_empty_documents_are_counted_and_skipped(data: Path, tmp_path: Path) -> None:
     write_megatron(tmp_path / "its", [[[5, 6, 7, 0]], [], [[8, 0]], [[]], [[9, 10, 11, 12, 0]]])
     manifest = adopt(tmp_path / "its", data / "tokenizer", valid_fraction=0.3)
     assert facts(manifest)[1] == [("train", 2, 6), ("valid", 1, 5)]

@@ -34,7 +34,7 @@ def sources(tmp_path: Path) -> Path:
     return root
 
 
-def test_copies_links_and_unfit_files_are_left_out_and_counted(sources: Path, tmp_path: Path) -> None:
+def test_copies_links_and_unfit_files_are_skipped_and_counted(sources: Path, tmp_path: Path) -> None:
     manifest = collect(tmp_path / "corpus", [sources], max_file_bytes=10_000)
     documents = list(Corpus.open(tmp_path / "corpus"))
     assert sorted((d.repository, d.path) for d in documents) == [("sources", "a.py"), ("sources", "b.py")]
@@ -59,7 +59,7 @@ def test_the_bytes_are_a_function_of_the_sources(sources: Path, tmp_path: Path) 
     ]
 
 
-def test_a_sample_is_a_part_of_the_whole(sources: Path, tmp_path: Path) -> None:
+def test_a_sample_is_a_subset(sources: Path, tmp_path: Path) -> None:
     for number in range(50):
         (sources / f"n{number}.py").write_text(f"n = {number}\n" * 10)
     whole = {d.path for d in _collected(sources, tmp_path / "whole", None)}
@@ -122,7 +122,7 @@ def test_truncated_gzip_is_named(sources: Path, tmp_path: Path) -> None:
         Corpus.open(tmp_path / "corpus")
 
 
-def test_without_a_manifest_it_is_no_corpus(sources: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_not_a_corpus(sources: Path, tmp_path: Path) -> None:
     collect(tmp_path / "corpus", [sources])
     (tmp_path / "corpus" / MANIFEST).unlink()
     with pytest.raises(DataError, match="codeparrot-ds corpus collect"):

@@ -933,12 +933,12 @@ def _is_counted_and_listed(bad: Bad, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_document_is_counted_and_listed_when_it_is_left_out(case: str, data: Path, tmp_path: Path) -> None:
+def test_a_bad_document_is_counted_and_listed_when_it_is_skipped(case: str, data: Path, tmp_path: Path) -> None:
     _is_counted_and_listed(BAD[case], data, tmp_path)
 
 
 @pytest.mark.parametrize("case", BAD_PARQUET)
-def test_bad_parquet_is_counted_and_listed_when_it_is_left_out(case: str, data: Path, tmp_path: Path) -> None:
+def test_bad_parquet_is_counted_and_listed_when_it_is_skipped(case: str, data: Path, tmp_path: Path) -> None:
     _is_counted_and_listed(BAD_PARQUET[case], data, tmp_path)
 
 
@@ -1132,7 +1132,7 @@ def mixed(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_bytes_do_not_depend_on_workers_when_bad_documents_are_left_out(
+def test_the_bytes_do_not_depend_on_workers_when_bad_documents_are_skipped(
     data: Path, mixed: Path, tmp_path: Path
 ) -> None:
     for workers in (1, 2):
@@ -1179,7 +1179,7 @@ def test_what_an_earlier_build_listed_is_not_left_beside_shards_without_it(data:
     assert not (tmp_path / "shards" / QUARANTINE).exists()
 
 
-def test_nothing_to_leave_out_leaves_no_list(data: Path, tmp_path: Path) -> None:
+def test_without_skipped_documents_there_is_no_list(data: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines([*many(), ""]))
     failing = make(data, path, tmp_path / "fail")
     skipping = make(data, path, tmp_path / "skip", on_bad_document="skip")
