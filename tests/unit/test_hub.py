@@ -232,9 +232,10 @@ def test_a_tokenizer_is_loaded_by_transformers(data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("how", ["unavailable", "cut", "silent"])
-def test_transient_faults_are_retried(hub: Hub, tmp_path: Path, how: str) -> None:
-    """Every call fails twice: with an error status, cut off in the middle, or without a response."""
+def test_transient_faults_are_retried(hub: Hub, tmp_path: Path, how: str, times: int) -> None:
+    """Every call fails once, or twice: with an error status, cut off in the middle, or without a response."""
     directory = model(tmp_path / "model")
     calls = [
         ("POST", "/api/repos/create"),
@@ -246,7 +247,7 @@ def test_transient_faults_are_retried(hub: Hub, tmp_path: Path, how: str) -> Non
         ("POST", "/commit/"),
     ]
     status = 503 if how == "unavailable" else None
-    hub.faults = [Fault(method, path, 2, status, silent=how == "silent") for method, path in calls]
+    hub.faults = [Fault(method, path, times, status, silent=how == "silent") for method, path in calls]
     done = push(hub, directory, "me/parrot", "--branch", "run", "--timeout", "1")
     assert done.returncode == 0, done.stderr
     assert not any(fault.times for fault in hub.faults)
