@@ -16,6 +16,7 @@ import importlib.metadata
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from codeparrot_ds.corpus.decisions import (
     save,
     write_edges,
 )
+from codeparrot_ds.corpus.decontamination import Problems
 from codeparrot_ds.corpus.files import (
     FORMATS,
     REJECTED,
@@ -47,8 +49,8 @@ from codeparrot_ds.corpus.files import (
 )
 from codeparrot_ds.corpus.measure import Task, measure_task
 from codeparrot_ds.corpus.measured import AllMeasured
-from codeparrot_ds.corpus.options import Cleaning
-from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs
+from codeparrot_ds.corpus.options import Cleaning, Decontamination
+from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs, text_bytes
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import REJECTED as SKIPPED
 from codeparrot_ds.documents.walk import count_reasons, encode_skipped
@@ -60,6 +62,7 @@ from codeparrot_ds.system.files import (
     exclusive_lock,
     finished_manifest,
     make_directory,
+    require_free_space,
     write_atomically,
     write_json,
 )
@@ -73,6 +76,7 @@ from codeparrot_ds.tokenizer.proof import choose_encoder
 AnyTask = TypeVar("AnyTask")
 _WORK = ".work"
 _TASK_BYTES = 64_000_000  # of text per task of the first step
+_DISK_SHARE = 0.5  # of the text: the result 0.24, measured on Python; digests, keys and token sets on the way
 _FILE_BYTES = 64_000_000  # of text per file of the result
 
 
@@ -146,6 +150,7 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
         "on_bad_document": options.on_bad_document,
         "file_format": options.file_format,
         "file_bytes": options.file_bytes,
+        "problems": _problems_digest(options.cleaning.decontamination),
     }
     wanted = {"options": stated, "sources": sources_of(found.pieces)}
     files = versions_of(found.pieces)
@@ -154,6 +159,7 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
         shutil.rmtree(output / _WORK, ignore_errors=True)  # a process may have been killed after writing the manifest
         return finished
     make_directory(output)
+    require_free_space(output, int(_DISK_SHARE * sum(map(text_bytes, found.pieces))), "the cleaned corpus")
     busy = f"{output}: another process is cleaning a corpus here. Wait for it, or stop it."
     name = ".lock" if options.part is None else f".lock-{options.part.index}-of-{options.part.count}"
     with exclusive_lock(output / name, busy):
@@ -169,9 +175,23 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
         return manifest
 
 
+def _problems_digest(rules: Decontamination) -> str | None:
+    """Digest of the problems to look for, so that a corpus cleaned of others is not taken for the wanted one."""
+    if not rules.enabled:
+        return None
+    problems = Problems.load(rules)
+    if problems.too_short:
+        say(f"note: too short to be found in documents: {', '.join(problems.too_short)}.")
+    return problems.digest
+
+
 def versions() -> dict[str, str]:
-    """Versions of the libraries that the result depends on."""
-    return {name: importlib.metadata.version(name) for name in ("codeparrot-ds", "rensa")}
+    """Versions of the libraries that the result depends on, of those that are installed."""
+    found = {}
+    for name in ("codeparrot-ds", "google-re2", "kingfisher-secret-scanner", "licenseclassifier", "rensa"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # what needs it says how to install it
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 class _Cleaner:

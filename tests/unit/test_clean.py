@@ -1,5 +1,6 @@
 """`corpus clean`: every document is kept or accounted for, and the result depends on input and options only."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -370,6 +372,44 @@ def test_problems_are_kept_on_request(tmp_path: Path, problem: str) -> None:
         cleaning = override(Cleaning(), licences=None, secrets=None, decontaminate=decontaminate)
         manifest = clean([source], tmp_path / f"out-{decontaminate}", CleanOptions(cleaning=cleaning, workers=1))
         assert manifest is not None and manifest["removed"] == removed
+
+
+def test_a_corpus_cleaned_of_other_problems_is_not_the_wanted_one(tmp_path: Path) -> None:
+    """The file of problems keeps its name, and changes."""
+    source = write(tmp_path / "in" / "a.jsonl", [function("one"), function("two")])
+    problems = tmp_path / "problems.jsonl"
+    cleaning = Cleaning.model_validate({"decontamination": {"problems": [str(problems)]}})
+    for name in ("three", "one"):
+        text = function(name)
+        problems.write_text(json.dumps({"task_id": "mine/0", "prompt": text, "canonical_solution": text}) + "\n")
+        if name == "three":
+            manifest = clean([source], tmp_path / "out", CleanOptions(cleaning=cleaning, workers=1))
+            assert manifest is not None and manifest["removed"] == {}
+    with pytest.raises(DataError, match="built with different options"):
+        clean([source], tmp_path / "out", CleanOptions(cleaning=cleaning, workers=1))
+
+
+def test_a_missing_library_is_named_with_its_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = importlib.metadata.version
+
+    def missing(name: str) -> str:
+        if name == "rensa":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return right(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    source = write(tmp_path / "in" / "a.jsonl", [function("one")])
+    with pytest.raises(ConfigError, match=r"needs rensa\. Install it: pip install 'codeparrot-ds\[corpus\]'"):
+        clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1))
+
+
+def test_a_disk_that_is_too_small_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in" / "a.jsonl", [function("one")])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ConfigError, match="the cleaned corpus needs about"):
+        clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1))
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
