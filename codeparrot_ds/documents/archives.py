@@ -14,8 +14,8 @@ from codeparrot_ds.documents.formats import SNIFFED_BYTES, content_of, misnamed
 
 _BUFFER_BYTES = 1 << 20
 _ENCRYPTED = 0x1  # flag of a member
-_MOST_MEMBERS = 1_000_000
-_MOST_COMPRESSED = 100  # ratio of a member that must be extracted to disk; parquet is already compressed
+_MAX_MEMBERS = 1_000_000
+_MAX_COMPRESSION_RATIO = 100  # ratio of a member that must be extracted to disk; parquet is already compressed
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
 MEMBER_ERRORS: Any = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
@@ -47,8 +47,8 @@ def list_members(file: IO[bytes]) -> list[Member]:
         if content_of(head) != "zip":
             raise ValueError(misnamed(head, "zip")) from None
         raise ValueError(f"damaged zip archive ({error}); copy the file again") from None
-    if len(infos) > _MOST_MEMBERS:
-        raise ValueError(f"{len(infos):,} members; the limit is {_MOST_MEMBERS:,}: extract it")
+    if len(infos) > _MAX_MEMBERS:
+        raise ValueError(f"{len(infos):,} members; the limit is {_MAX_MEMBERS:,}: extract it")
     (name, count), *_ = Counter(info.filename for info in infos).most_common(1) or [("", 0)]
     if count > 1:
         raise ValueError(f"two members are named {name!r}: extract it, and rename one")
@@ -61,8 +61,8 @@ def _refusal(info: zipfile.ZipInfo) -> str:
         return "encrypted"
     if info.compress_type not in _METHODS:
         return f"compressed by zip method {info.compress_type}, which is not supported"
-    if name.endswith(".parquet") and info.file_size > _MOST_COMPRESSED * max(info.compress_size, 1):
-        return f"more than {_MOST_COMPRESSED} times as large when extracted"
+    if name.endswith(".parquet") and info.file_size > _MAX_COMPRESSION_RATIO * max(info.compress_size, 1):
+        return f"more than {_MAX_COMPRESSION_RATIO} times as large when extracted"
     return ""
 
 

@@ -22,7 +22,7 @@ from codeparrot_ds.tokenizer.train import EOS_TOKEN
 _COPIED_TOKENS = 1 << 20  # at a time
 _BYTES_PER_DOCUMENT = 64  # of a copy: 20 in the index, and its provenance
 _MANIFEST_BYTES = 10_000_000  # with the tokenizer
-_MOST_DOCUMENT_TOKENS = 2**31 - 1  # the index holds 32-bit lengths
+_MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index holds 32-bit lengths
 _LISTED = 3
 
 
@@ -226,8 +226,8 @@ def _shard_name(part: _Part) -> str:
 
 def _copy(part: _Part, directory: Path, encoder: Encoder, id_type: np.dtype) -> ShardInfo:
     """Write a part into `directory` as a shard of its own."""
-    if int(part.lengths.max()) > _MOST_DOCUMENT_TOKENS:
-        raise DataError(f"{part.tokens.data}: has a document of more than {_MOST_DOCUMENT_TOKENS:,} tokens. Split it.")
+    if int(part.lengths.max()) > _MAX_DOCUMENT_TOKENS:
+        raise DataError(f"{part.tokens.data}: has a document of more than {_MAX_DOCUMENT_TOKENS:,} tokens. Split it.")
     store, source, repository = LocalDirectory(directory), part.tokens.ids(), part.tokens.prefix.name
     stored = np.cumsum(part.tokens.lengths, dtype=np.int64)  # one past the last id of each document
     with store.scratch() as scratch:

@@ -20,7 +20,7 @@ from codeparrot_ds.tokenizer.encode import Encoder
 
 _READ_BYTES = 1 << 23
 _TEXT_BYTES = 1 << 12
-_LEAST_TEXT_BYTES = 32
+_MIN_TEXT_BYTES = 32
 _TESTED_TYPES = ("<i8", "<f8", ">i8", "<i4", "<f4", ">i4", "<u2", ">u2")  # of a bare file, the widest first
 _GIVEN_TYPES = {"uint16": "<u2", "int32": "<i4", "uint32": "<i4", "int64": "<i8"}
 _IN_PLACE = ("uint16", "int32")
@@ -200,7 +200,7 @@ def _sniff(data: Path, size: int, dtype: str | None) -> _Layout:
     for start, what in _OTHER_FILES.items():
         if head.startswith(start):
             raise DataError(f"{data}: this is {what}.")
-    if len(head) >= _LEAST_TEXT_BYTES and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+    if len(head) >= _MIN_TEXT_BYTES and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         raise DataError(f"{data}: this is text, not an array of ids. Build shards from text with `shards build`.")
     return _Layout([np.dtype(name) for name in _TESTED_TYPES])
 
