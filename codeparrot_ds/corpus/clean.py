@@ -16,7 +16,7 @@ import importlib.metadata
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -211,7 +211,12 @@ class _Cleaner:
                 "one finishes the corpus."
             )
             return None
-        with exclusive_lock(self._work / ".lock", "another slice is finishing this corpus now."):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive_lock(self._work / ".lock", "busy"))
+            except (ConfigError, FileNotFoundError):  # FileNotFoundError: the other slice is done
+                say(f"{self._output}: another slice finishes the corpus.")
+                return None
             measured = AllMeasured(self._directories)
             representative = keep_one_of_equals(measured)
             decisions = decide(measured, representative, self._compare(measured, representative))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.options import BuildOptions
+from codeparrot_ds.system.files import exclusive_lock
 from codeparrot_ds.system.jobs import Slice
 from tests.conftest import ROOT
 
@@ -190,6 +192,15 @@ def test_slices_give_the_same_bytes(source: Path, expected: dict[str, bytes], tm
         results.append(clean([source], tmp_path / "out", options))
     assert [each is None for each in results] == [True, True, False]
     assert bytes_of(tmp_path / "out") == expected
+
+
+def test_a_slice_leaves_the_end_to_the_one_that_is_at_it(source: Path, tmp_path: Path) -> None:
+    options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000)
+    clean([source], tmp_path / "out", replace(options, dry_run=True))
+    (work,) = (tmp_path / "out" / ".work").iterdir()
+    with exclusive_lock(work / ".lock", "busy"):
+        assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 1))) is None
+    assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 1))) is not None
 
 
 def run_until(pattern: str, arguments: list[str], output: Path) -> bool:
