@@ -174,6 +174,17 @@ class RealHosts:
         entered.wait()
 
 
+def user_environment(home: Path) -> dict[str, str]:
+    """Environment of a user of the first host, with this interpreter's programs on PATH."""
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
+    }
+
+
 @pytest.fixture(scope="module")
 def real_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealHosts]:
     """Three hosts with an sshd each."""

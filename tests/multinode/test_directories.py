@@ -14,7 +14,7 @@ import pytest
 from codeparrot_ds.errors import EXIT_USER_ERROR
 from codeparrot_ds.run.directory import RunDirectory
 from tests.conftest import Launched, read_run, save_recipe
-from tests.multinode.conftest import TOOLS_PATH, RealHosts, run_deepspeed
+from tests.multinode.conftest import RealHosts, run_deepspeed, user_environment
 
 pytestmark = pytest.mark.slow
 
@@ -58,14 +58,7 @@ def launch(
     """
     hostfile = (seen_from or cwd) / "hosts file"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts.hosts[:2]))
-    environment = {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(recipe.parent),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
-        "PWD": str(cwd),
-    }
+    environment = {**user_environment(recipe.parent), "PWD": str(cwd)}
     command = [python, "-m", "codeparrot_ds.cli", "launch", recipe, "--hostfile", hostfile, "--no-doctor", *options]
     return hosts.run(command, timeout=TIMEOUT, env=environment, cwd=cwd)
 

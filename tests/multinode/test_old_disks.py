@@ -12,7 +12,7 @@ from codeparrot_ds.export.certificate import read_certificate
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from tests.conftest import ROOT, Launched, Trained, save_recipe
-from tests.multinode.conftest import TOOLS_PATH, RealHosts
+from tests.multinode.conftest import RealHosts, user_environment
 from tests.trees import OLD_COMMIT, check_out
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -27,14 +27,7 @@ def old_tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def call(real_hosts: RealHosts, tree: Path, directory: Path, *command: str | Path) -> Launched:
     """Run `codeparrot-ds` of a tree on the first host. Ranks are started in the same directory, and import from it."""
-    environment = {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(directory),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
-        "PYTHONPATH": str(tree),
-    }
+    environment = {**user_environment(directory), "PYTHONPATH": str(tree)}
     return real_hosts.run([sys.executable, "-m", "codeparrot_ds.cli", *command], timeout=300, env=environment, cwd=tree)
 
 

@@ -15,7 +15,7 @@ from codeparrot_ds.run.directory import Checkpoint, RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.run.recipe import Recipe
 from tests.conftest import ROOT, Launched, Trained, save_recipe
-from tests.multinode.conftest import TOOLS_PATH, RealHosts, run_deepspeed
+from tests.multinode.conftest import RealHosts, run_deepspeed, user_environment
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +46,7 @@ def runs(real_hosts: RealHosts, tiny_recipe: dict[str, Any]) -> Path:
 
 def call(real_hosts: RealHosts, directory: Path, *command: str | Path) -> Launched:
     """Run `codeparrot-ds` on the first host."""
-    environment = {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(directory),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
-    }
+    environment = user_environment(directory)
     return real_hosts.run([PROGRAM, *command], timeout=240, env=environment, cwd=ROOT)
 
 
