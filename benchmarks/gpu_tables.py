@@ -27,6 +27,7 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
         "memory": _memory,
         "peers": _peers,
         "profile": _profile,
+        "checkpoint": _checkpoints,
     }
     made = {name: maker(rows) for name, maker in makers.items()}
     return {name: markdown(head, cells) for name, (head, cells) in made.items() if cells}
@@ -205,6 +206,14 @@ def _peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         shown += [row for row in ours if row not in shown]
         cells.append([*_who(peer, PEERS.get(peer.get("who", ""), str(peer.get("who")))), ratio])
     return head, cells + [[*_who(row, "ours"), ""] for row in shown]
+
+
+def _checkpoints(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    cells = []
+    for row in _of(rows, "checkpoint"):
+        seconds = [f"{row[key]:.2f}" for key in ("waited_seconds", "seconds")]
+        cells.append([device_of(row), row["memory"], _gigabytes(row, "bytes"), *seconds])
+    return ["on", "host memory", "GB", "training waits, s", "written after, s"], cells
 
 
 def _who(row: Row, who: str) -> list[str]:

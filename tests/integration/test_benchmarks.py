@@ -61,9 +61,10 @@ ROWS = [
     step(change="no fused loss", step_seconds=[2.5, 2.5]),
     step(cell="128 x 4", micro_batch=128, step_seconds=[], peak_bytes=None, out_of_memory=True, fits=False),
     {**step(stage=None), "part": "peer", "who": "nanogpt", "compile": True, "step_seconds": [4.0]},
+    {"part": "checkpoint", "memory": "pageable", "bytes": 2e10, "waited_seconds": 8.0, "seconds": 30.0},
     {"part": "profile", "operators": [{"name": f"kernel {i}", "calls": 2, "microseconds": 100.0} for i in range(40)]},
 ]
-NAMES = ("versions", "ceilings", "correctness", "step", "changes", "memory", "peers", "profile")
+NAMES = ("versions", "ceilings", "correctness", "step", "changes", "memory", "peers", "profile", "checkpoint")
 
 
 def test_tables_of_rows_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_tables_of_rows_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page.write_text("before\n" + "".join(f"<!-- gpu:{name} -->\nold\n<!-- gpu:end -->\n" for name in NAMES) + "after\n")
     done = benchmark("--from", rows, "--fill", page)
     assert done.returncode == 0, done.stdout
-    assert "rows.jsonl:10: not a whole line" in done.stdout
+    assert "rows.jsonl:11: not a whole line" in done.stdout
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -129,7 +130,7 @@ def test_each_part_runs_on_tiny_models_within_its_seconds(part: str, tmp_path: P
     expected = {
         "first": {"versions", "ceiling", "correctness", "step", "profile", "child"},
         "second": {"step", "peer", "child"},
-        "third": {"step", "child"},
+        "third": {"step", "checkpoint", "child"},
     }
     assert {row["part"] for row in rows} == expected[part]
     assert [row["cell"] for row in rows if row["part"] == "step" and row.get("error")] == []

@@ -10,7 +10,7 @@ from deepspeed.runtime.model_checkpointing import CHECKPOINT_SERIALIZATION
 
 from codeparrot_ds.system.files import digest_file
 from codeparrot_ds.training import writer as module
-from codeparrot_ds.training.writer import CheckpointWriter, copy_to_host, tensor_bytes
+from codeparrot_ds.training.writer import CheckpointWriter, LockedBuffers, copy_to_host, tensor_bytes
 
 Address = namedtuple("Address", "numel start")
 
@@ -33,7 +33,7 @@ class Config:
 
 def test_a_copy_is_equal_separate_and_of_the_same_types() -> None:
     original = state()
-    copied = copy_to_host(original)
+    copied = copy_to_host(original, LockedBuffers())
     assert isinstance(copied["module"], OrderedDict)
     assert isinstance(copied["moments"][1]["more"][1], Address)
     assert copied["plain"] == original["plain"] and copied["plain"][3] is not original["plain"][3]
@@ -87,3 +87,48 @@ def test_without_memory_for_a_copy_a_file_is_written_immediately(
     writer.begin(True)
     writer.save(state(), str(tmp_path / "a.pt"))
     assert set(writer.files) == {tmp_path / "a.pt"}
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tensors as if on a GPU, all of them large; returns the sizes of the buffers that are locked."""
+    sizes: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(module, "_MIN_LOCKED_BYTES", 32)
+    monkeypatch.setattr(module, "lock_pages", lambda buffer: sizes.append(len(buffer)))
+    return sizes
+
+
+def test_every_checkpoint_is_copied_to_the_memory_locked_for_the_first(tmp_path: Path, locked: list[int]) -> None:
+    writer, original = CheckpointWriter(Config()), state()
+    for number in range(3):
+        original["module"]["wte"][:] = torch.arange(12.0).reshape(3, 4) + number
+        writer.begin(True)
+        for name in "ab":
+            writer.save(original, str(tmp_path / f"{name}{number}.pt"))
+        assert writer._buffers.free_bytes == 0
+        original["module"]["wte"] += 100
+        writer.start()
+        writer.wait()
+        for name in "ab":
+            loaded = torch.load(tmp_path / f"{name}{number}.pt", weights_only=False)
+            assert torch.equal(loaded["module"]["wte"], torch.arange(12.0).reshape(3, 4) + number)
+            assert loaded["moments"][1]["step"] == 3
+    assert locked == [48, 32, 48, 32]  # two files with a matrix and a part of it; the rest is small
+
+
+def test_memory_that_is_locked_counts_as_room(
+    tmp_path: Path, locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(Config())
+    for room, written_at_once in ((1 << 20, False), (100, False), (99, False)):
+        monkeypatch.setattr(module, "available_bytes", lambda room=room: room / (1 - module._SPARE_MEMORY))
+        writer.begin(True)
+        writer.save(state(), str(tmp_path / "a.pt"))
+        assert (tmp_path / "a.pt" in writer.files) is written_at_once
+        writer.start()
+        writer.wait()
+    monkeypatch.setattr(module, "available_bytes", lambda: 0)
+    writer.begin(True)
+    writer.save({"larger": torch.zeros(100)}, str(tmp_path / "a.pt"))
+    assert tmp_path / "a.pt" in writer.files
