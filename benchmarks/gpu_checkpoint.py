@@ -61,10 +61,10 @@ def main() -> None:
     settings += ["checkpoints.keep_last=1"]
     recipe = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml", settings)
     with trainer_on_random_ids(recipe, draw_weights=True) as (trainer, memory):
-        trainer.data.digest = "random"  # part of the manifest of a checkpoint
+        trainer.data.digest = "random"  # type: ignore[misc]  # part of the manifest of a checkpoint
         take_steps(trainer, memory, 1)
         locked = trainer.engine.checkpoint_engine._buffers
-        copies = {"pageable": PageableMemory(), "locked, first": locked, "locked before": locked}
+        copies = {"locked, first": locked, "locked before": locked, "pageable": PageableMemory()}
         for step, (name, buffers) in enumerate(copies.items(), start=1):
             if job.seconds_left < SECONDS_A_CHECKPOINT * (not job.tiny):
                 print(f"no time left for {name}", file=sys.stderr, flush=True)
