@@ -7,8 +7,8 @@ Usage: python benchmarks/gpu.py --part first|second|third [--seconds N] [--outpu
   run work there; a step of GPT-2 xl (1,529.6 M parameters), with a profile.
 - second (330 s): nanoGPT (from DIR, a clone; skipped without it), ours next to it, HF Trainer + DeepSpeed; xl's step in
   other configurations, each change disabled alone, predicted memory compared with measured.
-- third (290 s): ZeRO-3, DeepSpeed's own optimizer step, memory of more configurations up to the first one that should
-  not fit, a checkpoint, and matrix products chosen by torch.compile's autotuning.
+- third (240 s): ZeRO-3, DeepSpeed's own optimizer step, memory of more configurations up to the first one that should
+  not fit, and checkpoints.
 
 Each item is a separate process, started without a launcher and killed when its share of the time is used up; unused
 time goes to the processes after it. Each cell is appended to FILE.jsonl as soon as it is measured; the output of the
@@ -73,11 +73,10 @@ PARTS = {
         Child("second", "gpu_step.py", 95, {"cells": "second"}),
     ),
     "third": (
-        Child("zero3", "gpu_step.py", 60, {"cells": "zero3"}),
-        Child("deepspeed", "gpu_step.py", 25, {"cells": "deepspeed"}),
+        Child("zero3", "gpu_step.py", 65, {"cells": "zero3"}),
+        Child("deepspeed", "gpu_step.py", 35, {"cells": "deepspeed"}),
         Child("memory", "gpu_step.py", 45, {"cells": "memory"}),
-        Child("checkpoint", "gpu_checkpoint.py", 60),
-        Child("autotuned", "gpu_step.py", 100, {"cells": "autotuned"}),
+        Child("checkpoint", "gpu_checkpoint.py", 95),
     ),
 }
 PEERS = ("nanogpt", "trainer")
@@ -240,7 +239,7 @@ def main() -> None:
     """Measure, print the tables, fill the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--seconds", type=float, help="time limit of the part; default 150, 330 and 290")
+    parser.add_argument("--seconds", type=float, help="time limit of the part; default 150, 330 and 240")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", default=Path("gpu.jsonl"), help="appended to")
     parser.add_argument("--tiny", action="store_true", help="use tiny models, to check that the benchmark works")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")

@@ -1,7 +1,7 @@
 """How long a checkpoint of GPT-2 xl keeps one GPU waiting. Usage: python gpu_checkpoint.py JOB.json
 
-Three checkpoints in the background, as in a real run, to /dev/shm: one copied to pageable host memory, the first one
-copied to page-locked memory, which has to be locked, and one copied to the memory locked before. A row has the seconds
+Three checkpoints in the background, as in a real run, to /dev/shm: the first one copied to page-locked memory, which
+has to be locked, one copied to the memory locked before, and one copied to pageable host memory. A row has the seconds
 for which training waits for the copy, and those until all files were written.
 """
 

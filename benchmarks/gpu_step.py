@@ -1,8 +1,8 @@
 """Our step on one GPU: GPT-2 xl in many configurations, with one engine whose settings are changed in place.
 
-Usage: python gpu_step.py JOB.json. The job names the cells: `first`, `second`, `zero3`, `memory`, `autotuned`,
-`deepspeed` (ZeRO-1 with DeepSpeed's own optimizer step) or `beside` (the reference cells, next to the peers). Each cell
-is appended to the job's `output` as a JSON line as soon as it is done; cells remaining when the time is up are skipped.
+Usage: python gpu_step.py JOB.json. The job names the cells: `first`, `second`, `zero3`, `memory`, `deepspeed` (ZeRO-1
+with DeepSpeed's own optimizer step) or `beside` (the reference cells, measured next to the peers). Each cell is
+appended to the job's `output` as a JSON line as soon as it is done; cells remaining when the time is up are skipped.
 
 A cell has two warm-up steps, then the measured ones. As in a real run, nothing synchronizes with the device between
 steps; times are taken between CUDA events at the ends of steps.
@@ -99,7 +99,6 @@ CELLS = {
     "zero3": ZERO3,
     "deepspeed": (Cell(16),),
     "memory": MEMORY,
-    "autotuned": (Cell(16, compile=True), Cell(16, compile=True, change="matrix products autotuned")),
     "beside": (Cell(16, compile=True), Cell(16)),
 }
 
@@ -297,13 +296,6 @@ def _changed(trainer: Trainer, change: str) -> Iterator[None]:
             engine.optimizer.reduce_and_partition_stream = OrderedStream(usual.device)
         yield
         engine.optimizer.reduce_and_partition_stream = usual
-    elif change == "matrix products autotuned":
-        from torch._inductor import config
-
-        torch._dynamo.reset()  # compiled without it before
-        config.max_autotune_gemm = True
-        yield
-        config.max_autotune_gemm = False
     elif change == "DeepSpeed's timer":
         timers = engine.tput_timer.config
         timers.enabled = True
