@@ -43,7 +43,7 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
-from codeparrot_ds.tokenizer.encode import copy_tokenizer
+from codeparrot_ds.tokenizer.directory import copy_tokenizer
 from codeparrot_ds.training.preflight import CheckedRun, check, check_precision, check_space
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 

@@ -30,6 +30,9 @@ def shards_build(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to create.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
+    eos: Annotated[
+        str | None, typer.Option(help="Token that ends each document. Default: the tokenizer's eos_token.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
@@ -76,6 +79,7 @@ def shards_build(
         output,
         BuildOptions(
             text_field=text_field,
+            eos=eos,
             suffix=suffix,
             valid_fraction=valid_fraction,
             shard_tokens=shard_tokens,
@@ -157,6 +161,9 @@ def shards_inspect(
 def shards_adopt(
     prefix: Annotated[Path, typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")],
     tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that produced the ids.")],
+    eos: Annotated[
+        str | None, typer.Option(help="Token that ends each document. Default: the tokenizer's eos_token.")
+    ] = None,
     valid_prefix: Annotated[
         Path | None, typer.Option(help="PREFIX of the validation split, in the same directory.")
     ] = None,
@@ -181,6 +188,7 @@ def shards_adopt(
     manifest = adopt(
         prefix,
         tokenizer,
+        eos=eos,
         valid_prefix=valid_prefix,
         valid_fraction=valid_fraction,
         dtype=dtype,

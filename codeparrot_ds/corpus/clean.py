@@ -70,7 +70,8 @@ from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record, req
 from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import LocalDirectory
-from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_digest
+from codeparrot_ds.tokenizer.directory import tokenizer_digest
+from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.proof import choose_encoder
 
 AnyTask = TypeVar("AnyTask")

@@ -13,8 +13,7 @@ from codeparrot_ds.evaluation.pretrained import load_pretrained
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.validation import perplexity, unigram_loss, validation_sequences
 from codeparrot_ds.system.jobs import Slice, progress
-from codeparrot_ds.tokenizer.encode import require_same_encoding
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, require_same_encoding
 
 
 @dataclass(frozen=True)

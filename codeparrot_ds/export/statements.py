@@ -10,7 +10,7 @@ from typing import Any
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.export.written import WrittenWeights
 from codeparrot_ds.system.files import read_json
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"

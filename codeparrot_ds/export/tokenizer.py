@@ -4,8 +4,8 @@ from pathlib import Path
 
 from codeparrot_ds.export.statements import TOKENIZER_CONFIG
 from codeparrot_ds.system.files import parse_json, write_json
-from codeparrot_ds.tokenizer.encode import tokenizer_files
-from codeparrot_ds.tokenizer.train import EOS_TOKEN, TOKENIZER_FILE
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, tokenizer_files
+from codeparrot_ds.tokenizer.encode import Encoder
 
 # The only class that takes tokenizer.json as it is: others build a tokenizer of their own from its vocabulary.
 _CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -28,8 +28,9 @@ def write_tokenizer(source: Path, directory: Path, seq_len: int) -> None:
     config = {}
     if TOKENIZER_CONFIG in files:
         config = parse_json(files[TOKENIZER_CONFIG], str(source / TOKENIZER_CONFIG), "tokenizer configuration")
-    special = {f"{token}_token": EOS_TOKEN for token in ("bos", "eos")}
+    end_token = Encoder(source).eos_token
+    special = {f"{token}_token": end_token for token in ("bos", "eos")}
     if "pad_token" in config:
-        special["pad_token"] = EOS_TOKEN
+        special["pad_token"] = end_token
     kept = {key: value for key, value in config.items() if key not in _NOT_COPIED}
     write_json(directory / TOKENIZER_CONFIG, {**kept, **_CLASS, "model_max_length": seq_len, **special})

@@ -16,8 +16,8 @@ from codeparrot_ds.shards.foreign import TokenFile, batches, open_tokens
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.system.files import MANIFEST, publish_directory, require_free_space
 from codeparrot_ds.system.storage import LocalDirectory
-from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_files
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
+from codeparrot_ds.tokenizer.directory import tokenizer_files
+from codeparrot_ds.tokenizer.encode import Encoder
 
 _COPIED_TOKENS = 1 << 20  # at a time
 _BYTES_PER_DOCUMENT = 64  # of a copy: 20 in the index, and its provenance
@@ -47,6 +47,7 @@ def adopt(
     prefix: Path,
     tokenizer: Path,
     *,
+    eos: str | None = None,
     valid_prefix: Path | None = None,
     valid_fraction: float = 0.005,
     dtype: str | None = None,
@@ -58,6 +59,7 @@ def adopt(
     Args:
         prefix: `PREFIX.bin` with `PREFIX.idx` is a Megatron-LM dataset; without, a bare array of ids, as of nanoGPT.
         tokenizer: directory of the tokenizer that produced the ids.
+        eos: its token that ends a document; by default as `tokenizer.directory.end_token` says.
         valid_prefix: another dataset to use as the validation split; in the same directory, unless both are copied.
         valid_fraction: without `valid_prefix`, the last documents with about this fraction of the tokens become the
             validation split. It may contain copies of training documents, because the split is not by content.
@@ -73,7 +75,7 @@ def adopt(
     """
     prefixes = [_strip(each) for each in (prefix, valid_prefix) if each is not None]
     _check_options(prefixes, valid_fraction, output)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, eos)
     opened = [open_tokens(each, encoder, dtype) for each in prefixes]
     problems = [] if append_eos else [_missing_end_tokens(each, encoder) for each in opened]
     if output is None and not append_eos:
@@ -93,13 +95,13 @@ def adopt(
     directory = prefixes[0].parent
     if output is not None:
         with publish_directory(output) as unfinished:
-            _write(_copy_all(parts, unfinished, encoder, facts), tokenizer)
+            _write(_copy_all(parts, unfinished, encoder, facts), tokenizer, encoder.eos_token)
         return Manifest.read(output)
     if append_eos:
         manifest = _copy_all(parts, directory, encoder, facts)
     else:
         manifest = _manifest(directory, encoder, opened[0].type_name, tuple(map(_in_place, parts)), facts)
-    _write(manifest, tokenizer)
+    _write(manifest, tokenizer, encoder.eos_token)
     return manifest
 
 
@@ -130,7 +132,7 @@ def _missing_end_tokens(tokens: TokenFile, encoder: Encoder) -> str:
     if not tokens.has_index or not len(missing):
         return ""
     listed = ", ".join(f"{number:,}" for number in missing[:_LISTED]) + (", …" if len(missing) > _LISTED else "")
-    end_token = f"the end token (id {encoder.eos_id}, {EOS_TOKEN})"
+    end_token = f"the end token (id {encoder.eos_id}, {encoder.eos_token})"
     if len(missing) == len(tokens.ended) > 1 and len(tokens.last_ids) == 1:
         cause = (
             f"They all end with id {tokens.last_ids[0]:,}: if that is the end token of the tokenizer that produced "
@@ -264,15 +266,15 @@ def _manifest(
     )
 
 
-def _write(manifest: Manifest, tokenizer: Path) -> None:
+def _write(manifest: Manifest, tokenizer: Path, eos_token: str) -> None:
     """Write the tokenizer and the manifest into the directory of the shards."""
     directory = Path(manifest.directory)
     store = LocalDirectory(directory)
     store.make()
     require_free_space(directory, _MANIFEST_BYTES, "the manifest and the tokenizer")
-    for name, data in tokenizer_files(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer, eos_token).items():
         if store.exists(f"tokenizer/{name}") and store.read(f"tokenizer/{name}") != data:
             raise ConfigError(f"{directory / 'tokenizer' / name}: another tokenizer is already here. Move it away.")
-    for name, data in tokenizer_files(tokenizer).items():
+    for name, data in tokenizer_files(tokenizer, eos_token).items():
         store.write(f"tokenizer/{name}", data)
     manifest.write()

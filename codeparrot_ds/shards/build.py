@@ -33,10 +33,10 @@ from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
-from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.lossless import require_lossless
 from codeparrot_ds.tokenizer.proof import record_proof
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
@@ -56,6 +56,7 @@ class _Job(msgspec.Struct, frozen=True):
     output: Directory
     tokenizer: Path
     tokenizer_digest: str
+    eos_token: str
     text_field: str
     valid_fraction: float
     skip_bad: bool
@@ -72,7 +73,9 @@ class _Task(msgspec.Struct, frozen=True):
         """Digest of everything that determines the output bytes, and of the input files' modification times."""
         pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
         job = self.job
-        return digest_json([pieces, job.tokenizer_digest, job.text_field, job.valid_fraction, job.skip_bad])
+        return digest_json(
+            [pieces, job.tokenizer_digest, job.eos_token, job.text_field, job.valid_fraction, job.skip_bad]
+        )
 
     @property
     def receipt(self) -> str:
@@ -96,7 +99,7 @@ def build(
 
     Args:
         inputs: what `documents.inputs.find_inputs` takes: corpus directories, data files, globs, URLs, Hub datasets.
-        tokenizer: directory that holds `tokenizer.json`; copied into `output`/tokenizer.
+        tokenizer: directory of `tokenizer.json`, or `vocab.json` and `merges.txt`; copied into `output`/tokenizer.
         output: path or fsspec URL, created if missing. Finished shards of the same inputs are kept.
         options: None for the defaults.
 
@@ -110,7 +113,7 @@ def build(
     found = search_inputs(arguments, options.suffix)
     pieces = found.pieces
     text = sum(map(text_bytes, pieces))
-    referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer))
+    referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer), options.eos)
     changes = require_lossless(referee, tokenizer)
     if changes:
         say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
@@ -151,14 +154,21 @@ def build(
         chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, options.text_field)
         skip_bad = options.on_bad_document == "skip"
         job = _Job(
-            target, tokenizer.resolve(), referee.digest, options.text_field, options.valid_fraction, skip_bad, chosen
+            target,
+            tokenizer.resolve(),
+            referee.digest,
+            referee.eos_token,
+            options.text_field,
+            options.valid_fraction,
+            skip_bad,
+            chosen,
         )
         dealt = deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN)
         tasks = [_Task(number, its_pieces, job) for number, its_pieces in enumerate(dealt)]
         labels = trusted_labels(chosen, referee)
         mine = options.part.of(tasks) if options.part else tasks
         unfinished = [task for task in mine if _read_receipt(task, labels) is None]
-        share_encoders = partial(load_encoders, job.tokenizer, referee.digest, chosen)
+        share_encoders = partial(load_encoders, job.tokenizer, referee.digest, chosen, job.eos_token)
         results = run_tasks(
             _build_one,
             unfinished,
@@ -172,7 +182,7 @@ def build(
         beside = {
             REJECTED: encode_skipped(found.skipped),
             INPUTS_RECORD: encode_record(files),
-            **{f"tokenizer/{name}": data for name, data in tokenizer_files(tokenizer).items()},
+            **{f"tokenizer/{name}": data for name, data in tokenizer_files(tokenizer, referee.eos_token).items()},
         }
         return _finish(tasks, labels, target, manifest, beside, alone=options.part is None)
 
@@ -206,7 +216,7 @@ def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
 def _build_one(task: _Task) -> int:
     """Build a task's shards, then write its receipt. Returns the task's number."""
     job = task.job
-    referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder)
+    referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder, job.eos_token)
     job.output.remove(task.receipt)  # a stale receipt must not outlive the shards that it describes
     receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
     dtype = dtype_for(referee.vocab_size)

@@ -57,20 +57,21 @@ def trusted_labels(chosen: str, referee: Encoder) -> set[str]:
 
 
 @lru_cache(maxsize=1)
-def load_referee(tokenizer: Path, digest: str) -> Encoder:
-    """The reference encoder, loaded once per process. Raises DataError for another tokenizer."""
+def load_referee(tokenizer: Path, digest: str, eos: str | None = None) -> Encoder:
+    """The reference encoder with the end token `eos`, loaded once per process. Raises DataError if it has changed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallelism comes from processes
-    referee = Encoder(tokenizer)
+    referee = Encoder(tokenizer, eos)
     if referee.digest != digest:
         raise DataError(f"{tokenizer}: the tokenizer differs on this host, or has changed. Copy it again.")
     return referee
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, digest: str, name: str) -> Encoder | FastEncoder:
-    return FastEncoder(tokenizer) if name == "fastokens" else load_referee(tokenizer, digest)
+def _fast_encoder(tokenizer: Path, digest: str) -> FastEncoder:
+    return FastEncoder(tokenizer)
 
 
-def load_encoders(tokenizer: Path, digest: str, name: str) -> tuple[Encoder, Encoder | FastEncoder]:
+def load_encoders(tokenizer: Path, digest: str, name: str, eos: str) -> tuple[Encoder, Encoder | FastEncoder]:
     """The reference encoder and the encoder `name`, loaded once per process. Raises DataError for another tokenizer."""
-    return load_referee(tokenizer, digest), _encoder(tokenizer, digest, name)
+    referee = load_referee(tokenizer, digest, eos)
+    return referee, _fast_encoder(tokenizer, digest) if name == "fastokens" else referee

@@ -16,7 +16,7 @@ def finished_shards(target: Directory, wanted: Manifest, files: Files) -> Manife
     found = Manifest.read(wanted.directory)
     if "text_changes" not in found.options:  # written by a version that did not record what the tokenizer determines
         wanted = dataclasses.replace(wanted, options={k: v for k, v in wanted.options.items() if k != "text_changes"})
-    keys = ("tokenizer_digest", "options", "sources")
+    keys = ("tokenizer_digest", "eos_id", "options", "sources")
     differing = [key for key in keys if getattr(found, key) != getattr(wanted, key)]
     if differing:
         raise DataError(

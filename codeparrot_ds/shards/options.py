@@ -8,10 +8,11 @@ from codeparrot_ds.system.jobs import ENGINES, Slice
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How documents become shards. The first five decide what is in the shards, the others how they are built.
+    """How documents become shards. The first six decide what is in the shards, the others how they are built.
 
     Attributes:
         text_field: field of a row that holds the content.
+        eos: token that ends each document; None for the tokenizer's own (`tokenizer.directory.end_token`).
         suffix: read files with this suffix in the input directories, one document per file.
         valid_fraction: share of documents that go to the validation split, chosen by a digest of their content.
         shard_tokens: tokens per shard, approximately; None for 1/64 of all tokens, between 4 and 128 million.
@@ -25,6 +26,7 @@ class BuildOptions:
     """
 
     text_field: str = "content"
+    eos: str | None = None
     suffix: str | None = None
     valid_fraction: float = 0.005
     shard_tokens: int | None = None

@@ -15,8 +15,8 @@ from codeparrot_ds.shards.build import BYTES_PER_TOKEN, split_of
 from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
 from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.storage import Address, Directory, is_remote, open_directory
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE
 from codeparrot_ds.tokenizer.encode import Encoder
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 _READ_BYTES = 1 << 22
 _COMPARED_TASKS = 32

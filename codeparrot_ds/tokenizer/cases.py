@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.parts import Parts
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
 
 _EVERY_CODE_POINT = range(0x110000)
 _CODE_POINTS_A_TEXT = 64

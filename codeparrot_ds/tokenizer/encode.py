@@ -1,21 +1,25 @@
 """Exact encoding of documents into token ids: `tokenizers` as the reference, and the much faster `fastokens`."""
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
+from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.jobs import threads
+from codeparrot_ds.tokenizer.directory import (
+    TOKENIZER_FILE,
+    end_token,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_json,
+)
 from codeparrot_ds.tokenizer.parts import Parts
-from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 
 class Encoder:
@@ -24,26 +28,34 @@ class Encoder:
     Attributes:
         label: library and version, e.g. "tokenizers 0.23.3".
         vocab_size: largest id + 1, including added tokens.
-        eos_id: id of the end token of a document.
         digest: xxh3-128 of `tokenizer.json`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged or has no end token."""
+    def __init__(self, directory: Path, eos: str | None = None) -> None:
+        """Load the tokenizer of `directory`; `eos` names the token that ends a document (see `directory.end_token`).
+
+        Raises DataError when it is missing or damaged.
+        """
         self.digest = tokenizer_digest(directory)
-        path = directory / TOKENIZER_FILE
+        self._directory, self._eos = directory, eos
         self._tokenizer = load_tokenizer(directory)
         # A literal "<|endoftext|>" inside a document is text: encode it as such, never as the end token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a tokenizer.json may enable truncation or padding, which alter documents
         self._tokenizer.no_padding()
-        eos_id = self._tokenizer.token_to_id(EOS_TOKEN)
-        if eos_id is None:
-            raise DataError(f"{path}: has no {EOS_TOKEN} token, which must separate documents. Use another tokenizer.")
         self.label = f"tokenizers {importlib.metadata.version('tokenizers')}"
-        self.eos_id: int = eos_id
         # Not the number of tokens: ids of added tokens may have gaps.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def eos_token(self) -> str:
+        """The token that ends a document. Raises DataError when the tokenizer does not have it."""
+        return end_token(self._directory, self._tokenizer, self._eos)
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document. Raises DataError like `eos_token`."""
+        return int(self._tokenizer.token_to_id(self.eos_token))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Concatenated token ids of all texts, [tokens] uint32, and each text's end offset, [len(texts)] int64.
@@ -104,11 +116,14 @@ class FastEncoder:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Load `directory`/tokenizer.json. Raises ImportError or ValueError if fastokens does not support it."""
+        """Load the tokenizer of `directory`. Raises ImportError or ValueError if fastokens does not support it."""
         import fastokens
 
         self.label = fast_label()
-        self._tokenizer = fastokens.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        if (directory / TOKENIZER_FILE).is_file():
+            self._tokenizer = fastokens.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        else:
+            self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json(directory).decode())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._started = False
@@ -152,57 +167,6 @@ def fast_label() -> str:
         return f"fastokens {importlib.metadata.version('fastokens')}"
     except importlib.metadata.PackageNotFoundError:
         return "fastokens none"
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """`directory`/tokenizer.json as a `tokenizers.Tokenizer`. Raises DataError."""
-    from tokenizers import Tokenizer
-
-    path = directory / TOKENIZER_FILE
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception on a bad file
-        raise DataError(f"{path}: not a tokenizer ({error}).") from None
-
-
-def tokenizer_digest(directory: Path) -> str:
-    """xxh3-128 of `directory`/tokenizer.json. Raises DataError when it is missing."""
-    path = directory / TOKENIZER_FILE
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Create it with `codeparrot-ds tokenizer train`.")
-    return digest_file(path)
-
-
-def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
-    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing.
-
-    Compares what determines ids: vocabulary, merges, added tokens, normalizer and pre-tokenizer.
-    """
-
-    def determines_ids(path: Path) -> list[Any]:
-        body = json.loads(load_tokenizer(path).to_str())  # as this version writes it, whichever version wrote the file
-        return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
-
-    if determines_ids(directory) != determines_ids(other):
-        raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's Hugging Face files into `target`, and no other files of `source`.
-
-    Raises DataError when `source` contains no tokenizer.
-    """
-    target.mkdir(exist_ok=True)
-    for name, data in tokenizer_files(source).items():
-        write_atomically(target / name, data)
-
-
-def tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The Hugging Face files of a tokenizer directory: name -> content. Raises DataError when there is no tokenizer."""
-    if not (directory / TOKENIZER_FILE).is_file():
-        raise DataError(f"{directory / TOKENIZER_FILE}: no such file. Copy it again, or build the shards again.")
-    names = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json")
-    return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
 
 
 def cpu_digest() -> str:

@@ -14,9 +14,9 @@ import numpy as np
 
 from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.system.files import read_json
+from codeparrot_ds.tokenizer.directory import CONFIG_FILE, TOKENIZER_FILE
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.parts import BLANK, accepted_changes, config_conflicts, refused_settings
-from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 # All characters of one and two bytes; of the others, every 977th: each byte that UTF-8 has, in every position.
 _CHARACTERS = [chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 977)) if not 0xD800 <= c < 0xE000]
@@ -44,7 +44,7 @@ def require_lossless(encoder: Encoder, directory: Path) -> list[str]:
     Raises:
         DataError: encoding is random or loses text; names each setting that is to blame.
     """
-    problems = refused_settings(encoder.parts) or _found_by_encoding(encoder)
+    problems = refused_settings(encoder.parts, encoder.eos_token) or _found_by_encoding(encoder)
     if (config := directory / CONFIG_FILE).is_file():
         problems += config_conflicts(encoder.parts, read_json(config, "tokenizer config"))
     if problems:
@@ -68,9 +68,9 @@ def _found_by_encoding(encoder: Encoder) -> list[str]:
         if not _same(encoder, encoder.decode(one), text):
             lost.setdefault(encoder.lost_by(text), []).append(text)
     problems = [f"{component} {_listed(their)}" for component, their in lost.items()]
-    glued = list(_with_tokens([EOS_TOKEN, *contents]))
+    glued = list(_with_tokens([encoder.eos_token, *contents], encoder.eos_token))
     if encoder.eos_id in encoder.encode_flat(glued)[0]:
-        problems.append(f"the text {EOS_TOKEN} in a document becomes the end token (id {encoder.eos_id})")
+        problems.append(f"the text {encoder.eos_token} in a document becomes the end token (id {encoder.eos_id})")
     return problems
 
 
@@ -85,10 +85,10 @@ def _texts() -> Iterator[str]:
         yield "".join(f"a{c} {c}1" for c in group)
 
 
-def _with_tokens(contents: Iterable[str]) -> Iterator[str]:
+def _with_tokens(contents: Iterable[str], eos_token: str) -> Iterator[str]:
     for content in contents:
-        yield from (content, f"a{content}b", f" {content} ", f"\n{content}\n", content * 2, f"{EOS_TOKEN}{content}")
-        yield from (f"{content}{EOS_TOKEN}", f"{content} {EOS_TOKEN} {content}", content.upper(), content[:-1])
+        yield from (content, f"a{content}b", f" {content} ", f"\n{content}\n", content * 2, f"{eos_token}{content}")
+        yield from (f"{content}{eos_token}", f"{content} {eos_token} {content}", content.upper(), content[:-1])
 
 
 def _same(encoder: Encoder, found: str, text: str) -> bool:

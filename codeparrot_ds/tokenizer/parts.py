@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
-
 BLANK = "\u2581"  # how SentencePiece writes a blank inside a token
 STRIPPING = ("lstrip", "rstrip")
 # Components that lose text whatever their settings: type -> how.
@@ -86,8 +84,13 @@ def _marks(part: dict[str, Any]) -> bool:
     return part["type"] == "Replace" and (part["pattern"], part["content"]) == ({"String": " "}, BLANK)
 
 
-def refused_settings(parts: Parts) -> list[str]:
-    """Settings that make encoding random or lose text, one sentence each, without a full stop."""
+def refused_settings(parts: Parts, eos_token: str) -> list[str]:
+    """Settings that make encoding random or lose text, one sentence each, without a full stop.
+
+    Args:
+        parts: the tokenizer's components.
+        eos_token: the token that ends a document.
+    """
     problems = []
     if dropout := parts.model.get("dropout"):
         problems.append(f"model: dropout {dropout:g} encodes the same text differently each time. Set it to null")
@@ -96,9 +99,9 @@ def refused_settings(parts: Parts) -> list[str]:
     if how := _loss(parts.model):
         problems.append(f"model {parts.model['type']}: {how}")
     problems += [
-        f"added token {EOS_TOKEN}: not special, so that this text in a document would end it. Set `special` to true"
+        f"added token {eos_token}: not special, so that this text in a document would end it. Set `special` to true"
         for token in parts.matched_tokens
-        if token["content"] == EOS_TOKEN
+        if token["content"] == eos_token
     ]
     return problems
 

@@ -20,14 +20,12 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 from codeparrot_ds.system.jobs import say
+from codeparrot_ds.tokenizer.directory import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"  # of transformers
 # `tokenizers` counts pairs in 32 bits and wraps at 2**31 without an error; that pair is then never merged. A text has
 # fewer pairs than bytes, so no count can reach the limit in this much text.
 MAX_TEXT_BYTES = 2**31 - 1

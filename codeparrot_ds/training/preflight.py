@@ -27,8 +27,7 @@ from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.system.files import make_directory, require_free_space
 from codeparrot_ds.system.launched import local_world_size
-from codeparrot_ds.tokenizer.encode import require_same_encoding
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, require_same_encoding
 
 if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is rejected before it is loaded
     from codeparrot_ds.training.ranks import Ranks

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from codeparrot_ds.tokenizer import cases
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.proof import choose_encoder
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 from tests.conftest import once
 from tests.tokenizer_kinds import KINDS, Fuzzer, save
 

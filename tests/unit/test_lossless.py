@@ -13,9 +13,9 @@ from codeparrot_ds.errors import DataError
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, read_index
 from codeparrot_ds.shards.options import BuildOptions
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.lossless import require_lossless
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
 from tests.tokenizer_kinds import BYTES, added_token, only_bytes, save, unigram
 
 EOS = added_token(EOS_TOKEN, 0, special=True)

@@ -23,6 +23,7 @@ from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
 from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.tokenizer import proof
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.proof import (
     InexactError,
@@ -33,7 +34,6 @@ from codeparrot_ds.tokenizer.proof import (
     prove,
     record_proof,
 )
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
 from tests.tokenizer_kinds import added_token, only_bytes, save
 
 

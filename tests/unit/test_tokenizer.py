@@ -16,8 +16,9 @@ from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.tokenizer import train as training
-from codeparrot_ds.tokenizer.encode import Encoder, require_same_encoding
-from codeparrot_ds.tokenizer.train import EOS_TOKEN, train
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN, require_same_encoding
+from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.train import train
 from tests.conftest import VOCAB_SIZE
 
 
