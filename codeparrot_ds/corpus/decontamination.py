@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import xxhash
 
-from codeparrot_ds.corpus.near_duplicates import token_hash
 from codeparrot_ds.corpus.options import Decontamination
+from codeparrot_ds.corpus.words import hash_words
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
 
 _TOKEN = bytes(ord(chr(c).lower()) if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
@@ -65,12 +65,13 @@ class Problems:
         self.too_short = []
         hashes = [np.empty(0, np.uint64)]
         for problem in problems:
-            words = _tokens(problem.text)
+            spaced = _spaced(problem.text)
+            words = spaced.split()
             grams = [words[i : i + length] for i in range(len(words) - length + 1)]
             places = [i for i, gram in enumerate(grams) if any(map(_is_word, gram))]
             for i in places:
                 self._task_by_gram.setdefault(b" ".join(grams[i]), problem.task_id)
-            hashes.append(_hash_grams(words, length)[places])
+            hashes.append(_hash_grams(spaced, length)[places])
             if not places:
                 self.too_short.append(problem.task_id)
         self._hashes = np.unique(np.concatenate(hashes))
@@ -94,40 +95,44 @@ class Problems:
 
     def find(self, text: str) -> Match | None:
         """The first gram that a document has in common with a problem, or None."""
-        words = _tokens(text)
-        found = _hash_grams(words, self._length)
+        spaced = _spaced(text)
+        found = _hash_grams(spaced, self._length)
         places = np.flatnonzero(self._table[_table_index(found)])
         if not len(places) or not len(self._hashes):
             return None
         found = found[places]
         nearest = self._hashes[np.minimum(np.searchsorted(self._hashes, found), len(self._hashes) - 1)]
-        for place in places[nearest == found].tolist():
+        matches = places[nearest == found].tolist()
+        words = spaced.split() if matches else []
+        for place in matches:
             gram = b" ".join(words[place : place + self._length])
             if task_id := self._task_by_gram.get(gram):
                 return Match(task_id, gram.decode())
         return None
 
 
-def _tokens(text: str) -> list[bytes]:
-    return text.encode().translate(_TOKEN).split()
+def _spaced(text: str) -> bytes:
+    """The tokens of a text, with spaces instead of all other characters."""
+    return text.encode().translate(_TOKEN)
 
 
 def _is_word(token: bytes) -> bool:
     return len(token) > 1 and not token.isdigit() and token not in _COMMON_WORDS
 
 
-def _hash_grams(words: Sequence[bytes], length: int) -> np.ndarray:
+def _hash_grams(spaced: bytes, length: int) -> np.ndarray:
     """Rolling hash of every `length` tokens in a row: [tokens - length + 1] uint64.
 
     With S(i) the sum of the first i token hashes, each times the power of the base at its place, a gram's hash is
     (S(i + length) - S(i)) / base^i, modulo 2^64.
     """
+    words, _ = hash_words(spaced)
     count = len(words)
     if count < length:
         return np.empty(0, np.uint64)
     powers, inverses = _powers.first(count)
     sums = np.zeros(count + 1, np.uint64)
-    np.cumsum(np.fromiter(map(token_hash, words), np.uint64, count) * powers, out=sums[1:])
+    np.cumsum(words * powers, out=sums[1:])
     return (sums[length:] - sums[:-length]) * inverses[: count - length + 1]
 
 

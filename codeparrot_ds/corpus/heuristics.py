@@ -8,13 +8,22 @@ document, so the result can be reproduced.
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
 
 from codeparrot_ds.corpus.options import Heuristics
 
-_NOT_ALPHANUMERIC = bytes(c for c in range(256) if not chr(c).isalnum() or c > 127)
-_ASCII_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # of \s in ASCII text
-_SPACE = re.compile(r"\s+")
+_ASCII_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # what str.isspace is true of in ASCII text
+_OTHER_LINE_ENDS = b"\r\x0b\x0c\x1c\x1d\x1e"  # of str.splitlines in ASCII text
+_OTHER, _ALPHANUMERIC, _NEWLINE, _LINE_END, _EQUALS = range(5)
+_CLASSES = bytes(
+    _NEWLINE if c == ord("\n")
+    else _LINE_END if c in _OTHER_LINE_ENDS
+    else _EQUALS if c == ord("=")
+    else _ALPHANUMERIC if c < 128 and chr(c).isalnum()
+    else _OTHER
+    for c in range(256)
+)  # fmt: skip
 _ASCII = re.compile(r"[\x00-\x7f]+")
 
 
@@ -44,16 +53,23 @@ class Measures:
 def measure(text: str, rules: Heuristics) -> Measures:
     """Measure a non-empty text."""
     encoded = text.encode()
-    lines = text.splitlines() or [""]
-    lower = text.lower()
-    head = "\n".join(lines[: rules.scanned_lines]).lower()
-    most = int(rules.config_or_test_per_line * text.count("\n"))
-    letters = len(encoded.translate(None, _NOT_ALPHANUMERIC))
-    if len(encoded) != len(text):
+    classified = encoded.translate(_CLASSES)
+    classes = np.frombuffer(classified, np.uint8)
+    newlines = np.flatnonzero(classes == _NEWLINE)
+    letters = int(np.count_nonzero(classes == _ALPHANUMERIC))
+    if len(encoded) == len(text) and _LINE_END not in classified:
+        line_max, line_mean = _measure_lines(len(text), newlines)
+        head = text[: _end_of_line(rules.scanned_lines, len(text), newlines)]
+    else:
         letters += sum(map(str.isalnum, _ASCII.sub("", text)))
+        lines = text.splitlines() or [""]
+        line_max, line_mean = max(map(len, lines)), sum(map(len, lines)) / len(lines)
+        head = "\n".join(lines[: rules.scanned_lines])
+    head, lower = head.lower(), text.lower()
+    most = int(rules.config_or_test_per_line * len(newlines))
     return Measures(
-        line_max=max(map(len, lines)),
-        line_mean=sum(map(len, lines)) / len(lines),
+        line_max=line_max,
+        line_mean=line_mean,
         alphanumeric_share=letters / len(text) if text else 0.0,
         generated=any(phrase in head for phrase in rules.generated_phrases),
         config_or_test=(
@@ -61,8 +77,24 @@ def measure(text: str, rules: Heuristics) -> Measures:
             or any(lower.count(word) > most for word in rules.config_or_test_words)
         ),
         no_keywords=not any(keyword in lower for keyword in rules.keywords),
-        assignments=text.count("="),
+        assignments=int(np.count_nonzero(classes == _EQUALS)),
     )
+
+
+def _measure_lines(size: int, newlines: np.ndarray) -> tuple[int, float]:
+    """Longest and mean line of a text of `size` characters whose lines end at `newlines`."""
+    if not len(newlines):
+        return size, float(size)
+    first, last = int(newlines[0]), size - 1 - int(newlines[-1])
+    between = int((newlines[1:] - newlines[:-1]).max(initial=1)) - 1
+    return max(first, between, last), (size - len(newlines)) / (len(newlines) + (last > 0))
+
+
+def _end_of_line(number: int, size: int, newlines: np.ndarray) -> int:
+    """Where the line `number`, from 1, of a text of `size` characters ends; 0 for none."""
+    if number == 0:
+        return 0
+    return int(newlines[number - 1]) if number <= len(newlines) else size
 
 
 def digest_without_space(text: str) -> bytes:
@@ -70,7 +102,7 @@ def digest_without_space(text: str) -> bytes:
     encoded = text.encode()
     if len(encoded) == len(text):
         return xxhash.xxh3_128_digest(encoded.translate(None, _ASCII_SPACE))
-    return xxhash.xxh3_128_digest(_SPACE.sub("", text).encode())
+    return xxhash.xxh3_128_digest("".join(text.split()).encode())
 
 
 def find_reason(

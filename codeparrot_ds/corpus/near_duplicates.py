@@ -7,29 +7,19 @@ is similar to a kept one. Source: CodeParrot's `minhash_deduplication.py`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import xxhash
 
 from codeparrot_ds.corpus.extra import import_extra
 from codeparrot_ds.corpus.options import NearDuplicates
+from codeparrot_ds.corpus.words import hash_words
 
 _PERMUTATIONS, _SEED = 256, 42
-_CACHED_TOKENS = 500_000  # hashes kept per process; names repeat from file to file
+_CHUNK_BYTES = 1 << 19  # of text whose words are hashed at once: the arrays fit in the L2 cache
 # [A-Za-z0-9_] stays, everything else separates.
 _WORD = bytes(c if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
 _MIX = np.uint64(0xFF51AFD7ED558CCD)  # multiplier of MurmurHash3's finalizer
-
-
-class _TokenHashes(dict[bytes, int]):
-    def __missing__(self, token: bytes) -> int:
-        value = xxhash.xxh3_64_intdigest(token)
-        if len(self) < _CACHED_TOKENS:
-            self[token] = value
-        return value
-
-
-token_hash = _TokenHashes().__getitem__
 
 
 @dataclass(frozen=True)
@@ -50,16 +40,12 @@ class Signatures:
 def sign(texts: Sequence[str], rules: NearDuplicates) -> Signatures:
     """Compute the signatures of documents."""
     rensa = import_extra("rensa", "rensa", "The search for near-duplicates")
-    sets, compared = [], []
-    for text in texts:
-        words = text.encode().translate(_WORD).split()
-        compared.append(len(words) >= rules.min_tokens)
-        distinct = set(words) if compared[-1] else set()
-        sets.append(np.fromiter(map(token_hash, distinct), np.uint64, len(distinct)))
-    ends = np.cumsum([len(each) for each in sets], dtype=np.int64)
-    flat = np.concatenate(sets) if sets else np.empty(0, np.uint64)
     if not texts:
-        return Signatures(np.empty((rules.bands, 0), np.uint64), flat, ends)
+        return Signatures(np.empty((rules.bands, 0), np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
+    chunks = [_token_sets(chunk, rules.min_tokens) for chunk in _chunks(texts)]
+    flat = np.concatenate([hashes for hashes, _, _ in chunks])
+    ends = np.cumsum(np.concatenate([sizes for _, sizes, _ in chunks]), dtype=np.int64)
+    compared = np.concatenate([compared for _, _, compared in chunks])
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
     permutations = max(_PERMUTATIONS, rules.bands * rules.rows)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, permutations, _SEED)
@@ -72,6 +58,41 @@ def sign(texts: Sequence[str], rules: NearDuplicates) -> Signatures:
             key ^= key >> np.uint64(32)
         keys[band] = np.where(compared, np.maximum(key, 1), 0)
     return Signatures(keys, flat, ends)
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[bytes]]:
+    """Encoded texts, with spaces instead of all that is in no token, about `_CHUNK_BYTES` at a time."""
+    chunk: list[bytes] = []
+    size = 0
+    for text in texts:
+        chunk.append(text.encode().translate(_WORD))
+        size += len(chunk[-1])
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _token_sets(texts: Sequence[bytes], min_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of the distinct tokens of documents.
+
+    Returns:
+        Hashes in ascending order within each document, concatenated, uint64; number of hashes of each document; and
+        whether each is compared. One with fewer tokens than `min_tokens` is not, and has no hashes.
+    """
+    hashes, starts = hash_words(b" ".join(texts))
+    first_bytes = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    bounds = np.searchsorted(starts, first_bytes)
+    tokens = np.diff(bounds)
+    compared = tokens >= min_tokens
+    for start, stop in pairwise(bounds.tolist()):
+        hashes[start:stop].sort()
+    taken = np.ones(len(hashes), bool)
+    taken[1:] = hashes[1:] != hashes[:-1]
+    taken[bounds[:-1][tokens > 0]] = True
+    taken &= np.repeat(compared, tokens)
+    return hashes[taken], np.diff(np.concatenate([[0], np.cumsum(taken)])[bounds]), compared
 
 
 def concatenate(parts: Sequence[Signatures]) -> Signatures:

@@ -1,6 +1,5 @@
 """Documents, bad documents, and the field names that public code corpora use for provenance."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -56,7 +55,7 @@ class Document(msgspec.Struct, frozen=True, order=True, gc=False):
             "size": len(self.text.encode()),
             "content": self.text,
         }
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return msgspec.json.encode(row).decode() + "\n"
 
 
 class BadDocument(msgspec.Struct, frozen=True, omit_defaults=True):

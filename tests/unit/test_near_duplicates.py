@@ -59,6 +59,13 @@ def test_short_documents_are_not_compared() -> None:
     assert components([nine, nine, ten, ten]).tolist() == [0, 1, 2, 2]
 
 
+def test_documents_in_a_row_may_consist_of_the_same_tokens() -> None:
+    found = sign(["t " * 10, "t " * 9, "t " * 11, "", "t " * 10], RULES)
+    assert found.ends.tolist() == [1, 1, 2, 2, 3]
+    assert len(set(found.sets.tolist())) == 1
+    assert [bool(key) for key in found.keys[0]] == [True, False, True, False, True]
+
+
 def test_components_join_over_bands() -> None:
     labels = np.arange(6, dtype=np.int32)
     labels = join(labels, find_edges(np.array([7, 7, 8, 9, 0, 0], np.uint64)))
