@@ -41,7 +41,6 @@ from codeparrot_ds.corpus.decisions import (
 from codeparrot_ds.corpus.decontamination import Problems
 from codeparrot_ds.corpus.files import (
     FORMATS,
-    REJECTED,
     FileTask,
     count_removed,
     plan_files,
@@ -54,8 +53,7 @@ from codeparrot_ds.corpus.options import Cleaning, Decontamination
 from codeparrot_ds.corpus.output import WORK, finished_corpus, remove_work, require_ours, require_outside
 from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs, text_bytes
 from codeparrot_ds.documents.versions import sources_of, versions_of
-from codeparrot_ds.documents.walk import REJECTED as SKIPPED
-from codeparrot_ds.documents.walk import count_reasons, encode_skipped
+from codeparrot_ds.documents.walk import REJECTED, REMOVED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, ConfigError, DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
@@ -357,8 +355,8 @@ class _Cleaner:
         files = [read_json(task.entry, "record of a written file") for task in tasks]
         for path in set(output.glob("documents-*")) - {task.output for task in tasks}:
             path.unlink()  # of a killed run with other options
-        write_rejected(output / REJECTED, measured, decisions)
-        write_atomically(output / SKIPPED, encode_skipped(self._inputs.skipped))
+        write_rejected(output / REMOVED, measured, decisions)
+        write_atomically(output / REJECTED, encode_skipped(self._inputs.skipped))
         write_atomically(output / INPUTS_RECORD, encode_record(versions_of(self._inputs.pieces)))
         write_atomically(output / CARD, cleaned_card(options.file_format, manifest))
         assert sum(entry["documents"] for entry in files) == manifest["documents"]

@@ -20,7 +20,6 @@ from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_file, dump_json
 from codeparrot_ds.system.storage import LocalDirectory
 
-REJECTED = "rejected.parquet"
 FORMATS = ("jsonl.zst", "parquet")
 _ZSTD_LEVEL = 3
 _ROWS = 1000  # of a parquet row group, or of a batch

@@ -16,8 +16,8 @@ WORK = ".work"  # directory for work in progress
 def require_outside(arguments: Sequence[str], output: Path) -> None:
     """Raise ConfigError if the result would be input of the next run."""
     for argument in arguments:
-        root = Path(argument.removeprefix("file://").removeprefix("local://"))
-        if argument and not is_remote(argument) and root.is_dir() and output.is_relative_to(root.resolve()):
+        path = argument.removeprefix("file://").removeprefix("local://")
+        if path and not is_remote(path) and Path(path).is_dir() and output.is_relative_to(Path(path).resolve()):
             raise ConfigError(
                 f"{output}: is inside the input {argument}, so its files would be read as input when the command is "
                 "run again. Name an output directory outside."
