@@ -91,9 +91,9 @@ def install_python_packages(options: argparse.Namespace) -> None:
     """Create the virtual environment and install into it, torch first, because unpinned it pulls gigabytes of CUDA."""
     inputs = [ROOT / "constraints.txt", ROOT / "pyproject.toml"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs) + sys.version.encode()).hexdigest()
-    wanted += " test" if options.test else ""
+    extra = "test" if options.test else "corpus"  # `test` contains `corpus`
     installed = FINISHED.read_text() if FINISHED.exists() else ""
-    if installed in (wanted, f"{wanted} test"):
+    if installed in (f"{wanted} {extra}", f"{wanted} test"):
         print(f"{VENV.name} is ready.", flush=True)
         return
     python = VENV / "bin" / "python"
@@ -105,8 +105,8 @@ def install_python_packages(options: argparse.Namespace) -> None:
         install += ["--no-index", "--find-links", str(options.offline_wheels)]
     torch_index = ["--index-url", options.torch_index] if options.torch_index else []
     run([*install, *torch_index, "torch"])
-    run([*install, "--editable", ".[test]" if options.test else "."])
-    FINISHED.write_text(wanted)
+    run([*install, "--editable", f".[{extra}]"])
+    FINISHED.write_text(f"{wanted} {extra}")
 
 
 def run(command: list[str], quiet: bool = False) -> None:

@@ -11,7 +11,8 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 data=runs/quickstart-data
 model=runs/quickstart/hf
 
-run codeparrot-ds corpus collect --installed-python --max-file-size 32kB --sample 30MB -o $data/corpus
+run codeparrot-ds corpus collect --installed-python --max-file-size 32kB --sample 30MB -o $data/raw
+run codeparrot-ds corpus clean $data/raw -o $data/corpus
 run codeparrot-ds tokenizer train $data/corpus --vocab-size 8192 --max-seq-len 256 -o $data/tokenizer
 run codeparrot-ds shards build $data/corpus --tokenizer $data/tokenizer --valid-fraction 0.02 -o $data/shards
 run codeparrot-ds shards verify $data/shards --deep

@@ -1,7 +1,7 @@
 """Clean a corpus: remove duplicates, near-duplicates and what the rules of options.py name, and account for the rest.
 
-Five steps, each a list of tasks whose results are files in OUTPUT/.work, so that any of them may be killed and run
-again, on any number of workers:
+Five steps. The tasks of each leave files in OUTPUT/.work, so that a killed run is continued by the same command, on any
+number of workers:
 
     measure     per task of input: digests, the rules on single documents, signatures
     exact       once: keep one of all documents that are equal but for white space
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,7 +41,6 @@ from codeparrot_ds.corpus.decisions import (
 from codeparrot_ds.corpus.decontamination import Problems
 from codeparrot_ds.corpus.files import (
     FORMATS,
-    REJECTED,
     FileTask,
     count_removed,
     plan_files,
@@ -50,32 +50,31 @@ from codeparrot_ds.corpus.files import (
 from codeparrot_ds.corpus.measure import Task, measure_task
 from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Cleaning, Decontamination
+from codeparrot_ds.corpus.output import WORK, finished_corpus, remove_work, require_ours, require_outside
 from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs, text_bytes
 from codeparrot_ds.documents.versions import sources_of, versions_of
-from codeparrot_ds.documents.walk import REJECTED as SKIPPED
-from codeparrot_ds.documents.walk import count_reasons, encode_skipped
-from codeparrot_ds.errors import ConfigError, DataError
+from codeparrot_ds.documents.walk import REJECTED, REMOVED, count_reasons, encode_skipped
+from codeparrot_ds.errors import ClusterError, ConfigError, DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     MANIFEST,
     digest_json,
     exclusive_lock,
-    finished_manifest,
     make_directory,
+    read_json,
+    read_manifest,
     require_free_space,
     write_atomically,
     write_json,
 )
-from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record, require_same_inputs
+from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
 from codeparrot_ds.system.processes import available_cores
-from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.directory import tokenizer_digest
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.proof import choose_encoder
 
 AnyTask = TypeVar("AnyTask")
-_WORK = ".work"
 _TASK_BYTES = 64_000_000  # of text per task of the first step
 _DISK_SHARE = 0.5  # of the text: measured on Python, the result takes 0.24 and the work in progress 0.13
 _FILE_BYTES = 64_000_000  # of text per file of the result
@@ -96,7 +95,7 @@ class CleanOptions:
         workers: local processes; None for one per core.
         engine: "local", or "ray" for a Ray cluster.
         part: the slice of the first step's tasks to run; the last slice to finish runs the other steps.
-        dry_run: count what would be removed, and write no corpus. A later run with the same options reuses the work.
+        dry_run: count what would be removed, and write nothing. The work is done in a temporary directory.
 
     Raises ConfigError for a bad value.
     """
@@ -122,6 +121,8 @@ class CleanOptions:
             raise ConfigError(f"--engine {self.engine}: must be one of {', '.join(ENGINES)}.")
         if self.engine == "ray" and self.part is not None:
             raise ConfigError("a Ray cluster distributes all tasks by itself: omit --slice, or omit --engine ray.")
+        if self.dry_run and self.part is not None:
+            raise ConfigError("--dry-run counts the whole input: omit --slice, or omit --dry-run.")
 
 
 def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | None = None) -> dict[str, Any] | None:
@@ -136,13 +137,16 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
         The manifest, or None while other slices have not finished.
 
     Raises:
-        ConfigError: invalid option, no permission, or disk too small.
+        ConfigError: invalid option, `output` holds something else or is part of the input, no permission, or disk too
+            small.
         DataError: damaged input, or `output` contains another corpus.
         ClusterError: workers were lost permanently.
     """
     options = options or CleanOptions()
     output = output.resolve()
-    found = search_inputs([str(argument) for argument in inputs], options.suffix)
+    arguments = [str(argument) for argument in inputs]
+    require_outside(arguments, output)
+    found = search_inputs(arguments, options.suffix)
     stated = {
         "cleaning": options.cleaning.model_dump(mode="json"),
         "text_field": options.text_field,
@@ -155,25 +159,34 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     }
     wanted = {"options": stated, "sources": sources_of(found.pieces)}
     files = versions_of(found.pieces)
-    if finished := finished_manifest(output, "corpus", wanted):
-        require_same_inputs(LocalDirectory(output), "corpus", files)
-        shutil.rmtree(output / _WORK, ignore_errors=True)  # a process may have been killed after writing the manifest
+    if finished := finished_corpus(output, wanted, files):
+        if not options.dry_run:
+            remove_work(output)  # a process may have been killed after writing the manifest
         return finished
+    if options.cleaning.heuristics is not None and options.tokenizer is None:
+        say("note: characters per token are not checked, which needs --tokenizer.")
+    needed_bytes = int(_DISK_SHARE * sum(map(text_bytes, found.pieces)))
+    if options.dry_run:
+        with TemporaryDirectory(prefix="corpus-clean-") as directory:
+            require_free_space(Path(directory), needed_bytes, "counting")
+            return _Cleaner(output, Path(directory), found, options, wanted).run()
+    require_ours(output)
     make_directory(output)
-    require_free_space(output, int(_DISK_SHARE * sum(map(text_bytes, found.pieces))), "the cleaned corpus")
+    require_free_space(output, needed_bytes, "the cleaned corpus")
     busy = f"{output}: another process is cleaning a corpus here. Wait for it, or stop it."
     name = ".lock" if options.part is None else f".lock-{options.part.index}-of-{options.part.count}"
     with exclusive_lock(output / name, busy):
-        work = output / _WORK / digest_json([wanted, files, versions()])[:16]
-        for other in (output / _WORK).glob("*"):
-            if other != work:  # of other input or options
-                shutil.rmtree(other)
-        work.mkdir(parents=True, exist_ok=True)
-        manifest = _Cleaner(output, work, found, options, wanted).run()
-        if manifest is not None and not options.dry_run:
-            for lock in output.glob(".lock*"):
-                lock.unlink(missing_ok=True)
-        return manifest
+        finished = finished_corpus(output, wanted, files)  # by the process that held the lock, or by another slice
+        if finished is None:
+            work = output / WORK / digest_json([wanted, files, versions()])[:16]
+            for other in (output / WORK).glob("*"):
+                if other != work:  # of other input or options
+                    shutil.rmtree(other, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+            finished = _Cleaner(output, work, found, options, wanted).run()
+        if finished is not None:
+            remove_work(output)
+        return finished
 
 
 def _problems_digest(rules: Decontamination) -> str | None:
@@ -204,25 +217,43 @@ class _Cleaner:
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 
     def run(self) -> dict[str, Any] | None:
-        """Run all steps that are not finished."""
+        """Run all steps that are not finished. Returns None while other slices are at work."""
         self._measure()
         if missing := sum(not directory.exists() for directory in self._directories):
-            say(
-                f"{self._output}: {missing:,} of {len(self._directories):,} tasks remain for other slices; the last "
-                "one finishes the corpus."
-            )
-            return None
+            if not self._is_finished():
+                say(
+                    f"{self._output}: {missing:,} of {len(self._directories):,} tasks remain for other slices; the "
+                    "last one finishes the corpus."
+                )
+                return None
+            return read_manifest(self._output, "corpus")
         with ExitStack() as stack:
             try:
                 stack.enter_context(exclusive_lock(self._work / ".lock", "busy"))
             except (ConfigError, FileNotFoundError):  # FileNotFoundError: the other slice is done
                 say(f"{self._output}: another slice finishes the corpus.")
                 return None
+            if self._is_finished():  # by the slice that held the lock
+                return read_manifest(self._output, "corpus")
             measured = AllMeasured(self._directories)
+            self._require_documents(measured)
             representative = keep_one_of_equals(measured)
             decisions = decide(measured, representative, self._compare(measured, representative))
             manifest = self._account(measured, decisions)
             return manifest if self._options.dry_run else self._write(measured, decisions, manifest)
+
+    def _is_finished(self) -> bool:
+        """Whether another slice has finished the corpus."""
+        return not self._options.dry_run and (self._output / MANIFEST).exists()
+
+    def _require_documents(self, measured: AllMeasured) -> None:
+        """Raise DataError if there is no document to decide on."""
+        if len(measured):
+            return
+        pieces, bad = self._inputs.pieces, [each for part in measured.parts for each in part.info["bad"]]
+        names = pieces[0].location + (f" and {len(pieces) - 1:,} other files" if len(pieces) > 1 else "")
+        why = f"; {len(bad):,} unreadable, the first of them {bad[0][0]}: {bad[0][1]}" if bad else ""
+        raise DataError(f"{names}: no documents{why}. Name other input.")
 
     def _measure(self) -> None:
         options = self._options
@@ -294,6 +325,7 @@ class _Cleaner:
             "skipped_files": count_reasons(self._inputs.skipped),
             "read": read,
             "documents": kept,
+            "text_bytes": int(measured.column("text_bytes")[decisions.kept].sum()),
             "removed": dict(sorted(counts.items())),
             "read_by": came_in,
         }
@@ -305,8 +337,6 @@ class _Cleaner:
         save(self._work / "kept.npy", kept)
         secrets = options.cleaning.secrets
         redact = secrets.model_dump_json() if secrets is not None and secrets.mode == "redact" else ""
-        for leftover in output.glob("documents-*"):  # of a killed run
-            leftover.unlink()
         tasks = [
             FileTask(
                 number,
@@ -318,31 +348,45 @@ class _Cleaner:
                 redact,
                 options.text_field,
                 output / f"documents-{number:05d}.{options.file_format}",
+                self._work / f"written-{number:05d}.json",
             )
             for number, (start, stop) in enumerate(plan_files(measured.column("text_bytes"), kept, options.file_bytes))
         ]
-        results = run_tasks(write_file, tasks, options.workers or available_cores(), engine=options.engine)
-        files = sorted(progress(results, "writing", len(tasks), "file"), key=lambda entry: str(entry["name"]))
-        write_rejected(output / REJECTED, measured, decisions)
-        write_atomically(output / SKIPPED, encode_skipped(self._inputs.skipped))
+        self._run(write_file, tasks, [task.entry for task in tasks], "writing", "file")
+        files = [read_json(task.entry, "record of a written file") for task in tasks]
+        for path in set(output.glob("documents-*")) - {task.output for task in tasks}:
+            path.unlink()  # of a killed run with other options
+        write_rejected(output / REMOVED, measured, decisions)
+        write_atomically(output / REJECTED, encode_skipped(self._inputs.skipped))
         write_atomically(output / INPUTS_RECORD, encode_record(versions_of(self._inputs.pieces)))
         write_atomically(output / CARD, cleaned_card(options.file_format, manifest))
         assert sum(entry["documents"] for entry in files) == manifest["documents"]
         manifest |= {
-            "text_bytes": sum(entry.pop("text_bytes") for entry in files),
+            "text_bytes": sum(entry.pop("text_bytes") for entry in files),  # after redaction
             "files": files,
             "digest": digest_json([entry["xxh3_128"] for entry in files]),
         }
         write_json(output / MANIFEST, manifest)
-        shutil.rmtree(output / _WORK, ignore_errors=True)
         return manifest
 
     def _run(
-        self, function: Callable[[AnyTask], Any], tasks: Sequence[AnyTask], outputs: Sequence[Path], what: str
+        self,
+        function: Callable[[AnyTask], Any],
+        tasks: Sequence[AnyTask],
+        outputs: Sequence[Path],
+        what: str,
+        unit: str = "task",
     ) -> None:
-        """Run the tasks whose output does not exist."""
+        """Run the tasks whose output does not exist. Raises ClusterError if an output does not appear."""
         unfinished = [task for task, output in zip(tasks, outputs, strict=True) if not output.exists()]
         workers = self._options.workers or available_cores()
         results = run_tasks(function, unfinished, workers, engine=self._options.engine)
-        for _ in progress(results, what, len(tasks), "task", done=len(tasks) - len(unfinished)):
+        for _ in progress(results, what, len(tasks), unit, done=len(tasks) - len(unfinished)):
             pass
+        missing = sum(not output.exists() for output in outputs)
+        if missing and not self._is_finished():  # else another slice has removed them
+            disk = "Set TMPDIR to a directory" if self._options.dry_run else "Name an output directory"
+            raise ClusterError(
+                f"{missing:,} of {len(tasks):,} tasks ran ({what}), but their results are not in {self._work}. "
+                f"{disk} on a disk that all workers share."
+            )

@@ -1,6 +1,6 @@
 """Later steps of `corpus clean`: which documents are removed, as duplicates of others and by rules on themselves."""
 
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -166,8 +166,8 @@ def decide(measured: AllMeasured, representative: np.ndarray, similar: Sequence[
 
 
 def save(path: Path, array: np.ndarray) -> None:
-    """Atomically write an array."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Atomically write an array; two copies of a task may do so at the same time."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with open(temporary, "wb") as file:
         np.save(file, array)
     temporary.replace(path)

@@ -1,12 +1,10 @@
 """Last step of `corpus clean`: the files of the cleaned corpus, and the list of what was removed."""
 
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,9 +18,9 @@ from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.system.files import digest_file, flush_to_disk
+from codeparrot_ds.system.files import digest_file, dump_json
+from codeparrot_ds.system.storage import LocalDirectory
 
-REJECTED = "rejected.parquet"
 FORMATS = ("jsonl.zst", "parquet")
 _ZSTD_LEVEL = 3
 _BUFFER_BYTES = 1 << 20  # compressed at a time: one document at a time takes a third longer
@@ -42,6 +40,7 @@ class FileTask(msgspec.Struct, frozen=True):
         redact: rules for secrets to replace, as JSON; "" for none.
         text_field: field of a row that holds the content.
         output: file to create; its suffix selects the format.
+        entry: file to create afterwards, with its entry in the manifest as JSON.
     """
 
     number: int
@@ -53,6 +52,7 @@ class FileTask(msgspec.Struct, frozen=True):
     redact: str
     text_field: str
     output: Path
+    entry: Path
 
 
 def plan_files(sizes: np.ndarray, kept: np.ndarray, file_bytes: int) -> list[tuple[int, int]]:
@@ -72,15 +72,18 @@ def plan_files(sizes: np.ndarray, kept: np.ndarray, file_bytes: int) -> list[tup
     return [(start, stop) for start, stop in pairwise(edges) if kept[start:stop].any()]
 
 
-def write_file(task: FileTask) -> dict[str, Any]:
-    """Write a file, and return its entry in the manifest. Raises DataError if the input has changed."""
-    temporary = task.output.with_name(f".{task.output.name}.{os.getpid()}.tmp")
+def write_file(task: FileTask) -> int:
+    """Write a file and its entry, and return its number. Raises DataError if the input has changed."""
     write = _write_parquet if task.output.suffix == ".parquet" else _write_jsonl
-    documents, text_bytes = write(temporary, _kept_documents(task))
-    flush_to_disk(temporary)
-    temporary.replace(task.output)
-    facts = {"bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
-    return {"name": task.output.name, "documents": documents, "text_bytes": text_bytes, **facts}
+    directory, name = LocalDirectory(task.output.parent), task.output.name
+    with directory.scratch() as scratch:
+        path = scratch.path(name)
+        documents, text_bytes = write(path, _kept_documents(task))
+        facts = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
+        directory.publish({name: path})
+    entry = dump_json({"name": name, "documents": documents, "text_bytes": text_bytes, **facts})
+    LocalDirectory(task.entry.parent).write(task.entry.name, entry)
+    return task.number
 
 
 def _kept_documents(task: FileTask) -> Iterator[Document]:

@@ -5,6 +5,7 @@ Documents are numbered over all tasks in this order.
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Found:
 
 
 def write_measured(directory: Path, found: Sequence[Found], signatures: Signatures, info: dict[str, Any]) -> None:
-    """Atomically write a task's directory.
+    """Atomically write a task's directory; two copies of a task may do so at the same time.
 
     Args:
         directory: to create.
@@ -54,8 +55,7 @@ def write_measured(directory: Path, found: Sequence[Found], signatures: Signatur
     """
     import pyarrow as pa
 
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir(parents=True)
     kept = np.array([not each.reason for each in found], bool)
     arrays = {
@@ -78,8 +78,12 @@ def write_measured(directory: Path, found: Sequence[Found], signatures: Signatur
     with pa.OSFile(str(temporary / _NAMES), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     (temporary / _INFO).write_text(json.dumps(info))
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    try:
+        temporary.rename(directory)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not directory.exists():
+            raise
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a cleaned corpus was made from, and what each rule removed."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.corpus.files import REJECTED
+from codeparrot_ds.documents.walk import REMOVED
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import read_manifest
 
@@ -54,21 +55,17 @@ class Stats:
 
 def summarize(directory: Path, examples: int) -> Stats:
     """Read the statistics of a cleaned corpus, with up to `examples` documents per reason. Raises DataError."""
-    import pyarrow.parquet as pq
-
     manifest = read_manifest(directory, "corpus", "codeparrot-ds corpus clean")
-    if "removed" not in manifest or not (directory / REJECTED).is_file():
+    if "removed" not in manifest or not (directory / REMOVED).is_file():
         raise DataError(f"{directory}: this corpus was not made by `codeparrot-ds corpus clean`.")
     shown: dict[str, list[str]] = {}
     groups: Counter[str] = Counter()
-    with pq.ParquetFile(directory / REJECTED) as table:
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                listed = shown.setdefault(row["reason"], [])
-                if len(listed) < examples:
-                    listed.append(f"{row['repository']} {row['path']} ({row['value']})".strip())
-                if row["reason"] == "near-duplicate":
-                    groups[row["value"].partition(" ")[2]] += 1
+    for row in _rejected(directory / REMOVED):
+        listed = shown.setdefault(row["reason"], [])
+        if len(listed) < examples:
+            listed.append(f"{row['repository']} {row['path']} ({row['value']})".strip())
+        if row["reason"] == "near-duplicate":
+            groups[row["value"].partition(" ")[2]] += 1
     return Stats(
         read=manifest["read"],
         kept=manifest["documents"],
@@ -78,3 +75,20 @@ def summarize(directory: Path, examples: int) -> Stats:
         largest_groups=dict(sorted(groups.items(), key=lambda each: (-each[1], each[0]))[:_LARGEST]),
         read_by=manifest["read_by"],
     )
+
+
+def _rejected(path: Path) -> Iterator[dict[str, str]]:
+    """The removed documents. Raises DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ("repository", "path", "reason", "value")
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: damaged ({reason}). Copy it again, or run `codeparrot-ds corpus clean` again."
+        ) from None

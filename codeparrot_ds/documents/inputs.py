@@ -22,6 +22,7 @@ from codeparrot_ds.documents.walk import (
     OTHER_SUFFIX,
     QUARANTINE,
     REJECTED,
+    REMOVED,
     SYMBOLIC_LINK,
     UNREADABLE_DIRECTORY,
     UNSUPPORTED,
@@ -38,7 +39,7 @@ from codeparrot_ds.system.storage import explain_store_errors, filesystem, is_re
 
 __all__ = ["Corpus", "Inputs", "deal", "find_inputs", "search_inputs", "text_bytes"]
 
-_RECORDS = {REJECTED, QUARANTINE, INPUTS_RECORD}  # JSON that is no data, beside a manifest of ours
+_RECORDS = {REJECTED, REMOVED, QUARANTINE, INPUTS_RECORD}  # no data, beside a manifest of ours
 _RECORD = "record of a corpus or of shards"
 _MANIFEST = "manifest"
 _ARCHIVE_IN_ARCHIVE = "archive inside an archive"

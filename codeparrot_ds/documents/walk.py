@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 REJECTED = "rejected.jsonl"  # lists what was skipped, beside a manifest that has the counts
+REMOVED = "rejected.parquet"  # lists the documents that were removed, beside the manifest of a cleaned corpus
 QUARANTINE = "quarantine.jsonl"  # lists bad documents, beside the manifest of shards
 TOOL_DIRECTORIES = {".git", "__pycache__", "node_modules", ".venv", ".tox", "__MACOSX"}
 HIDDEN_FILE, HIDDEN_DIRECTORY = "hidden file", "hidden directory"

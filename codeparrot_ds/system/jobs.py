@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -46,19 +47,24 @@ def say(message: str) -> None:
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str = "file", done: int = 0) -> Iterator[Item]:
-    """Yield `items` with a progress bar on a terminal, or periodic lines in a log; `done` items precede them."""
+    """Yield `items` with a progress bar on a terminal, or periodic lines in a log; `done` items precede them.
+
+    Both show the time left, at the mean rate so far.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # its monitor thread would prevent forking
         yield from tqdm(items, desc=what, total=total, unit=unit, leave=False, initial=done)
         return
-    last = time.monotonic()
+    started = last = time.monotonic()
     for count, item in enumerate(items, start=done + 1):
         yield item
-        if time.monotonic() - last >= _LOG_SECONDS:
-            last = time.monotonic()
-            say(f"{what}: {count:,} of {total:,} ({unit})")
+        now = time.monotonic()
+        if now - last >= _LOG_SECONDS:
+            last = now
+            left = timedelta(seconds=round((now - started) / (count - done) * (total - count)))
+            say(f"{what}: {count:,} of {total:,} ({unit}), {left} left")
 
 
 def run_tasks(

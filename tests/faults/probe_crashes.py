@@ -20,7 +20,7 @@ from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
 from tests.shard_commands import files_of
 
-_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}  # Python audit events, raised before the operation
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}  # Python audit events, raised before the operation
 assert preload.LIBRARIES
 
 
@@ -44,7 +44,7 @@ def build_until(crash_at: int, command: Command, output: Path) -> tuple[int, str
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal count
-            if event not in _EVENTS or not str(arguments[0]).startswith(str(output)):
+            if event not in EVENTS or not str(arguments[0]).startswith(str(output)):
                 return
             count += 1
             if count == crash_at:

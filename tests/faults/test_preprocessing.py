@@ -26,7 +26,7 @@ from codeparrot_ds.system.files import MANIFEST
 from codeparrot_ds.system.jobs import Slice
 from codeparrot_ds.system.storage import LocalDirectory
 from tests.conftest import ROOT
-from tests.shard_commands import COMMAND, Corpus, Done, environment, error_of, files_of, shards, write_corpus
+from tests.shard_commands import COMMAND, TIMEOUT, Corpus, Done, environment, error_of, files_of, shards, write_corpus
 from tests.unit.test_jobs import array, open_mpi, pmi, step, torchrun
 
 GONE_SECONDS = 5  # time limit for the workers of a killed process to exit
@@ -480,23 +480,57 @@ def ray_cluster() -> Iterator[RayCluster]:
                     other.kill()
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """A cluster that keeps its nodes."""
+    with ray_cluster() as started:
+        yield started
+
+
 @pytest.mark.slow
 def test_ray_gives_the_bytes_of_one_run_and_names_the_problem(
-    small: Corpus, whole: dict[str, bytes], tmp_path: Path
+    small: Corpus, whole: dict[str, bytes], tmp_path: Path, cluster: RayCluster
 ) -> None:
-    with ray_cluster() as cluster:
-        output = tmp_path / "shards"
-        done = shards(*small.command(output, "--engine", "ray"), **cluster.environment())
-        expect_finished(done, output, whole)
-        bad = [*small.command(tmp_path / "bad"), "--on-bad-document", "fail"]
-        on_ray = error_of(shards(*bad, "--engine", "ray", **cluster.environment()))
-        assert on_ray == error_of(shards(*bad, "--workers", "2"))
-        assert "plain.jsonl at byte" in on_ray and "not valid JSON" in on_ray
-        assert not (tmp_path / "bad" / MANIFEST).exists()
-        resumed = shards(*small.command(tmp_path / "bad", "--engine", "ray"), **cluster.environment())
-        expect_finished(resumed, tmp_path / "bad", whole)
-        addresses = cluster.ask("connections")["addresses"]
-        assert addresses and {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1", "::"}
+    output = tmp_path / "shards"
+    done = shards(*small.command(output, "--engine", "ray"), **cluster.environment())
+    expect_finished(done, output, whole)
+    bad = [*small.command(tmp_path / "bad"), "--on-bad-document", "fail"]
+    on_ray = error_of(shards(*bad, "--engine", "ray", **cluster.environment()))
+    assert on_ray == error_of(shards(*bad, "--workers", "2"))
+    assert "plain.jsonl at byte" in on_ray and "not valid JSON" in on_ray
+    assert not (tmp_path / "bad" / MANIFEST).exists()
+    resumed = shards(*small.command(tmp_path / "bad", "--engine", "ray"), **cluster.environment())
+    expect_finished(resumed, tmp_path / "bad", whole)
+    addresses = cluster.ask("connections")["addresses"]
+    assert addresses and {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1", "::"}
+
+
+@pytest.mark.slow
+def test_a_corpus_cleaned_on_ray_has_the_bytes_of_one_run(small: Corpus, tmp_path: Path, cluster: RayCluster) -> None:
+    """With several tasks in each step."""
+    program = (
+        "import sys; from codeparrot_ds.corpus import clean, decisions; from codeparrot_ds.cli import main; "
+        "clean._TASK_BYTES, decisions._GROUP_DOCUMENTS = 200_000, 10; sys.argv[0] = 'codeparrot-ds'; main()"
+    )
+    (tmp_path / "clean.yaml").write_text("near_duplicates: {jaccard: 0.2, bands: 10, rows: 1}\nheuristics: null\n")
+    options = ["--config", tmp_path / "clean.yaml", "--no-decontaminate", "--on-bad-document", "skip"]
+    for name, engine in (("local", ("--workers", "1")), ("ray", ("--engine", "ray"))):
+        output = ["-o", tmp_path / name, "--file-size", "100kB"]
+        done = subprocess.run(
+            [sys.executable, "-c", program, "corpus", "clean", *small.inputs, *output, *options, *engine],
+            cwd=ROOT,
+            env=environment(**cluster.environment()),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    found = files_of(tmp_path / "ray")
+    assert found == files_of(tmp_path / "local")
+    assert sum(name.startswith("documents-") for name in found) > 2
+    removed = json.loads(found[MANIFEST])["removed"]
+    assert 20 < removed["near-duplicate"] < 150 and removed["unreadable"] == 2, removed
 
 
 @pytest.mark.slow

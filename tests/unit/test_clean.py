@@ -2,12 +2,9 @@
 
 import importlib.metadata
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from codeparrot_ds.corpus.clean import CleanOptions, clean
+from codeparrot_ds.corpus.clean import CleanOptions, _Cleaner, clean
 from codeparrot_ds.corpus.decontamination import Problems
 from codeparrot_ds.corpus.options import Cleaning, Decontamination, load_cleaning, override
 from codeparrot_ds.documents.inputs import Corpus
@@ -178,74 +175,55 @@ def test_what_is_removed_has_a_similar_document_that_is_kept(source: Path, tmp_p
     assert similar == []
 
 
-def test_workers_do_not_change_a_byte(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    clean([source], tmp_path / "two", CleanOptions(cleaning=NO_PROBLEMS, workers=2, file_bytes=100_000))
-    assert bytes_of(tmp_path / "two") == expected
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_do_not_change_a_byte(source: Path, expected: dict[str, bytes], tmp_path: Path, workers: int) -> None:
+    clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=workers, file_bytes=100_000))
+    assert bytes_of(tmp_path / "out") == expected
     assert len([name for name in expected if name.startswith("documents-")]) > 2
 
 
-def test_slices_give_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 1, 2), (1, 2, 0)])
+def test_slices_in_any_order_give_the_same_bytes(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, order: tuple[int, ...]
+) -> None:
     results = []
-    for index in (2, 0, 1):
-        part = Slice(index, 3)
-        options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000, part=part)
+    for index in order:
+        options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000, part=Slice(index, 3))
         results.append(clean([source], tmp_path / "out", options))
     assert [each is None for each in results] == [True, True, False]
     assert bytes_of(tmp_path / "out") == expected
 
 
-def test_a_slice_leaves_the_end_to_the_one_that_is_at_it(source: Path, tmp_path: Path) -> None:
+def test_a_slice_leaves_the_end_to_the_one_that_is_at_it(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000)
-    clean([source], tmp_path / "out", replace(options, dry_run=True))
+    assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 2))) is None
     (work,) = (tmp_path / "out" / ".work").iterdir()
     with exclusive_lock(work / ".lock", "busy"):
-        assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 1))) is None
-    assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 1))) is not None
+        assert clean([source], tmp_path / "out", replace(options, part=Slice(1, 2))) is None
+    assert "another slice finishes the corpus" in capsys.readouterr().err
+    assert clean([source], tmp_path / "out", replace(options, part=Slice(1, 2))) is not None
 
 
-def run_until(pattern: str, arguments: list[str], output: Path) -> bool:
-    """Start a run, kill it when a file of this pattern appears below .work or in the output. False if none did."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment, start_new_session=True)
-    try:
-        while process.poll() is None:
-            if any(output.glob(pattern)) or any(output.glob(f".work/*/{pattern}")):
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return True
-            time.sleep(0.002)
-        return False
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from codeparrot_ds.corpus import clean, decisions
-from codeparrot_ds.corpus.options import Cleaning
-clean._TASK_BYTES, decisions._GROUP_DOCUMENTS = 100_000, 10
-cleaning = Cleaning.model_validate({"decontamination": {"enabled": False}})
-options = clean.CleanOptions(cleaning=cleaning, workers=1, file_bytes=100_000)
-clean.clean([sys.argv[1]], Path(sys.argv[2]), options)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_killed_in_any_step_it_gives_the_same_bytes(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, rounds: int
+def test_a_slice_that_another_one_overtakes_returns_its_corpus(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, killed = tmp_path / "out", 0
-    for pattern in (
-        *("measured-00000", "measured-00002", "compared.npy", "edges-003.npy", "edges-015.npy"),
-        *("removed-00000.npy", "removed-00001.npy", "documents-00000.*", "documents-00002.*", "rejected.parquet"),
-    ) * rounds:
-        killed += run_until(pattern, [str(source), str(output)], output)
-    assert killed >= 8
-    clean([source], output, CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000))
-    assert bytes_of(output) == expected
+    """The other finishes the corpus, and removes the work, just after this one has run its tasks."""
+    options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000)
+    assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 2))) is None
+    measure = _Cleaner._measure
+
+    def overtaken(cleaner: _Cleaner) -> None:
+        measure(cleaner)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Cleaner, "_measure", measure)
+            assert clean([source], tmp_path / "out", replace(options, part=Slice(0, 2))) is not None
+
+    monkeypatch.setattr(_Cleaner, "_measure", overtaken)
+    manifest = clean([source], tmp_path / "out", replace(options, part=Slice(1, 2)))
+    assert manifest == json.loads(expected["manifest.json"])
+    assert bytes_of(tmp_path / "out") == expected
 
 
 def test_a_finished_corpus_is_kept_and_one_of_other_input_is_refused(tmp_path: Path) -> None:
@@ -283,18 +261,40 @@ def test_the_work_of_other_options_is_not_used(tmp_path: Path) -> None:
     assert manifest is not None and (manifest["documents"], manifest["removed"]) == (2, {})
 
 
-def test_a_dry_run_writes_no_corpus_and_its_work_is_used(tmp_path: Path) -> None:
-    source = write(tmp_path / "in" / "a.jsonl", [function("one"), "def f(): pass"])
-    dry = clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1, dry_run=True))
-    assert dry is not None and dry["removed"] == {"few assignments": 1}
-    assert not list((tmp_path / "out").glob("[!.]*"))
-    (measured,) = (tmp_path / "out").glob(".work/*/measured-00000")
-    info = json.loads((measured / "info.json").read_text())
-    (measured / "info.json").write_text(json.dumps({**info, "secrets": {"planted": 7}}))
-    manifest = clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1))
-    assert manifest is not None and manifest["removed"] == dry["removed"]
-    assert manifest["read_by"]["secrets"] == {"planted": 7}  # what was measured before was used
-    assert not (tmp_path / "out" / ".work").exists()
+@pytest.mark.parametrize("before", ["nothing", "unfinished", "finished"])
+def test_a_dry_run_counts_what_a_run_counts_and_writes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    output, temporary = tmp_path / "a" / "out", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    options = CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000)
+    if before == "unfinished":
+        clean([source], output, replace(options, part=Slice(0, 2)))
+    if before == "finished":
+        clean([source], output, options)
+
+    def tree() -> dict[str, tuple[int, int]]:
+        return {
+            str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+            for directory in (tmp_path, source)
+            for path in sorted(directory.rglob("*"))
+            if path != temporary
+        }
+
+    found = tree()
+    counted = clean([source], output, replace(options, dry_run=True))
+    assert tree() == found
+    manifest = clean([source], output, options)
+    assert counted is not None and manifest is not None
+    for key in ("read", "documents", "removed", "read_by", "text_bytes"):
+        assert counted[key] == manifest[key], key
+
+
+def test_a_dry_run_may_count_that_nothing_is_left(tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "a.jsonl", ["x", "y = 1"])
+    counted = clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1, dry_run=True))
+    assert counted is not None and (counted["read"], counted["documents"], counted["text_bytes"]) == (2, 0, 0)
 
 
 def test_licences_and_secrets(tmp_path: Path) -> None:

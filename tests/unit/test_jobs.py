@@ -343,13 +343,15 @@ def _in_session(session: int) -> list[int]:
 def test_progress_in_a_log_is_an_occasional_plain_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 1000, 4))  # seconds, at each call
+    clock = iter(range(0, 1000, 4))  # seconds, at each call: one per item
     monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     assert list(progress(range(9), "encoding", 2012, "shard", done=2003)) == list(range(9))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        "encoding: 2,006 of 2,012 (shard)\nencoding: 2,009 of 2,012 (shard)\nencoding: 2,012 of 2,012 (shard)\n"
+        "encoding: 2,006 of 2,012 (shard), 0:00:24 left\n"
+        "encoding: 2,009 of 2,012 (shard), 0:00:12 left\n"
+        "encoding: 2,012 of 2,012 (shard), 0:00:00 left\n"
     )
 
 
