@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from codeparrot_ds.cli.fields import (
+    CommitField,
+    LanguageField,
+    LicenceField,
+    PathField,
+    RepositoryField,
+    SourceField,
+    TextField,
+)
 from codeparrot_ds.cli.output import (
     JsonOption,
     group,
@@ -30,7 +39,13 @@ def shards_build(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Shard directory or URL to create.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    text_field: TextField = None,
+    repository_field: RepositoryField = None,
+    path_field: PathField = None,
+    licence_field: LicenceField = None,
+    source_field: SourceField = None,
+    language_field: LanguageField = None,
+    commit_field: CommitField = None,
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
     ] = None,
@@ -75,7 +90,15 @@ def shards_build(
         tokenizer,
         output,
         BuildOptions(
-            text_field=text_field,
+            text_field=text_field or "content",
+            provenance={
+                "repository": repository_field,
+                "path": path_field,
+                "licence": licence_field,
+                "source": source_field,
+                "language": language_field,
+                "commit": commit_field,
+            },
             suffix=suffix,
             valid_fraction=valid_fraction,
             shard_tokens=shard_tokens,

@@ -14,8 +14,10 @@ from codeparrot_ds.corpus.decisions import Decision, Decisions
 from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Secrets
 from codeparrot_ds.corpus.secrets import redact
-from codeparrot_ds.documents.compression import zstd
+from codeparrot_ds.corpus.tallies import Tallies
+from codeparrot_ds.corpus.writers import open_writer
 from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.errors import DataError
@@ -23,8 +25,6 @@ from codeparrot_ds.system.files import digest_file, flush_to_disk
 
 REJECTED = "rejected.parquet"
 FORMATS = ("jsonl.zst", "parquet")
-_ZSTD_LEVEL = 3
-_ROWS = 1000  # of a parquet row group, or of a batch
 
 
 class FileTask(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ class FileTask(msgspec.Struct, frozen=True):
         measured: directory of each task of the first step.
         kept: file with the decision on each document, bool.
         redact: rules for secrets to replace, as JSON; "" for none.
-        text_field: field of a row that holds the content.
+        fields: fields of a row that hold the content and the provenance.
         output: file to create; its suffix selects the format.
     """
 
@@ -49,7 +49,7 @@ class FileTask(msgspec.Struct, frozen=True):
     measured: list[Path]
     kept: Path
     redact: str
-    text_field: str
+    fields: Fields
     output: Path
 
 
@@ -71,14 +71,26 @@ def plan_files(sizes: np.ndarray, kept: np.ndarray, file_bytes: int) -> list[tup
 
 
 def write_file(task: FileTask) -> dict[str, Any]:
-    """Write a file, and return its entry in the manifest. Raises DataError if the input has changed."""
+    """Write a file, and return its entry in the manifest, with what was written by the attributes of `Tallies`.
+
+    Raises DataError if the input has changed.
+    """
     temporary = task.output.with_name(f".{task.output.name}.{os.getpid()}.tmp")
-    write = _write_parquet if task.output.suffix == ".parquet" else _write_jsonl
-    documents, text_bytes = write(temporary, _kept_documents(task))
+    written = Tallies()
+    with open_writer(temporary, task.output.name.partition(".")[2]) as writer:
+        for document in _kept_documents(task):
+            writer.append(document)
+            written.count(document)
     flush_to_disk(temporary)
     temporary.replace(task.output)
     facts = {"bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
-    return {"name": task.output.name, "documents": documents, "text_bytes": text_bytes, **facts}
+    return {
+        "name": task.output.name,
+        "documents": writer.documents,
+        "text_bytes": writer.text_bytes,
+        **facts,
+        "by": written.by,
+    }
 
 
 def _kept_documents(task: FileTask) -> Iterator[Document]:
@@ -95,7 +107,7 @@ def _kept_documents(task: FileTask) -> Iterator[Document]:
         for piece, (start, stop) in zip(task.pieces[number], pairwise([0, *piece_ends]), strict=True):
             if offset + stop <= task.start or offset + start >= task.stop:
                 continue
-            rows = (read for read in read_documents(piece, task.text_field) if not isinstance(read, BadDocument))
+            rows = (read for read in read_documents(piece, task.fields) if not isinstance(read, BadDocument))
             for row, document in enumerate(rows, start=start):
                 if row >= stop or offset + row >= task.stop:
                     break
@@ -114,55 +126,6 @@ def _redacted(document: Document, rules: str) -> Document:
         return document
     text, replaced = redact(document.text, Secrets.model_validate_json(rules))
     return msgspec.structs.replace(document, text=text) if replaced else document
-
-
-def _write_jsonl(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
-    """Write documents, and return their number and the bytes of their text."""
-    count = text_bytes = 0
-    with zstd.open(path, "wb", level=_ZSTD_LEVEL) as out:
-        for document in documents:
-            out.write(document.to_json().encode())
-            count += 1
-            text_bytes += len(document.text.encode())
-    return count, text_bytes
-
-
-def _write_parquet(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
-    """Write documents, and return their number and the bytes of their text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = [("repo_name", pa.string()), ("path", pa.string()), ("license", pa.string()), ("source", pa.string())]
-    schema = pa.schema([*fields, ("size", pa.int64()), ("content", pa.large_string())])
-    count = text_bytes = 0
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=_ZSTD_LEVEL) as writer:
-        for batch in _batched(documents):
-            rows = [
-                {
-                    "repo_name": each.repository,
-                    "path": each.path,
-                    "license": each.licence,
-                    "source": each.source,
-                    "size": len(each.text.encode()),
-                    "content": each.text,
-                }
-                for each in batch
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            count += len(batch)
-            text_bytes += sum(len(each.text.encode()) for each in batch)
-    return count, text_bytes
-
-
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def count_removed(measured: AllMeasured, decisions: Decisions) -> Counter[str]:
