@@ -214,7 +214,7 @@ def shards_adopt(
 
 
 def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
-    from codeparrot_ds.shards.format import SPLITS
+    from codeparrot_ds.documents.splits import SPLITS
 
     rows = [
         (f"{split} tokens", f"{manifest.tokens(split):,} in {len(manifest.split(split))} shards") for split in SPLITS

@@ -84,13 +84,8 @@ def write_file(task: FileTask) -> dict[str, Any]:
     flush_to_disk(temporary)
     temporary.replace(task.output)
     facts = {"bytes": task.output.stat().st_size, "xxh3_128": digest_file(task.output)}
-    return {
-        "name": task.output.name,
-        "documents": writer.documents,
-        "text_bytes": writer.text_bytes,
-        **facts,
-        "by": written.by,
-    }
+    counts = {"documents": writer.documents, "text_bytes": writer.text_bytes, "by": written.by}
+    return {"name": task.output.name, **counts, **facts}
 
 
 def _kept_documents(task: FileTask) -> Iterator[Document]:

@@ -43,10 +43,7 @@ def describe_groups(measured: AllMeasured, decisions: Decisions) -> dict[str, An
         described[name] = {
             "groups": len(twins),
             "documents": int(removed.sum()) + len(twins),
-            "by_size": {
-                _size_range(exponent): count
-                for exponent, count in zip(exponents.tolist(), counts.tolist(), strict=True)
-            },
+            "by_size": dict(zip(map(_size_range, exponents.tolist()), counts.tolist(), strict=True)),
             "largest": [
                 {"document": measured.name(int(twins[place])), "size": int(removed[place]) + 1}
                 for place in order.tolist()

@@ -41,7 +41,7 @@ class DocumentWriter:
             self._lines = stack.enter_context(zstd.open(path, "wb", level=_ZSTD_LEVEL))
         else:
             assert file_format == "jsonl.gz", file_format
-            raw = stack.enter_context(open(path, "wb"))
+            raw = stack.enter_context(open(path, "wb"))  # noqa: SIM115 (closed by `stack`)
             # No name and no time in the gzip header, so that the bytes depend only on the documents.
             self._lines = stack.enter_context(gzip.GzipFile("", "wb", _GZIP_LEVEL, fileobj=raw, mtime=0))
 

@@ -1,9 +1,17 @@
 """Which documents are for training and which for validation: a function of their content alone."""
 
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.errors import ConfigError
 
+SPLITS = ("train", "valid")
 VALID_FRACTION = 0.005  # of documents, unless the user says otherwise
 _DIGEST_SPACE = 1 << 32
+
+
+def require_fraction(valid_fraction: float) -> None:
+    """Raise ConfigError unless both splits can get documents."""
+    if not 0.0 < valid_fraction < 1.0:
+        raise ConfigError(f"--valid-fraction {valid_fraction}: must be between 0 and 1, e.g. {VALID_FRACTION}.")
 
 
 def split_of(document: Document, valid_fraction: float) -> str:

@@ -22,12 +22,12 @@ from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
-from codeparrot_ds.documents.splits import split_of_digest
+from codeparrot_ds.documents.splits import SPLITS, split_of_digest
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
-from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.shards.identity import finished_shards
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
@@ -73,9 +73,8 @@ class _Task(msgspec.Struct, frozen=True):
         """Digest of everything that determines the output bytes, and of the input files' modification times."""
         pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
         job = self.job
-        return digest_json(
-            [pieces, job.tokenizer_digest, dataclasses.astuple(job.fields), job.valid_fraction, job.skip_bad]
-        )
+        fields = dataclasses.astuple(job.fields)
+        return digest_json([pieces, job.tokenizer_digest, fields, job.valid_fraction, job.skip_bad])
 
     @property
     def receipt(self) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from codeparrot_ds.documents.fields import Fields
-from codeparrot_ds.documents.splits import VALID_FRACTION
+from codeparrot_ds.documents.splits import VALID_FRACTION, require_fraction
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.system.jobs import ENGINES, Slice
 
@@ -45,8 +45,7 @@ class BuildOptions:
         return Fields(self.text_field, **{name: each for name, each in self.provenance.items() if each})
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.valid_fraction < 1.0:
-            raise ConfigError(f"--valid-fraction {self.valid_fraction}: must be between 0 and 1, e.g. 0.005.")
+        require_fraction(self.valid_fraction)
         if self.on_bad_document not in ("fail", "skip"):
             raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
         if self.engine not in ENGINES:

@@ -11,10 +11,10 @@ from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import deal, find_inputs
 from codeparrot_ds.documents.read import Piece, read_documents
-from codeparrot_ds.documents.splits import split_of
+from codeparrot_ds.documents.splits import SPLITS, split_of
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
 from codeparrot_ds.shards.build import BYTES_PER_TOKEN
-from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
+from codeparrot_ds.shards.format import Manifest, ShardInfo, parse_index, read_index, read_provenance
 from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.storage import Address, Directory, is_remote, open_directory
 from codeparrot_ds.tokenizer.encode import Encoder
