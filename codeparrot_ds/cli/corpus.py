@@ -136,7 +136,7 @@ def corpus_stats(
     examples: Annotated[int, typer.Option(help="Removed documents to show per reason.", min=0)] = 2,
     json_output: JsonOption = False,
 ) -> None:
-    """Show what came in, what each rule removed with examples, and the largest groups of near-duplicates."""
+    """Show what came in, what each step removed with examples, groups of duplicates, sizes, licences and languages."""
     from codeparrot_ds.corpus.stats import summarize
 
     found = summarize(directory, examples)

@@ -24,6 +24,7 @@ from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_file, flush_to_disk
 
 REJECTED = "rejected.parquet"
+_UNREADABLE, _EXACT, _NEAR = "unreadable", "exact duplicate", "near-duplicate"
 FORMATS = ("jsonl.zst", "parquet")
 
 
@@ -128,11 +129,11 @@ def count_removed(measured: AllMeasured, decisions: Decisions) -> Counter[str]:
     counts: Counter[str] = Counter()
     for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
         decided = decisions.decision[start : start + part.info["documents"]]
-        counts["exact duplicate"] += int((decided == Decision.EXACT_DUPLICATE).sum())
-        counts["near-duplicate"] += int((decided == Decision.NEAR_DUPLICATE).sum())
+        counts[_EXACT] += int((decided == Decision.EXACT_DUPLICATE).sum())
+        counts[_NEAR] += int((decided == Decision.NEAR_DUPLICATE).sum())
         reasons = part.names.column("reason").take(np.flatnonzero(decided == Decision.REMOVED_BY_RULE))
         counts.update(reasons.to_pylist())
-        counts["unreadable"] += sum(documents for _, _, documents in part.info["bad"])
+        counts[_UNREADABLE] += sum(documents for _, _, documents in part.info["bad"])
     return +counts  # without zeros
 
 
@@ -150,7 +151,7 @@ def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> N
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
             rows = [
-                {"repository": "", "path": where, "reason": "unreadable", "value": reason, "step": "read"}
+                {"repository": "", "path": where, "reason": _UNREADABLE, "value": reason, "step": step_of(_UNREADABLE)}
                 for where, reason, _ in part.info["bad"]
             ]
             removed = np.flatnonzero(decisions.decision[start : start + part.info["documents"]])
@@ -166,7 +167,14 @@ def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: 
     """Reason, value and step of a removed document."""
     decision, instead = decisions.decision[document], int(decisions.instead[document])
     if decision == Decision.EXACT_DUPLICATE:
-        return "exact duplicate", measured.name(instead), "exact"
-    if decision == Decision.NEAR_DUPLICATE:
-        return "near-duplicate", f"{decisions.jaccard[document]:.4f} {measured.name(instead)}", "extremes"
-    return names["reason"], names["value"], "measure"
+        reason, value = _EXACT, measured.name(instead)
+    elif decision == Decision.NEAR_DUPLICATE:
+        reason, value = _NEAR, f"{decisions.jaccard[document]:.4f} {measured.name(instead)}"
+    else:
+        reason, value = names["reason"], names["value"]
+    return reason, value, step_of(reason)
+
+
+def step_of(reason: str) -> str:
+    """The step that removes documents for this reason."""
+    return {_UNREADABLE: "read", _EXACT: "exact", _NEAR: "extremes"}.get(reason, "measure")

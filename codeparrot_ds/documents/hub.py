@@ -37,7 +37,7 @@ class HubDataset:
 
 
 def open_hub_dataset(address: str) -> HubDataset:
-    """Open "hub:NAME" or "hub:NAME?split=train&config=C&revision=R".
+    """Open one split: "hub:NAME" or "hub:NAME?split=train&config=C&revision=R".
 
     NAME is a dataset on the Hub, or a local directory that `datasets` can load. Dataset scripts are never executed.
     Raises DataError.

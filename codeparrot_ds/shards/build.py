@@ -333,9 +333,11 @@ def _finish(
     manifest = dataclasses.replace(manifest, shards=tuple(shards), documents=documents)
     for split in SPLITS:
         if not manifest.split(split):
+            of_hub = any(each.startswith("hub:") and "split=" not in each for each in manifest.inputs)
+            hint = " A corpus on the Hub has two splits: hub:NAME?split=train+validation." if of_hub else ""
             raise DataError(
                 f"{', '.join(manifest.inputs)}: the {split} split is empty at a valid fraction of "
-                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
+                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction.{hint}"
             )
     try:
         lines = b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined)
