@@ -11,6 +11,7 @@ NOT_UTF8 = "not UTF-8"
 UNKNOWN_ENCODING = "unknown encoding"
 CONTRADICTORY_ENCODING = "encoding contradicts the byte-order mark"
 WRONG_ENCODING = "not in the encoding that it declares"
+_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
 _NOT_FOR_SOURCE = {"punycode", "idna"}  # encodings of host names, which Python does not read files in
 
 
@@ -54,24 +55,22 @@ def decode_source(data: bytes, path: str) -> str:
 
 def _declared(data: bytes) -> str:
     """The encoding that Python source declares. Raises EncodingError for one that Python would refuse."""
-    lines = io.BytesIO(data)
+    # The interpreter accepts other bytes beside the declaration; `tokenize` would want them to be UTF-8.
+    mark = data[:3] if data.startswith(codecs.BOM_UTF8) else b""
+    lines = io.BytesIO(mark + data[len(mark) :].translate(_ASCII))
     try:
         encoding, read = tokenize.detect_encoding(lines.readline)
     except SyntaxError as error:
         said = str(error)
         if "unknown encoding" in said:
             raise EncodingError(UNKNOWN_ENCODING, said.rpartition(" ")[2]) from None
-        if data.startswith(codecs.BOM_UTF8) and "encoding problem" in said:
-            cookie = tokenize.detect_encoding(io.BytesIO(data.removeprefix(codecs.BOM_UTF8)).readline)[0]
-            raise EncodingError(CONTRADICTORY_ENCODING, cookie) from None
-        return "utf-8"  # the first lines are not; decoding says where
+        lines.seek(len(mark))
+        raise EncodingError(CONTRADICTORY_ENCODING, tokenize.detect_encoding(lines.readline)[0]) from None
     if encoding.startswith("utf-8"):
         return encoding
     try:
-        codec = codecs.lookup(encoding).name
-        line = bytes(byte for byte in read[-1] if byte < 128)
         # In UTF-16 and others, the declaration would not be what it is in this file; Python refuses them.
-        if codec in _NOT_FOR_SOURCE or line.decode(encoding) != line.decode("ascii"):
+        if codecs.lookup(encoding).name in _NOT_FOR_SOURCE or read[-1].decode(encoding) != read[-1].decode("ascii"):
             raise EncodingError(WRONG_ENCODING, encoding)
     except LookupError:  # rot13, zlib: not an encoding of text
         raise EncodingError(UNKNOWN_ENCODING, encoding) from None

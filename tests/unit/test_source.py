@@ -1,6 +1,9 @@
 """Source files are decoded as Python decodes them."""
 
+import ast
 import io
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -34,6 +37,8 @@ RIGHT = {
     "byte-order mark and declaration": BOM + "# coding: UTF_8\ns = 'é'\n".encode(),
     "empty": b"",
     "one line": b"# coding: latin-1",
+    "other bytes beside the declaration": b"# Jos\xe9 -*- coding: cp1252 -*-\ns = '\x80'\n",
+    "other bytes above the declaration": b"# Jos\xe9\n# coding: cp1252\ns = '\x80'\n",
 }
 WRONG = {
     "not UTF-8": (b"s = 1\ns = 2\ns = '\xe9'\n", NOT_UTF8, "byte 17: "),
@@ -53,10 +58,32 @@ WRONG = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_python_is_decoded_as_by_the_tokenizer(name: str) -> None:
     data = RIGHT[name]
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    # `tokenize` wants UTF-8 beside the declaration; the interpreter does not.
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data.replace(b"Jos\xe9", b"Jose")).readline)
     for path in ("a.py", "a.PYI"):
         assert decode_source(data, path) == data.decode(encoding)
     assert not decode_source(data, "a.py").startswith("\ufeff")
+
+
+def test_python_is_decoded_as_by_the_interpreter(tmp_path: Path) -> None:
+    """The interpreter itself shows what it reads, or refuses the file."""
+    for number, data in enumerate([*RIGHT.values(), *(data for data, _, _ in WRONG.values())]):
+        if b"unicode_escape" not in data and b"'" in data:
+            (tmp_path / f"m{number}.py").write_bytes(data)
+    code = "import sys, importlib\nfor name in sys.argv[1:]:\n"
+    code += "    try: print(name, ascii(importlib.import_module(name).s))\n    except SyntaxError: print(name)"
+    names = sorted(path.stem for path in tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    for line in done.stdout.splitlines():
+        name, _, shown = line.partition(" ")
+        try:
+            text = decode_source((tmp_path / f"{name}.py").read_bytes(), f"{name}.py")
+        except EncodingError:
+            assert not shown, name
+        else:
+            assert shown and ast.literal_eval(shown) == ast.literal_eval(text.partition("s = ")[2].strip()), name
 
 
 def test_other_files_are_in_utf8_whatever_they_say() -> None:
