@@ -5,6 +5,15 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.fields import (
+    CommitField,
+    LanguageField,
+    LicenceField,
+    PathField,
+    RepositoryField,
+    SourceField,
+    TextField,
+)
 from codeparrot_ds.cli.output import JsonOption, group, parse_size, print_result
 from codeparrot_ds.errors import ConfigError
 
@@ -18,7 +27,9 @@ def corpus_collect(
     installed_python: Annotated[
         bool, typer.Option(help="Also collect this Python's standard library and installed packages.")
     ] = False,
-    suffix: Annotated[str, typer.Option(help="Suffix of the files to collect.")] = ".py",
+    suffix: Annotated[
+        list[str] | None, typer.Option(help="Suffix of the files to collect; may be given several times. Default: .py.")
+    ] = None,
     max_file_size: Annotated[str, typer.Option(help="Skip larger files.")] = "1MB",
     sample: Annotated[str | None, typer.Option(help="Keep a uniform sample of this much text, e.g. 30MB.")] = None,
     json_output: JsonOption = False,
@@ -32,7 +43,7 @@ def corpus_collect(
         output,
         directories or [],
         installed_python=installed_python,
-        suffix=suffix,
+        suffixes=suffix or [".py"],
         max_file_bytes=parse_size(max_file_size),
         sample_bytes=None if sample is None else parse_size(sample),
     )
@@ -49,7 +60,13 @@ def corpus_clean(
     inputs: Annotated[list[str], typer.Argument(help="Corpus directories, data files, globs, URLs or hub:NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Corpus directory to create.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with thresholds. Default: CodeParrot's.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field that holds the content.")] = "content",
+    text_field: TextField = None,
+    repository_field: RepositoryField = None,
+    path_field: PathField = None,
+    licence_field: LicenceField = None,
+    source_field: SourceField = None,
+    language_field: LanguageField = None,
+    commit_field: CommitField = None,
     suffix: Annotated[str | None, typer.Option(help="Read files with this suffix as one document each.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer, for the rule on characters per token. Default: the rule is off.")
@@ -78,9 +95,17 @@ def corpus_clean(
     from codeparrot_ds.system.jobs import Slice
 
     cleaning = load_cleaning(config) if config is not None else Cleaning()
+    fields = {
+        "text": text_field,
+        "repository": repository_field,
+        "path": path_field,
+        "licence": licence_field,
+        "source": source_field,
+        "language": language_field,
+        "commit": commit_field,
+    }
     options = CleanOptions(
-        cleaning=override(cleaning, licences=licences, secrets=secrets, decontaminate=decontaminate),
-        text_field=text_field,
+        cleaning=override(cleaning, licences=licences, secrets=secrets, decontaminate=decontaminate, fields=fields),
         suffix=suffix,
         tokenizer=tokenizer,
         on_bad_document=on_bad_document,
@@ -111,7 +136,7 @@ def corpus_stats(
     examples: Annotated[int, typer.Option(help="Removed documents to show per reason.", min=0)] = 2,
     json_output: JsonOption = False,
 ) -> None:
-    """Show what came in, what each rule removed with examples, and the largest groups of near-duplicates."""
+    """Show what came in, what each step removed with examples, groups of duplicates, sizes, licences and languages."""
     from codeparrot_ds.corpus.stats import summarize
 
     found = summarize(directory, examples)

@@ -129,6 +129,9 @@ def push_command(
     private: Annotated[
         bool, typer.Option("--private/--public", help="Visibility of a newly created repository.")
     ] = True,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Of a corpus: fraction of documents in the validation split. Default: 0.005.")
+    ] = None,
     tries: Annotated[int, typer.Option(help="Attempts when the network or the Hub fails.", min=1)] = 6,
     timeout: Annotated[float, typer.Option(help="Seconds without data after which an attempt fails.", min=1)] = 120,
     json_output: JsonOption = False,
@@ -136,6 +139,15 @@ def push_command(
     """Push a finished directory to the Hugging Face Hub in one commit."""
     from codeparrot_ds.export.hub import push
 
-    pushed = push(directory, repo, branch=branch, merge=merge, private=private, tries=tries, timeout_seconds=timeout)
+    pushed = push(
+        directory,
+        repo,
+        branch=branch,
+        merge=merge,
+        private=private,
+        valid_fraction=valid_fraction,
+        tries=tries,
+        timeout_seconds=timeout,
+    )
     rows = [("files", f"{pushed.files:,}"), *zip(pushed.branches, pushed.commits, strict=True)]
     print_result(json_output, f"{pushed.repo} ({pushed.repo_type})", rows, vars(pushed))

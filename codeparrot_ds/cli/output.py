@@ -19,9 +19,9 @@ def group(help_text: str) -> typer.Typer:
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    print(title)
+    print(printable(title))
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        print(f"  {printable(name):<{width}}  {printable(value)}")
 
 
 def print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result: dict[str, Any]) -> None:

@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from codeparrot_ds.cli.fields import (
+    CommitField,
+    LanguageField,
+    LicenceField,
+    PathField,
+    RepositoryField,
+    SourceField,
+    TextField,
+)
 from codeparrot_ds.cli.output import (
     JsonOption,
     group,
@@ -33,7 +42,13 @@ def shards_build(
     eos: Annotated[
         str | None, typer.Option(help="Token that ends each document. Default: the tokenizer's eos_token.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    text_field: TextField = None,
+    repository_field: RepositoryField = None,
+    path_field: PathField = None,
+    licence_field: LicenceField = None,
+    source_field: SourceField = None,
+    language_field: LanguageField = None,
+    commit_field: CommitField = None,
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
     ] = None,
@@ -78,8 +93,16 @@ def shards_build(
         tokenizer,
         output,
         BuildOptions(
-            text_field=text_field,
+            text_field=text_field or "content",
             eos=eos,
+            provenance={
+                "repository": repository_field,
+                "path": path_field,
+                "licence": licence_field,
+                "source": source_field,
+                "language": language_field,
+                "commit": commit_field,
+            },
             suffix=suffix,
             valid_fraction=valid_fraction,
             shard_tokens=shard_tokens,
@@ -199,7 +222,7 @@ def shards_adopt(
 
 
 def _print_shards(manifest: Any, json_output: bool, also: dict[str, int] | None = None) -> None:
-    from codeparrot_ds.shards.format import SPLITS
+    from codeparrot_ds.documents.splits import SPLITS
 
     rows = [
         (f"{split} tokens", f"{manifest.tokens(split):,} in {len(manifest.split(split))} shards") for split in SPLITS

@@ -14,7 +14,6 @@ The result depends on the input and the options only.
 
 import importlib.metadata
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -47,10 +46,13 @@ from codeparrot_ds.corpus.files import (
     write_file,
     write_rejected,
 )
+from codeparrot_ds.corpus.groups import describe_groups, describe_sizes
 from codeparrot_ds.corpus.measure import Task, measure_task
 from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Cleaning, Decontamination
 from codeparrot_ds.corpus.output import WORK, finished_corpus, remove_work, require_ours, require_outside
+from codeparrot_ds.corpus.tallies import add_up
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs, text_bytes
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import REJECTED, REMOVED, count_reasons, encode_skipped
@@ -86,7 +88,6 @@ class CleanOptions:
 
     Attributes:
         cleaning: the rules.
-        text_field: field of a row that holds the content.
         suffix: read files with this suffix in the input directories, one document per file.
         tokenizer: directory of a tokenizer, for the rule on characters per token; None leaves it out.
         on_bad_document: "fail", or "skip" to skip unreadable documents and list them.
@@ -101,7 +102,6 @@ class CleanOptions:
     """
 
     cleaning: Cleaning = field(default_factory=Cleaning)
-    text_field: str = "content"
     suffix: str | None = None
     tokenizer: Path | None = None
     on_bad_document: str = "fail"
@@ -149,7 +149,6 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     found = search_inputs(arguments, options.suffix)
     stated = {
         "cleaning": options.cleaning.model_dump(mode="json"),
-        "text_field": options.text_field,
         "suffix": options.suffix,
         "tokenizer": None if options.tokenizer is None else tokenizer_digest(options.tokenizer),
         "on_bad_document": options.on_bad_document,
@@ -213,6 +212,7 @@ class _Cleaner:
 
     def __init__(self, output: Path, work: Path, inputs: Inputs, options: CleanOptions, wanted: dict[str, Any]) -> None:
         self._output, self._work, self._inputs, self._options, self._wanted = output, work, inputs, options, wanted
+        self._fields = Fields(**options.cleaning.fields.model_dump())
         self._pieces = deal(inputs.pieces, _TASK_BYTES)
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 
@@ -264,7 +264,7 @@ class _Cleaner:
             Task(
                 number,
                 pieces,
-                options.text_field,
+                self._fields,
                 options.on_bad_document == "skip",
                 options.cleaning.model_dump_json(),
                 None if options.tokenizer is None else options.tokenizer.resolve(),
@@ -311,11 +311,12 @@ class _Cleaner:
     def _account(self, measured: AllMeasured, decisions: Decisions) -> dict[str, Any]:
         """The manifest without the files."""
         counts, kept = count_removed(measured, decisions), int(decisions.kept.sum())
+        sizes = measured.column("text_bytes")
         read = len(measured) + counts["unreadable"]
         assert read == kept + sum(counts.values()), (read, kept, counts)
         came_in = {
-            what: dict(sorted(sum((Counter(part.info[what]) for part in measured.parts), Counter[str]()).items()))
-            for what in ("licences", "suffixes", "secrets")
+            what: add_up(part.info[what] for part in measured.parts)
+            for what in ("licences", "languages", "suffixes", "secrets")
         }
         return {
             "format_version": FORMAT_VERSION,
@@ -328,6 +329,11 @@ class _Cleaner:
             "text_bytes": int(measured.column("text_bytes")[decisions.kept].sum()),
             "removed": dict(sorted(counts.items())),
             "read_by": came_in,
+            "sizes": {
+                "read": describe_sizes(sizes),
+                "kept": describe_sizes(sizes[decisions.kept]),
+            },
+            "duplicate_groups": describe_groups(measured, decisions),
         }
 
     def _write(self, measured: AllMeasured, decisions: Decisions, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +352,7 @@ class _Cleaner:
                 self._directories,
                 self._work / "kept.npy",
                 redact,
-                options.text_field,
+                self._fields,
                 output / f"documents-{number:05d}.{options.file_format}",
                 self._work / f"written-{number:05d}.json",
             )
@@ -363,7 +369,8 @@ class _Cleaner:
         assert sum(entry["documents"] for entry in files) == manifest["documents"]
         manifest |= {
             "text_bytes": sum(entry.pop("text_bytes") for entry in files),  # after redaction
-            "files": files,
+            "kept_by": {what: add_up(entry["by"][what] for entry in files) for what in files[0]["by"]},
+            "files": [{key: value for key, value in entry.items() if key != "by"} for entry in files],
             "digest": digest_json([entry["xxh3_128"] for entry in files]),
         }
         write_json(output / MANIFEST, manifest)

@@ -5,9 +5,7 @@ directory listing order does not matter, and `sample_bytes` takes a uniform samp
 """
 
 import dataclasses
-import gzip
 import importlib.metadata
-import os
 import platform
 import sysconfig
 from collections import Counter
@@ -19,8 +17,11 @@ from typing import Any
 import msgspec
 
 from codeparrot_ds.corpus.card import CARD, CORPUS_CARD
+from codeparrot_ds.corpus.projects import Project, Projects
+from codeparrot_ds.corpus.writers import open_writer
 from codeparrot_ds.documents.document import Document
 from codeparrot_ds.documents.piece import printable_name
+from codeparrot_ds.documents.source import EncodingError, decode_source
 from codeparrot_ds.documents.walk import OTHER_SUFFIX, REJECTED, Skipped, walk
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import (
@@ -29,6 +30,7 @@ from codeparrot_ds.system.files import (
     digest_file,
     digest_json,
     finished_manifest,
+    flush_to_disk,
     make_directory,
     require_free_space,
     write_atomically,
@@ -52,6 +54,7 @@ class Candidate:
     path: str
     licence: str
     source: str
+    commit: str
     size: int  # bytes
     modified: int  # ns
 
@@ -76,7 +79,7 @@ def collect(
     directories: Sequence[Path],
     *,
     installed_python: bool = False,
-    suffix: str = ".py",
+    suffixes: Sequence[str] = (".py",),
     max_file_bytes: int = 1_000_000,
     sample_bytes: int | None = None,
 ) -> dict[str, Any]:
@@ -85,9 +88,9 @@ def collect(
     Args:
         output: created if missing; a finished corpus of the same files and options is kept unchanged.
         directories: searched recursively, except hidden directories and those of tools; symbolic links are not
-            followed.
+            followed. A file in a git working tree gets the repository, its licence and its commit as provenance.
         installed_python: also collect the standard library and the installed packages of this interpreter.
-        suffix: suffix of the files to collect.
+        suffixes: suffixes of the files to collect.
         max_file_bytes: larger files are counted and skipped.
         sample_bytes: stop at this many bytes of text, choosing the documents with the smallest digests.
 
@@ -100,7 +103,7 @@ def collect(
     options = {
         "directories": [str(directory) for directory in directories],
         "installed_python": installed_python,
-        "suffix": suffix,
+        "suffixes": sorted(set(suffixes)),
         "max_file_bytes": max_file_bytes,
         "sample_bytes": sample_bytes,
     }
@@ -108,10 +111,15 @@ def collect(
         if not directory.is_dir():
             raise ConfigError(f"{directory}: no such directory to collect from. Check the name.")
     rejected: list[Rejected] = []
-    candidates = [c for directory in directories for c in _files_below(directory, suffix, rejected)]
+    candidates: list[Candidate] = []
+    files: Files = {}
+    for directory in directories:
+        projects = Projects(directory.resolve())
+        candidates += _files_below(projects, tuple(suffixes), rejected)
+        files |= projects.versions()
     if installed_python:
-        candidates += _installed_python(suffix, rejected)
-    files = {printable_name(str(c.file)): (c.size, str(c.modified)) for c in candidates}
+        candidates += _installed_python(tuple(suffixes), rejected)
+    files |= {printable_name(str(c.file)): (c.size, str(c.modified)) for c in candidates}
     if finished := _finished(output, options, files):
         return finished
 
@@ -120,19 +128,21 @@ def collect(
     if not chosen:
         places = ", ".join(str(directory) for directory in directories) or "this Python installation"
         raise DataError(
-            f"no {suffix} files found in {places} (skipped: {skipped or 'none'}). Name directories that contain source "
-            "code."
+            f"no {' or '.join(suffixes)} files found in {places} (skipped: {skipped or 'none'}). Name directories that "
+            "contain source code."
         )
     make_directory(output)
     total_bytes = sum(size for _, size, _ in chosen)
     require_free_space(output, int(total_bytes * _GZIP_RATIO), "the corpus")
-    written = _write(output, chosen)
+    written = _write(output, chosen, max_file_bytes)
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": "corpus",
         "options": options,
         "documents": len(chosen),
+        "repositories": len({candidate.repository for _, _, candidate in chosen}),
         "text_bytes": total_bytes,
+        "without_commit": sum(not candidate.commit for _, _, candidate in chosen),
         "skipped": skipped,
         "files": written,
         "digest": digest_json([entry["xxh3_128"] for entry in written]),
@@ -157,32 +167,32 @@ def _finished(output: Path, options: dict[str, Any], files: Files) -> dict[str, 
     return finished
 
 
-def _files_below(
-    root: Path, suffix: str, rejected: list[Rejected], repository: str = "", licence: str = ""
-) -> Iterator[Candidate]:
-    """Yield candidates below `root`, and append what else is there to `rejected`."""
-    root = root.resolve()
-    repository = repository or root.name
-    for entry in walk(root, follow_links=False):
+def _files_below(projects: Projects, suffixes: tuple[str, ...], rejected: list[Rejected]) -> Iterator[Candidate]:
+    """Yield candidates below a directory, and append what else is there to `rejected`."""
+    entries = list(walk(projects.root, follow_links=False))
+    projects.add(entry.path for entry in entries if isinstance(entry, Skipped))
+    for entry in entries:
+        project, path = projects.of(entry.path if isinstance(entry, Skipped) else entry.name)
         if isinstance(entry, Skipped):
-            rejected.append(_rejected(repository, entry.path, entry.reason, entry.detail))
-        elif not entry.name.endswith(suffix):
-            rejected.append(_rejected(repository, entry.name, OTHER_SUFFIX))
+            rejected.append(_rejected(project.repository, path, entry.reason, entry.detail))
+        elif not entry.name.endswith(suffixes):
+            rejected.append(_rejected(project.repository, path, OTHER_SUFFIX))
         else:
-            yield Candidate(entry.path, repository, entry.name, licence, "directory", entry.size, entry.modified)
+            facts = (project.repository, path, project.licence, "directory", project.commit)
+            yield Candidate(entry.path, *facts, entry.size, entry.modified)
 
 
 def _rejected(repository: str, path: str, reason: str, detail: str = "") -> Rejected:
     return Rejected(*map(printable_name, (repository, path, reason, detail)))
 
 
-def _installed_python(suffix: str, rejected: list[Rejected]) -> list[Candidate]:
+def _installed_python(suffixes: tuple[str, ...], rejected: list[Rejected]) -> list[Candidate]:
     """Candidates from this interpreter's standard library and installed packages, with names and licences."""
     site_packages = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
     standard_library = Path(sysconfig.get_path("stdlib")).resolve()
     of_library: list[Rejected] = []
     version = f"cpython-{platform.python_version()}"
-    library = list(_files_below(standard_library, suffix, of_library, version, "PSF-2.0"))
+    library = list(_files_below(Projects(standard_library, Project(version, "PSF-2.0")), suffixes, of_library))
     found = [candidate for candidate in library if not _PACKAGES & set(Path(candidate.path).parts)]
     rejected += [each for each in of_library if not _PACKAGES & set(Path(each.path).parts)]
     for parent in sorted(standard_library.rglob("*-packages")):
@@ -191,7 +201,7 @@ def _installed_python(suffix: str, rejected: list[Rejected]) -> list[Candidate]:
             rejected.append(_rejected(version, path, "packages of another environment"))
     for root in sorted(site_packages):
         owners = _distributions_by_file(root)
-        for candidate in _files_below(root, suffix, rejected):
+        for candidate in _files_below(Projects(root, Project(root.name)), suffixes, rejected):
             repository, licence = owners.get(candidate.path, ("site-packages", ""))
             found.append(
                 dataclasses.replace(candidate, repository=repository, licence=licence, source="installed-python")
@@ -222,9 +232,7 @@ def _read_text(candidate: Candidate, max_file_bytes: int) -> str:
         size = candidate.file.stat().st_size
         if size > max_file_bytes:
             raise ValueError("too large")
-        text = candidate.file.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
+        text = decode_source(candidate.file.read_bytes(), candidate.path)
     except OSError:
         raise ValueError("unreadable") from None
     if not text.strip():
@@ -233,7 +241,8 @@ def _read_text(candidate: Candidate, max_file_bytes: int) -> str:
 
 
 def _document(candidate: Candidate, text: str) -> Document:
-    return Document(text, candidate.repository, candidate.path, candidate.licence, candidate.source)
+    provenance = (candidate.repository, candidate.path, candidate.licence, candidate.source)
+    return Document(text, *provenance, commit=candidate.commit)
 
 
 def _choose(
@@ -248,6 +257,9 @@ def _choose(
     for candidate in progress(ordered, "reading source files", len(ordered)):
         try:
             text = _read_text(candidate, max_file_bytes)
+        except EncodingError as error:
+            rejected.append(_rejected(candidate.repository, candidate.path, error.reason, error.detail))
+            continue
         except ValueError as reason:
             rejected.append(_rejected(candidate.repository, candidate.path, str(reason)))
             continue
@@ -271,7 +283,7 @@ def _choose(
     return chosen
 
 
-def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[dict[str, Any]]:
+def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]], max_file_bytes: int) -> list[dict[str, Any]]:
     """Write the document files and return their manifest entries."""
     files: list[dict[str, Any]] = []
     start = 0
@@ -282,16 +294,16 @@ def _write(output: Path, chosen: Sequence[tuple[str, int, Candidate]]) -> list[d
             end += 1
         path = output / f"documents-{len(files):05d}.jsonl.gz"
         temporary = path.with_name(f".{path.name}.tmp")
-        # No name and no time in the gzip header, so that the bytes depend only on the documents.
-        with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as out:
+        with open_writer(temporary, "jsonl.gz") as writer:
             for digest, _, candidate in chosen[start:end]:
-                document = _document(candidate, candidate.file.read_bytes().decode())
-                if document.digest() != digest:
+                try:
+                    document = _document(candidate, _read_text(candidate, max_file_bytes))
+                except ValueError:
+                    document = None
+                if document is None or document.digest() != digest:
                     raise DataError(f"{candidate.file}: changed while it was being collected. Run the command again.")
-                out.write(document.to_json().encode())
-            out.close()
-            raw.flush()
-            os.fsync(raw.fileno())
+                writer.append(document)
+        flush_to_disk(temporary)
         temporary.replace(path)
         files.append(
             {

@@ -1,6 +1,5 @@
 """Last step of `corpus clean`: the files of the cleaned corpus, and the list of what was removed."""
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,18 +12,18 @@ from codeparrot_ds.corpus.decisions import Decision, Decisions
 from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Secrets
 from codeparrot_ds.corpus.secrets import redact
-from codeparrot_ds.documents.compression import zstd
+from codeparrot_ds.corpus.tallies import Tallies
+from codeparrot_ds.corpus.writers import open_writer
 from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_file, dump_json
 from codeparrot_ds.system.storage import LocalDirectory
 
+_UNREADABLE, _EXACT, _NEAR = "unreadable", "exact duplicate", "near-duplicate"
 FORMATS = ("jsonl.zst", "parquet")
-_ZSTD_LEVEL = 3
-_BUFFER_BYTES = 1 << 20  # compressed at a time: one document at a time takes a third longer
-_ROWS = 1000  # of a parquet row group, or of a batch
 
 
 class FileTask(msgspec.Struct, frozen=True):
@@ -38,7 +37,7 @@ class FileTask(msgspec.Struct, frozen=True):
         measured: directory of each task of the first step.
         kept: file with the decision on each document, bool.
         redact: rules for secrets to replace, as JSON; "" for none.
-        text_field: field of a row that holds the content.
+        fields: fields of a row that hold the content and the provenance.
         output: file to create; its suffix selects the format.
         entry: file to create afterwards, with its entry in the manifest as JSON.
     """
@@ -50,7 +49,7 @@ class FileTask(msgspec.Struct, frozen=True):
     measured: list[Path]
     kept: Path
     redact: str
-    text_field: str
+    fields: Fields
     output: Path
     entry: Path
 
@@ -73,16 +72,24 @@ def plan_files(sizes: np.ndarray, kept: np.ndarray, file_bytes: int) -> list[tup
 
 
 def write_file(task: FileTask) -> int:
-    """Write a file and its entry, and return its number. Raises DataError if the input has changed."""
-    write = _write_parquet if task.output.suffix == ".parquet" else _write_jsonl
+    """Write a file and its entry, and return its number.
+
+    The entry is that of the manifest, with what was written by the attributes of `Tallies`.
+
+    Raises DataError if the input has changed.
+    """
     directory, name = LocalDirectory(task.output.parent), task.output.name
+    written = Tallies()
     with directory.scratch() as scratch:
         path = scratch.path(name)
-        documents, text_bytes = write(path, _kept_documents(task))
+        with open_writer(path, name.partition(".")[2]) as writer:
+            for document in _kept_documents(task):
+                writer.append(document)
+                written.count(document)
         facts = {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
         directory.publish({name: path})
-    entry = dump_json({"name": name, "documents": documents, "text_bytes": text_bytes, **facts})
-    LocalDirectory(task.entry.parent).write(task.entry.name, entry)
+    counts = {"documents": writer.documents, "text_bytes": writer.text_bytes, "by": written.by}
+    LocalDirectory(task.entry.parent).write(task.entry.name, dump_json({"name": name, **counts, **facts}))
     return task.number
 
 
@@ -100,7 +107,7 @@ def _kept_documents(task: FileTask) -> Iterator[Document]:
         for piece, (start, stop) in zip(task.pieces[number], pairwise([0, *piece_ends]), strict=True):
             if offset + stop <= task.start or offset + start >= task.stop:
                 continue
-            rows = (read for read in read_documents(piece, task.text_field) if not isinstance(read, BadDocument))
+            rows = (read for read in read_documents(piece, task.fields) if not isinstance(read, BadDocument))
             for row, document in enumerate(rows, start=start):
                 if row >= stop or offset + row >= task.stop:
                     break
@@ -121,65 +128,16 @@ def _redacted(document: Document, rules: str) -> Document:
     return msgspec.structs.replace(document, text=text) if replaced else document
 
 
-def _write_jsonl(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
-    """Write documents, and return their number and the bytes of their text."""
-    count = text_bytes = 0
-    with zstd.open(path, "wb", level=_ZSTD_LEVEL) as raw, io.BufferedWriter(raw, _BUFFER_BYTES) as out:
-        for document in documents:
-            out.write(document.to_json().encode())
-            count += 1
-            text_bytes += len(document.text.encode())
-    return count, text_bytes
-
-
-def _write_parquet(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
-    """Write documents, and return their number and the bytes of their text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = [("repo_name", pa.string()), ("path", pa.string()), ("license", pa.string()), ("source", pa.string())]
-    schema = pa.schema([*fields, ("size", pa.int64()), ("content", pa.large_string())])
-    count = text_bytes = 0
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=_ZSTD_LEVEL) as writer:
-        for batch in _batched(documents):
-            rows = [
-                {
-                    "repo_name": each.repository,
-                    "path": each.path,
-                    "license": each.licence,
-                    "source": each.source,
-                    "size": len(each.text.encode()),
-                    "content": each.text,
-                }
-                for each in batch
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            count += len(batch)
-            text_bytes += sum(len(each.text.encode()) for each in batch)
-    return count, text_bytes
-
-
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def count_removed(measured: AllMeasured, decisions: Decisions) -> Counter[str]:
     """The number of removed documents by reason."""
     counts: Counter[str] = Counter()
     for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
         decided = decisions.decision[start : start + part.info["documents"]]
-        counts["exact duplicate"] += int((decided == Decision.EXACT_DUPLICATE).sum())
-        counts["near-duplicate"] += int((decided == Decision.NEAR_DUPLICATE).sum())
+        counts[_EXACT] += int((decided == Decision.EXACT_DUPLICATE).sum())
+        counts[_NEAR] += int((decided == Decision.NEAR_DUPLICATE).sum())
         reasons = part.names.column("reason").take(np.flatnonzero(decided == Decision.REMOVED_BY_RULE))
         counts.update(reasons.to_pylist())
-        counts["unreadable"] += sum(documents for _, _, documents in part.info["bad"])
+        counts[_UNREADABLE] += sum(documents for _, _, documents in part.info["bad"])
     return +counts  # without zeros
 
 
@@ -197,7 +155,7 @@ def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> N
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
             rows = [
-                {"repository": "", "path": where, "reason": "unreadable", "value": reason, "step": "read"}
+                {"repository": "", "path": where, "reason": _UNREADABLE, "value": reason, "step": step_of(_UNREADABLE)}
                 for where, reason, _ in part.info["bad"]
             ]
             removed = np.flatnonzero(decisions.decision[start : start + part.info["documents"]])
@@ -213,7 +171,14 @@ def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: 
     """Reason, value and step of a removed document."""
     decision, instead = decisions.decision[document], int(decisions.instead[document])
     if decision == Decision.EXACT_DUPLICATE:
-        return "exact duplicate", measured.name(instead), "exact"
-    if decision == Decision.NEAR_DUPLICATE:
-        return "near-duplicate", f"{decisions.jaccard[document]:.4f} {measured.name(instead)}", "extremes"
-    return names["reason"], names["value"], "measure"
+        reason, value = _EXACT, measured.name(instead)
+    elif decision == Decision.NEAR_DUPLICATE:
+        reason, value = _NEAR, f"{decisions.jaccard[document]:.4f} {measured.name(instead)}"
+    else:
+        reason, value = names["reason"], names["value"]
+    return reason, value, step_of(reason)
+
+
+def step_of(reason: str) -> str:
+    """The step that removes documents for this reason."""
+    return {_UNREADABLE: "read", _EXACT: "exact", _NEAR: "extremes"}.get(reason, "measure")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,13 +16,15 @@ from codeparrot_ds.corpus.measured import EMPTY, Found, write_measured
 from codeparrot_ds.corpus.near_duplicates import Signatures, concatenate, sign
 from codeparrot_ds.corpus.options import Cleaning, Decontamination
 from codeparrot_ds.corpus.secrets import find_secrets
+from codeparrot_ds.corpus.tallies import Tallies
 from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
+from codeparrot_ds.documents.source import is_python
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 
 _BATCH_CHARACTERS = 1 << 22
-_PYTHON_SUFFIXES = (".py", ".pyi", ".pyw", ".pyx")
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -31,7 +33,7 @@ class Task(msgspec.Struct, frozen=True):
     Attributes:
         number: position among the tasks.
         pieces: what to read.
-        text_field: field of a row that holds the content.
+        fields: fields of a row that hold the content and the provenance.
         skip_bad: whether unreadable documents are counted and listed, instead of ending the task.
         cleaning: the rules, as JSON.
         tokenizer: directory of a tokenizer, or None.
@@ -41,7 +43,7 @@ class Task(msgspec.Struct, frozen=True):
 
     number: int
     pieces: list[Piece]
-    text_field: str
+    fields: Fields
     skip_bad: bool
     cleaning: str
     tokenizer: Path | None
@@ -56,26 +58,24 @@ def measure_task(task: Task) -> int:
     signatures: list[Signatures] = []
     piece_ends: list[int] = []  # number of documents up to the end of each piece
     bad: list[BadDocument] = []
-    licences: Counter[str] = Counter()
     secrets: Counter[str] = Counter()
-    suffixes: Counter[str] = Counter()
+    tallies = Tallies()
     for piece in task.pieces:
-        for batch in _batches(read_documents(piece, task.text_field), task.skip_bad, bad):
+        for batch in _batches(read_documents(piece, task.fields), task.skip_bad, bad):
             measured = _measure(batch, rules, task, secrets)
             found += measured
             kept = [document.text for document, each in zip(batch, measured, strict=True) if not each.reason]
             if rules.near_duplicates is not None:
                 signatures.append(sign(kept, rules.near_duplicates))
-            suffixes.update(PurePosixPath(document.path).suffix for document in batch)
-            licences.update(document.licence[:80] for document in batch)
+            for document in batch:
+                tallies.count(document)
         piece_ends.append(len(found))
     info: dict[str, Any] = {
         "documents": len(found),
         "piece_ends": piece_ends,
         "bad": [[each.where, each.reason, each.documents] for each in bad],
-        "licences": dict(sorted(licences.items())),
         "secrets": dict(sorted(secrets.items())),
-        "suffixes": dict(sorted(suffixes.items())),
+        **{what: dict(sorted(counts.items())) for what, counts in tallies.by.items()},
     }
     write_measured(task.output, found, concatenate(signatures), info)
     return task.number
@@ -134,7 +134,7 @@ def _rule(document: Document, digest: bytes, tokens: int | None, rules: Cleaning
             heuristics.measure(document.text, rules.heuristics),
             rules.heuristics,
             digest,
-            python=document.path.lower().endswith(_PYTHON_SUFFIXES),
+            python=is_python(document.path, document.language),
             characters_per_token=None if tokens is None else len(document.text) / max(1, tokens),
         )
         if found is not None:

@@ -1,5 +1,6 @@
 """Thresholds of `corpus clean`, with CodeParrot's values as defaults: the keys of its YAML file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,10 +112,28 @@ class Decontamination(Section):
     gram: int = Field(10, ge=1)
 
 
-class Cleaning(Section):
-    """All rules of `corpus clean`. A section that is null is left out.
+class InputFields(Section):
+    """Fields of the input's rows, each a name or a dotted path into objects ("meta.repo").
 
     Attributes:
+        text: the content.
+        repository, path, licence, source, language, commit: provenance; "" for the usual names, where a row has them.
+    """
+
+    text: str = "content"
+    repository: str = ""
+    path: str = ""
+    licence: str = ""
+    source: str = ""
+    language: str = ""
+    commit: str = ""
+
+
+class Cleaning(Section):
+    """The input's fields and all rules of `corpus clean`. A section of rules that is null is left out.
+
+    Attributes:
+        fields: which fields of a row hold the content and the provenance.
         heuristics: rules on the text of a single document.
         near_duplicates: removal of documents that are similar to one that is kept.
         secrets: search for secrets and personal data.
@@ -122,6 +141,7 @@ class Cleaning(Section):
         decontamination: removal of documents that contain a problem of a benchmark.
     """
 
+    fields: InputFields = InputFields.model_validate({})
     heuristics: Heuristics | None = Heuristics.model_validate({})
     near_duplicates: NearDuplicates | None = NearDuplicates.model_validate({})
     secrets: Secrets | None = Secrets.model_validate({})
@@ -144,7 +164,14 @@ def load_cleaning(path: Path) -> Cleaning:
         raise ConfigError(list_problems(str(path), problems)) from None
 
 
-def override(cleaning: Cleaning, *, licences: str | None, secrets: str | None, decontaminate: bool) -> Cleaning:
+def override(
+    cleaning: Cleaning,
+    *,
+    licences: str | None,
+    secrets: str | None,
+    decontaminate: bool,
+    fields: Mapping[str, str | None] | None = None,
+) -> Cleaning:
     """Apply command-line options to the rules. Raises ConfigError for an unknown `secrets` mode.
 
     Args:
@@ -152,6 +179,7 @@ def override(cleaning: Cleaning, *, licences: str | None, secrets: str | None, d
         licences: "any", "permissive" or licences separated by commas; None for those of the file.
         secrets: "report", "redact" or "drop"; None for the mode of the file.
         decontaminate: False to search for no problems.
+        fields: names or dotted paths of the input's fields; None for those of the file.
     """
     changes: dict[str, Section] = {}
     if licences is not None:
@@ -164,4 +192,6 @@ def override(cleaning: Cleaning, *, licences: str | None, secrets: str | None, d
         changes["secrets"] = Secrets.model_validate({**before, "mode": secrets})
     if not decontaminate:
         changes["decontamination"] = cleaning.decontamination.model_copy(update={"enabled": False})
+    if named := {attribute: field for attribute, field in (fields or {}).items() if field is not None}:
+        changes["fields"] = cleaning.fields.model_copy(update=named)
     return cleaning.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""Documents, bad documents, and the field names that public code corpora use for provenance."""
+"""Documents, bad documents, and documents made from the rows of tables."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -6,19 +6,16 @@ from typing import Any
 
 import msgspec
 
+from codeparrot_ds.documents.fields import (
+    PROVENANCE_FIELDS,
+    PROVENANCE_NAMES,
+    Fields,
+    as_text,
+    look_up,
+)
 from codeparrot_ds.system.files import digest_bytes
 
-# Provenance field of a Document -> its names in corpora: ours and CodeParrot's first, then those of other code
-# corpora (The Stack: max_stars_*; StarCoder data: repository_name, detected_licenses).
-PROVENANCE_FIELDS: dict[str, tuple[str, ...]] = {
-    "repository": ("repo_name", "repository", "repo", "max_stars_repo_name", "repository_name"),
-    "path": ("path", "file_path", "max_stars_repo_path"),
-    "licence": ("license", "licence", "licenses", "max_stars_repo_licenses", "detected_licenses"),
-    "source": ("source",),
-}
-
 MAX_DOCUMENT_BYTES = 32_000_000  # of a line or a file; anything longer is a data dump, not source code
-PROVENANCE_NAMES = [name for names in PROVENANCE_FIELDS.values() for name in names]
 _ENDS = list(accumulate(map(len, PROVENANCE_FIELDS.values())))
 # Indices of each field's names in PROVENANCE_NAMES.
 _PLACES = [range(start, end) for start, end in pairwise([0, *_ENDS])]
@@ -33,6 +30,8 @@ class Document(msgspec.Struct, frozen=True, order=True, gc=False):
         path: path inside the repository, with forward slashes.
         licence: SPDX identifier or the repository's own wording; empty if unknown.
         source: how the file was collected, e.g. "installed-python".
+        language: programming language; empty if unknown.
+        commit: revision of the repository, in hex; empty if unknown.
     """
 
     text: str
@@ -40,22 +39,29 @@ class Document(msgspec.Struct, frozen=True, order=True, gc=False):
     path: str
     licence: str
     source: str
+    language: str = ""
+    commit: str = ""
 
     def digest(self) -> str:
         """xxh3-128 of the content only, so that copies have equal digests regardless of provenance."""
         return digest_bytes(self.text.encode())
 
-    def to_json(self) -> str:
-        """Serialize as one JSON line with the field names of the CodeParrot dataset."""
-        row = {
+    def to_row(self) -> dict[str, Any]:
+        """A row of a corpus: the field names of the CodeParrot dataset, and further provenance."""
+        return {
             "repo_name": self.repository,
             "path": self.path,
             "license": self.licence,
             "source": self.source,
+            "language": self.language,
+            "commit": self.commit,
             "size": len(self.text.encode()),
             "content": self.text,
         }
-        return msgspec.json.encode(row).decode() + "\n"
+
+    def to_json(self) -> str:
+        """Serialize as one line of JSON."""
+        return msgspec.json.encode(self.to_row()).decode() + "\n"
 
 
 class BadDocument(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,35 +81,42 @@ class BadDocument(msgspec.Struct, frozen=True, omit_defaults=True):
 Read = Document | BadDocument
 
 
-def document_from_table(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Read:
+def document_from_table(row: Mapping[str, Any], fields: Fields, where: str, number: str) -> Read:
     """Like `document_from_row`, with a limit on the document's size."""
-    text = row.get(text_field)
+    try:
+        text = look_up(row, fields.text, "text")
+    except ValueError:
+        text = None
     if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
         return BadDocument(
             where, f"{len(text):,} characters; the limit for one document is {MAX_DOCUMENT_BYTES:,} bytes"
         )
-    return document_from_row(row, text_field, where, number)
+    return document_from_row(row, fields, where, number)
 
 
-def document_from_row(row: Mapping[str, Any], text_field: str, where: str, number: str) -> Read:
-    """Create a document from one row of a table, with provenance under any of the `PROVENANCE_FIELDS` names.
+def document_from_row(row: Mapping[str, Any], fields: Fields, where: str, number: str) -> Read:
+    """Create a document from one row of a table.
 
     Args:
         row: field name -> value.
-        text_field: name of the field with the content.
+        fields: which of them hold the content and the provenance.
         where: location for a BadDocument, e.g. "corpus/a.jsonl:7".
         number: path of the document if the row has none, e.g. "a.jsonl#7", so that every token is traceable.
     """
-    if text_field not in row:
-        names = ", ".join(repr(name) for name in list(row)[:20]) or "none"
-        return BadDocument(where, f"no field {text_field!r} (its fields: {names}; select one with --text-field)")
-    text = row[text_field]
-    if not isinstance(text, str):
-        return BadDocument(where, f"field {text_field!r} has type {type(text).__name__}, not text")
-    provenance = [row.get(name) if name != text_field else None for name in PROVENANCE_NAMES]
-    document = make_document(text, provenance, number)
     try:
-        for string in (text, document.repository, document.path, document.licence, document.source):
+        text = look_up(row, fields.text, "text")
+        if not isinstance(text, str):
+            return BadDocument(where, f"field {fields.text!r} has type {type(text).__name__}, not text")
+        provenance = [row.get(name) if name != fields.text else None for name in PROVENANCE_NAMES]
+        document = make_document(text, provenance, number)
+        named = {attribute: as_text(look_up(row, field, attribute), field) for attribute, field in fields.named.items()}
+    except ValueError as error:
+        return BadDocument(where, str(error))
+    if "path" in named:
+        named["path"] = named["path"] or number
+    document = msgspec.structs.replace(document, **named) if named else document
+    try:
+        for string in msgspec.structs.astuple(document):
             string.encode()
     except UnicodeEncodeError as error:
         return BadDocument(where, f"a lone surrogate is not a valid character (position {error.start} of a field)")
@@ -121,17 +134,18 @@ def make_document(text: str, provenance: Sequence[Any], place: str | None) -> Do
     Raises:
         ValueError: `place` is needed but unknown.
     """
-    repository, path, licence, source = (_first(provenance, places) for places in _PLACES)
+    repository, path, licence, source, language, commit = (_first(provenance, places) for places in _PLACES)
     if not path and place is None:
         raise ValueError("the document's path is unknown")
-    return Document(text, repository, path or place or "", licence, source)
+    return Document(text, repository, path or place or "", licence, source, language, commit)
 
 
 def _first(values: Sequence[Any], places: range) -> str:
-    """The first non-empty value at the indices `places`, as text."""
+    """The first value at the indices `places` that is neither empty nor an object, as text."""
     for place in places:
         if value := values[place]:
             if isinstance(value, str):
                 return value
-            return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            if not isinstance(value, dict):
+                return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return ""

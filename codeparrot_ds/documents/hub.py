@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
 
-from codeparrot_ds.documents.document import PROVENANCE_NAMES, BadDocument, Read, document_from_table
+from codeparrot_ds.documents.document import BadDocument, Read, document_from_table
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.formats import format_of
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.errors import DataError
@@ -36,7 +37,7 @@ class HubDataset:
 
 
 def open_hub_dataset(address: str) -> HubDataset:
-    """Open "hub:NAME" or "hub:NAME?split=train&config=C&revision=R".
+    """Open one split: "hub:NAME" or "hub:NAME?split=train&config=C&revision=R".
 
     NAME is a dataset on the Hub, or a local directory that `datasets` can load. Dataset scripts are never executed.
     Raises DataError.
@@ -75,18 +76,18 @@ def _plain_files(builder: Any, split: str) -> list[str]:
     return files if kind and all(form is not None and form.kind == kind for form in formats) else []
 
 
-def read_hub(piece: Piece, text_field: str, read: Callable[[Piece, str], Iterator[Read]]) -> Iterator[Read]:
+def read_hub(piece: Piece, fields: Fields, read: Callable[[Piece, Fields], Iterator[Read]]) -> Iterator[Read]:
     """Yield the documents of one part of a dataset; `read` reads a file."""
     dataset = open_hub_dataset(piece.address)
     assert piece.stop is not None
     if not dataset.files:
-        yield from _read_stream(piece, dataset.stream, text_field)
+        yield from _read_stream(piece, dataset.stream, fields)
         return
     file = dataset.files[piece.start]
     form = format_of(PurePosixPath(file).name)
     assert form is not None
     number = 1
-    for found in read(Piece(file, f"{piece.name}#{PurePosixPath(file).name}", form.kind, 0), text_field):
+    for found in read(Piece(file, f"{piece.name}#{PurePosixPath(file).name}", form.kind, 0), fields):
         if isinstance(found, BadDocument):
             where = f"{piece.address} part {piece.start} example {number:,}"
             yield msgspec.structs.replace(found, where=where, reason=f"{found.reason} (in {found.where})")
@@ -96,14 +97,14 @@ def read_hub(piece: Piece, text_field: str, read: Callable[[Piece, str], Iterato
             number += 1
 
 
-def _read_stream(piece: Piece, dataset: Any, text_field: str) -> Iterator[Read]:
+def _read_stream(piece: Piece, dataset: Any, fields: Fields) -> Iterator[Read]:
     """One document per example that `datasets` streams, with the columns of the text and the provenance only."""
     from huggingface_hub.errors import HTTPError
 
     part = dataset.shard(num_shards=piece.stop, index=piece.start)
-    if part.column_names and text_field in part.column_names:
-        wanted = {text_field, *PROVENANCE_NAMES}
-        part = part.select_columns([name for name in part.column_names if name in wanted])
+    names = part.column_names or []
+    if fields.missing([*names, *_nested(part.features or {})]) is None:
+        part = part.select_columns(fields.columns(names))
     rows = iter(part)
     for number in itertools.count(1):
         try:
@@ -121,7 +122,16 @@ def _read_stream(piece: Piece, dataset: Any, text_field: str) -> Iterator[Read]:
                 f"({_one_line(error)}). {mend}"
             ) from error
         where = f"{piece.address} part {piece.start} example {number:,}"
-        yield document_from_table(row, text_field, where, f"{piece.name}#{piece.start}.{number}")
+        yield document_from_table(row, fields, where, f"{piece.name}#{piece.start}.{number}")
+
+
+def _nested(features: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The dotted paths of all features in columns that hold objects."""
+    for name, feature in features.items():
+        if above:
+            yield f"{above}{name}"
+        if isinstance(feature, Mapping):
+            yield from _nested(feature, f"{above}{name}.")
 
 
 def _one_line(error: Exception) -> str:

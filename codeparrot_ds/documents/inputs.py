@@ -329,7 +329,17 @@ def _find_remote(argument: str, suffix: str | None) -> Inputs:
 
 
 def _find_hub(argument: str) -> list[Piece]:
-    """One piece per part of the dataset (usually one of its files)."""
+    """One piece per part of the dataset (usually one of its files); "split=train+validation" stands for both splits."""
+    name, _, query = argument.partition("?")
+    # parse_qsl takes "+" for a blank, which is in no name of a split.
+    options = dict(parse_qsl(query))
+    splits = options.get("split", "").split()
+    if len(splits) < 2:
+        return _find_split(argument)
+    return [piece for split in splits for piece in _find_split(f"{name}?{urlencode({**options, 'split': split})}")]
+
+
+def _find_split(argument: str) -> list[Piece]:
     parts = open_hub_dataset(argument).parts
     called = argument.removeprefix("hub:")
     name, _, query = called.partition("?")

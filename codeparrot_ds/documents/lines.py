@@ -13,7 +13,6 @@ import msgspec
 from codeparrot_ds.documents.compression import BLOCK_BYTES, Content, DamageError
 from codeparrot_ds.documents.document import (
     MAX_DOCUMENT_BYTES,
-    PROVENANCE_NAMES,
     BadDocument,
     Document,
     Read,
@@ -21,6 +20,7 @@ from codeparrot_ds.documents.document import (
     document_from_table,
     make_document,
 )
+from codeparrot_ds.documents.fields import PROVENANCE_NAMES, Fields
 from codeparrot_ds.documents.piece import Piece
 
 _BOM = codecs.BOM_UTF8
@@ -29,6 +29,7 @@ _VALUES = re.compile(rb"\s*(\[\s*\{|\[[ \t\r]*\n|\{[ \t\r]*\n)")
 _HEAD_BYTES = 1 << 12
 _SPACE = re.compile(r"[\s\ufeff]*")
 _PARSE = json.JSONDecoder().raw_decode
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 class TooLong(msgspec.Struct):
@@ -76,19 +77,19 @@ def can_be_split(piece: Piece) -> bool:
     return not is_json_values(head)
 
 
-def read_json(piece: Piece, text_field: str) -> Iterator[Read]:
+def read_json(piece: Piece, fields: Fields) -> Iterator[Read]:
     """Yield the documents of a JSON file: one per line, or one per object of an array. See `read_documents`."""
     with piece.open() as file:
         start = _seek_line(file, piece.start) if piece.start > 0 else 0
         content = Content(file, piece.compression)
         blocks = iter(content)
-        reader = _Lines(piece, text_field, start)
+        reader = _Lines(piece, fields, start)
         try:
             first = next(blocks, b"")
             values = piece.whole and is_json_values(first[:_HEAD_BYTES])
             blocks = chain([first], blocks)
             del first  # a block that is held is not reused for the next one
-            yield from _read_values(piece, blocks, text_field) if values else reader.read(blocks)
+            yield from _read_values(piece, blocks, fields) if values else reader.read(blocks)
         except DamageError as damage:
             yield BadDocument(piece.location, damage.after(f"line {reader.number:,}"))
         else:
@@ -104,8 +105,8 @@ class _Lines:
         offset: byte at which it starts.
     """
 
-    def __init__(self, piece: Piece, text_field: str, offset: int) -> None:
-        self._piece, self._text_field = piece, text_field
+    def __init__(self, piece: Piece, fields: Fields, offset: int) -> None:
+        self._piece, self._fields = piece, fields
         self.number, self.offset = 0, offset
 
     def _where(self) -> str:
@@ -119,7 +120,7 @@ class _Lines:
     def read(self, blocks: Iterator[bytes]) -> Iterator[Read]:
         """Yield the documents of `blocks`, which start at a line."""
         piece, stop = self._piece, self._piece.stop
-        decoder = _row_decoder(self._text_field)
+        decoder = _row_decoder(self._fields)
         for stretch in whole_lines(blocks):
             if stop is not None and self.offset >= stop:
                 return
@@ -142,7 +143,7 @@ class _Lines:
                     return
                 self.number += 1
                 if line and not line.isspace():
-                    yield _parse(decoder, line, self._text_field, self._where, self._place)
+                    yield _parse(decoder, line, self._fields, self._where, self._place)
                 self.offset += len(line) + 1
 
 
@@ -186,33 +187,38 @@ def _parse_fast(decoder: Any, lines: bytes, name: str | None, number: int) -> li
     return documents
 
 
-def _parse(decoder: Any, line: bytes, text_field: str, where: Callable[[], str], place: Callable[[], str]) -> Read:
+def _parse(decoder: Any, line: bytes, fields: Fields, where: Callable[[], str], place: Callable[[], str]) -> Read:
     """The document of one line."""
-    if decoder is not None:
-        try:
+    try:
+        if decoder is not None:
             text, *provenance = msgspec.structs.astuple(decoder.decode(line))
             return make_document(text, provenance, place())
-        except (ValueError, RecursionError):
-            pass  # the slow parser decides
-    return _parse_slowly(line, text_field, where(), place())
+        read = document_from_row(_OBJECT.decode(line), fields, where(), place())
+        if isinstance(read, Document):
+            return read
+    except (ValueError, RecursionError):
+        pass  # the slow parser decides
+    return _parse_slowly(line, fields, where(), place())
 
 
 _ROW_ATTRIBUTES = ["text", *(f"field_{i}" for i in range(len(PROVENANCE_NAMES)))]
 
 
 @lru_cache(maxsize=8)
-def _row_decoder(text_field: str) -> Any:
+def _row_decoder(fields: Fields) -> Any:
     """A msgspec decoder of JSON lines that reads only the text and the provenance fields.
 
-    None if msgspec does not support the name of the text field.
+    None if a field is named by a path, or if msgspec does not support the name of the text field.
     """
+    if not fields.plain:
+        return None
     # A field is either the text or provenance, not both.
-    names = [name if name != text_field else "(the field that holds the text)" for name in PROVENANCE_NAMES]
+    names = [name if name != fields.text else "(the field that holds the text)" for name in PROVENANCE_NAMES]
     try:
         row = msgspec.defstruct(
             "Row",
             [(_ROW_ATTRIBUTES[0], str), *((name, Any, None) for name in _ROW_ATTRIBUTES[1:])],
-            rename=dict(zip(_ROW_ATTRIBUTES, [text_field, *names], strict=True)).get,
+            rename=dict(zip(_ROW_ATTRIBUTES, [fields.text, *names], strict=True)).get,
             gc=False,
         )
     except ValueError:  # e.g. quotation marks in the name
@@ -220,7 +226,7 @@ def _row_decoder(text_field: str) -> Any:
     return msgspec.json.Decoder(row)
 
 
-def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read:
+def _parse_slowly(line: bytes, fields: Fields, where: str, number: str) -> Read:
     """Parse a line that msgspec rejects, using the standard library.
 
     It accepts NaN and a byte-order mark, and has clearer error messages.
@@ -228,24 +234,24 @@ def _parse_slowly(line: bytes, text_field: str, where: str, number: str) -> Read
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
-            return BadDocument(where, f"a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-        return document_from_row(row, text_field, where, number)
+            return BadDocument(where, f"a JSON {type(row).__name__}, not an object with a field {fields.text!r}")
+        return document_from_row(row, fields, where, number)
     except ValueError as error:
         return BadDocument(where, f"not valid JSON in UTF-8 ({error})")
     except RecursionError:
         return BadDocument(where, "nested too deeply")
 
 
-def _read_values(piece: Piece, blocks: Iterator[bytes], text_field: str) -> Iterator[Read]:
+def _read_values(piece: Piece, blocks: Iterator[bytes], fields: Fields) -> Iterator[Read]:
     """One document per JSON object, in an array or one after the other. Invalid JSON ends it, with one BadDocument."""
     number = 0
     try:
         for number, value in enumerate(_Values(blocks), start=1):
             where = f"{piece.location} value {number:,}"
             if isinstance(value, dict):
-                yield document_from_table(value, text_field, where, f"{piece.name}#{number}")
+                yield document_from_table(value, fields, where, f"{piece.name}#{number}")
             else:
-                yield BadDocument(where, f"a JSON {type(value).__name__}, not an object with a field {text_field!r}")
+                yield BadDocument(where, f"a JSON {type(value).__name__}, not an object with a field {fields.text!r}")
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON ({error})"
         yield BadDocument(

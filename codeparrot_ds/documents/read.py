@@ -9,27 +9,34 @@ from pathlib import Path
 
 from codeparrot_ds.documents.archives import MEMBER_ERRORS, list_members
 from codeparrot_ds.documents.document import MAX_DOCUMENT_BYTES, BadDocument, Document, Read
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.formats import format_of
 from codeparrot_ds.documents.hub import read_hub
 from codeparrot_ds.documents.lines import read_json
 from codeparrot_ds.documents.piece import Piece, printable_name
+from codeparrot_ds.documents.source import EncodingError, decode_source
 from codeparrot_ds.documents.tables import read_csv, read_parquet
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.storage import open_binary
 
 __all__ = ["Piece", "Read", "read_documents", "read_local", "require_document"]
 
+_USUAL = Fields()
 
-def read_documents(piece: Piece, text_field: str = "content") -> Iterator[Read]:
+
+def read_documents(piece: Piece, fields: Fields | str = _USUAL) -> Iterator[Read]:
     """Yield the documents of `piece` in order, with a BadDocument in place of each unreadable one.
+
+    `fields` are those of a row that hold the document; a text is the field of its content.
 
     Raises DataError, naming the file, when the file is missing or cannot be read.
     """
+    fields = Fields(fields) if isinstance(fields, str) else fields
     try:
         if piece.kind == "hub":
-            yield from read_hub(piece, text_field, read_documents)
+            yield from read_hub(piece, fields, read_documents)
         else:
-            yield from _READERS[piece.kind](piece, text_field)
+            yield from _READERS[piece.kind](piece, fields)
     except OSError as error:
         if error.errno is None and piece.member:  # from the bzip2 library
             yield _damaged_member(piece, error)
@@ -49,7 +56,7 @@ def _damaged_member(piece: Piece, error: Exception) -> BadDocument:
     return BadDocument(piece.location, f"damaged member of a zip archive ({error}); copy the archive again")
 
 
-def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
+def _read_file(piece: Piece, fields: Fields) -> Iterator[Read]:
     """Read a file as one document."""
     if printable_name(piece.address) != piece.address:
         yield BadDocument(printable_name(piece.address), "its name is not UTF-8")
@@ -60,12 +67,12 @@ def _read_file(piece: Piece, text_field: str) -> Iterator[Read]:
     with piece.open() as file:
         data = file.read()
     try:
-        yield Document(data.decode(), piece.repository, piece.name, "", "directory")
-    except UnicodeDecodeError as error:
-        yield BadDocument(piece.address, f"not UTF-8 (byte {error.start:,}: {error.reason})")
+        yield Document(decode_source(data, piece.name), piece.repository, piece.name, "", "directory")
+    except EncodingError as error:
+        yield BadDocument(piece.address, str(error))
 
 
-def _read_refused(piece: Piece, text_field: str) -> Iterator[Read]:
+def _read_refused(piece: Piece, fields: Fields) -> Iterator[Read]:
     """One BadDocument for an archive that cannot be listed, or for a member that cannot be read."""
     with open_binary(piece.address) as file:
         try:
@@ -84,11 +91,11 @@ _READERS = {
 }
 
 
-def read_local(file: Path, text_field: str = "content") -> Iterator[Document]:
+def read_local(file: Path, fields: Fields | str = _USUAL) -> Iterator[Document]:
     """Yield the documents of one local file of a supported name. Raises DataError at the first unreadable one."""
     found = format_of(file.name)
     assert found is not None, file
-    for read in read_documents(Piece(str(file), file.name, found.kind, file.stat().st_size), text_field):
+    for read in read_documents(Piece(str(file), file.name, found.kind, file.stat().st_size), fields):
         yield require_document(read)
 
 

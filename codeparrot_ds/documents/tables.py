@@ -8,11 +8,11 @@ from typing import IO, Any
 from codeparrot_ds.documents.compression import Content, DamageError
 from codeparrot_ds.documents.document import (
     MAX_DOCUMENT_BYTES,
-    PROVENANCE_NAMES,
     BadDocument,
     Read,
     document_from_table,
 )
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.formats import SNIFFED_BYTES, content_of, misnamed
 from codeparrot_ds.documents.lines import TooLong, whole_lines
 from codeparrot_ds.documents.piece import Piece
@@ -20,18 +20,12 @@ from codeparrot_ds.documents.piece import Piece
 _ROWS = 64  # parquet rows read at a time
 _PAGE_BYTES = 1 << 20  # parquet read buffer; without it a whole column chunk is read into memory
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
-_LISTED_COLUMNS = 20
-
-
-def _no_column(text_field: str, names: list[str]) -> str:
-    found = ", ".join(map(repr, names[:_LISTED_COLUMNS])) + (", ..." if len(names) > _LISTED_COLUMNS else "")
-    return f"no column {text_field!r} (its columns: {found or 'none'}; select one with --text-field)"
 
 
 # Parquet
 
 
-def read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
+def read_parquet(piece: Piece, fields: Fields) -> Iterator[Read]:
     """Yield the documents of a parquet file or of a range of its row groups. See `read_documents`.
 
     Damage loses the rest of its row group: one BadDocument stands for these rows.
@@ -42,7 +36,7 @@ def read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
     with piece.open() as raw:
         try:
             table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=_PAGE_BYTES)
-            names = table.schema_arrow.names
+            names = [*table.schema_arrow.names, *_nested(table.schema_arrow)]
             groups = range(piece.start, table.num_row_groups if piece.stop is None else piece.stop)
             rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
             promised = table.metadata.num_rows
@@ -50,10 +44,10 @@ def read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
             yield BadDocument(piece.location, _damage(raw, error))
             return
         number = sum(rows[: groups.start])
-        if text_field not in names:
-            yield BadDocument(piece.location, _no_column(text_field, names), documents=sum(rows[groups.start :]))
+        if problem := fields.missing(names):
+            yield BadDocument(piece.location, problem, documents=sum(rows[groups.start :]))
             return
-        columns = [text_field, *(name for name in names if name in PROVENANCE_NAMES and name != text_field)]
+        columns = fields.columns(names)
         for group in groups:
             end = number + rows[group]
             reason = "it has fewer or more rows than its footer says"
@@ -65,7 +59,7 @@ def read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
                         if isinstance(row, str):
                             yield BadDocument(where, row)
                         else:
-                            yield document_from_table(row, text_field, where, f"{piece.name}#{number}")
+                            yield document_from_table(row, fields, where, f"{piece.name}#{number}")
             except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
                 reason = _damage(raw, error)
             if number != end:
@@ -74,6 +68,17 @@ def read_parquet(piece: Piece, text_field: str) -> Iterator[Read]:
                 number = end
         if piece.whole and number != promised:
             yield BadDocument(piece.location, f"damaged parquet: {number:,} rows, {promised:,} expected")
+
+
+def _nested(fields: Any, above: str = "") -> Iterator[str]:
+    """The dotted paths of all fields in columns that hold objects."""
+    import pyarrow as pa
+
+    for field in fields:
+        if above:
+            yield f"{above}{field.name}"
+        if pa.types.is_struct(field.type):
+            yield from _nested(field.type, f"{above}{field.name}.")
 
 
 def _damage(raw: IO[bytes], error: Exception) -> str:
@@ -103,7 +108,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 # CSV
 
 
-def read_csv(piece: Piece, text_field: str) -> Iterator[Read]:
+def read_csv(piece: Piece, fields: Fields) -> Iterator[Read]:
     """Yield the documents of a file of comma- or tab-separated values with a header line. See `read_documents`.
 
     A field in quotes may contain separators, newlines and doubled quotes (RFC 4180).
@@ -117,7 +122,7 @@ def read_csv(piece: Piece, text_field: str) -> Iterator[Read]:
         rows = csv.reader(_text_lines(iter(content)), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
-            if header and (problem := _header_problem(header, text_field)):
+            if header and (problem := _header_problem(header, fields)):
                 yield BadDocument(piece.location, problem, documents=sum(1 for row in rows if row) or 1)
                 return
             for row in rows:
@@ -131,7 +136,7 @@ def read_csv(piece: Piece, text_field: str) -> Iterator[Read]:
                     yield BadDocument(where, "not UTF-8")
                 else:
                     document = dict(zip(header, row, strict=True))
-                    yield document_from_table(document, text_field, where, f"{piece.name}#{number}")
+                    yield document_from_table(document, fields, where, f"{piece.name}#{number}")
         except csv.Error as error:
             yield BadDocument(
                 piece.location,
@@ -144,11 +149,12 @@ def read_csv(piece: Piece, text_field: str) -> Iterator[Read]:
                 yield BadDocument(piece.location, content.trailing)
 
 
-def _header_problem(header: list[str], text_field: str) -> str | None:
-    if text_field not in header:
-        return _no_column(text_field, [name.encode(errors="replace").decode() for name in header])
-    if header.count(text_field) > 1:
-        return f"{header.count(text_field)} columns are named {text_field!r}; rename all but one"
+def _header_problem(header: list[str], fields: Fields) -> str | None:
+    if problem := fields.missing(header):
+        return problem
+    for field in (fields.text, *fields.named.values()):
+        if header.count(field) > 1:
+            return f"{header.count(field)} columns are named {field!r}; rename all but one"
     return None
 
 

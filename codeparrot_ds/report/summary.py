@@ -5,12 +5,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.evaluation.loss import ValidationLoss
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.run.recipe import load_recipe
-from codeparrot_ds.shards.format import SPLITS, Manifest
+from codeparrot_ds.shards.format import Manifest
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
 from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
+from codeparrot_ds.documents.splits import SPLITS, split_of_digest
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
-from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.shards.identity import finished_shards
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
@@ -44,7 +46,6 @@ _BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, sm
 BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _TASKS = 64  # target number of tasks when the shard size is not given
 _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
-_DIGEST_SPACE = 1 << 32
 _REFEREE_EVERY = 1000  # about one in 1000 documents is also encoded by the reference encoder
 _REFEREE_CHARACTERS = 1 << 16  # largest document it checks: each character takes 150 bytes and half a microsecond
 _PRELOAD = "codeparrot_ds.shards.preload"
@@ -57,7 +58,7 @@ class _Job(msgspec.Struct, frozen=True):
     tokenizer: Path
     tokenizer_digest: str
     eos_token: str
-    text_field: str
+    fields: Fields
     valid_fraction: float
     skip_bad: bool
     encoder: str  # "fastokens" or "tokenizers"
@@ -73,9 +74,8 @@ class _Task(msgspec.Struct, frozen=True):
         """Digest of everything that determines the output bytes, and of the input files' modification times."""
         pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
         job = self.job
-        return digest_json(
-            [pieces, job.tokenizer_digest, job.eos_token, job.text_field, job.valid_fraction, job.skip_bad]
-        )
+        fields = dataclasses.astuple(job.fields)
+        return digest_json([pieces, job.tokenizer_digest, job.eos_token, fields, job.valid_fraction, job.skip_bad])
 
     @property
     def receipt(self) -> str:
@@ -110,6 +110,7 @@ def build(
     """
     options = options or BuildOptions()
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
+    fields = options.fields
     found = search_inputs(arguments, options.suffix)
     pieces = found.pieces
     text = sum(map(text_bytes, pieces))
@@ -128,6 +129,7 @@ def build(
         sources=sources_of(pieces),
         options={
             "text_field": options.text_field,
+            **({"provenance": fields.named} if fields.named else {}),
             "suffix": options.suffix,
             "valid_fraction": options.valid_fraction,
             "shard_tokens": options.shard_tokens or _shard_tokens(text),
@@ -151,14 +153,14 @@ def build(
         if finished := finished_shards(target, manifest, files):  # by the process that held the lock
             return finished
         target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
-        chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, options.text_field)
+        chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, fields)
         skip_bad = options.on_bad_document == "skip"
         job = _Job(
             target,
             tokenizer.resolve(),
             referee.digest,
             referee.eos_token,
-            options.text_field,
+            fields,
             options.valid_fraction,
             skip_bad,
             chosen,
@@ -226,7 +228,7 @@ def _build_one(task: _Task) -> int:
             stack.callback(writer.close)
         splits = {split: _Split(encoder, referee, writer) for split, writer in writers.items()}
         for piece in task.pieces:
-            for read in read_documents(piece, job.text_field):
+            for read in read_documents(piece, job.fields):
                 if isinstance(read, BadDocument):
                     if not job.skip_bad:
                         require_document(read)
@@ -238,7 +240,7 @@ def _build_one(task: _Task) -> int:
                     receipt.empty += 1
                 else:
                     digest = xxhash.xxh3_128_intdigest(read.text.encode())
-                    splits[_split_of(digest, job.valid_fraction)].append(read, digest)
+                    splits[split_of_digest(digest, job.valid_fraction)].append(read, digest)
         for each in splits.values():
             each.flush()
         receipt.shards += [info for writer in writers.values() if (info := writer.finish())]
@@ -251,16 +253,6 @@ def _build_one(task: _Task) -> int:
     # Losing the receipt only costs rerunning the task, so do not wait for the disk.
     job.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
     return task.number
-
-
-def split_of(document: Document, valid_fraction: float) -> str:
-    """ "valid" or "train", from a digest of the content only, so that copies are always in the same split."""
-    return _split_of(int(document.digest(), 16), valid_fraction)
-
-
-def _split_of(digest: int, valid_fraction: float) -> str:
-    """Uses the digest's last 32 bits, because a corpus may have been sampled by the first."""
-    return "valid" if digest % _DIGEST_SPACE < valid_fraction * _DIGEST_SPACE else "train"
 
 
 class _Split:
@@ -351,9 +343,11 @@ def _finish(
     manifest = dataclasses.replace(manifest, shards=tuple(shards), documents=documents)
     for split in SPLITS:
         if not manifest.split(split):
+            of_hub = any(each.startswith("hub:") and "split=" not in each for each in manifest.inputs)
+            hint = " A corpus on the Hub has two splits: hub:NAME?split=train+validation." if of_hub else ""
             raise DataError(
                 f"{', '.join(manifest.inputs)}: the {split} split is empty at a valid fraction of "
-                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction."
+                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction.{hint}"
             )
     try:
         lines = b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined)

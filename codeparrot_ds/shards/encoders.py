@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.read import Piece, read_documents
 from codeparrot_ds.errors import DataError, UserError
 from codeparrot_ds.system.jobs import run_apart
@@ -18,7 +19,7 @@ from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome
 _SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # number of sampled input files in the proof; characters per file
 
 
-def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
+def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], fields: Fields) -> str:
     """Like `proof.choose_encoder`, with a sample of the input documents.
 
     The proof, if needed, runs in a separate process, because it takes a few hundred megabytes for some seconds.
@@ -27,21 +28,21 @@ def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: S
         return choose_encoder(tokenizer, referee, wanted, [])
     files = [piece for piece in pieces if piece.kind != "hub"]
     sample = files[:: -(-len(files) // _SAMPLE_FILES) or 1]
-    return run_apart(_choose_apart, (tokenizer, wanted, sample, text_field))
+    return run_apart(_choose_apart, (tokenizer, wanted, sample, fields))
 
 
-def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
-    tokenizer, wanted, pieces, text_field = task
+def _choose_apart(task: tuple[Path, str, list[Piece], Fields]) -> str:
+    tokenizer, wanted, pieces, fields = task
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # a process of its own: the reference encoder may use all cores
-    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, text_field))
+    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, fields))
 
 
-def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
+def _sample(pieces: Sequence[Piece], fields: Fields) -> Iterator[str]:
     """Documents from the start of some files. Unreadable ones are skipped here; the build reports them."""
     for piece in pieces[:_SAMPLE_FILES]:
         characters = 0
         with suppress(UserError, OSError):
-            for read in islice(read_documents(piece, text_field), 1000):
+            for read in islice(read_documents(piece, fields), 1000):
                 if isinstance(read, Document):
                     yield read.text[:_SAMPLE_CHARACTERS]
                     characters += len(read.text)

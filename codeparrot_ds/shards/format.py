@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
@@ -35,7 +36,6 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, Scratch, open_directory
 
-SPLITS = ("train", "valid")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron-LM's codes. Our shards have the types int32 and uint16.

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe
-from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, read_index, read_provenance
+from codeparrot_ds.shards.format import Manifest, ShardInfo, read_index, read_provenance
 from codeparrot_ds.shards.order import positions_of_step
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import Encoder

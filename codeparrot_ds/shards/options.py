@@ -1,17 +1,21 @@
 """Options of `shards build`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from codeparrot_ds.documents.fields import Fields
+from codeparrot_ds.documents.splits import VALID_FRACTION, require_fraction
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.system.jobs import ENGINES, Slice
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How documents become shards. The first six decide what is in the shards, the others how they are built.
+    """How documents become shards. The first seven decide what is in the shards, the others how they are built.
 
     Attributes:
-        text_field: field of a row that holds the content.
+        text_field: field of a row that holds the content, a name or a dotted path into objects.
+        provenance: further fields, as the attributes of `documents.fields.Fields`; None for the usual names.
         eos: token that ends each document; None for the tokenizer's own (`tokenizer.directory.end_token`).
         suffix: read files with this suffix in the input directories, one document per file.
         valid_fraction: share of documents that go to the validation split, chosen by a digest of their content.
@@ -26,9 +30,10 @@ class BuildOptions:
     """
 
     text_field: str = "content"
+    provenance: Mapping[str, str | None] = field(default_factory=dict)
     eos: str | None = None
     suffix: str | None = None
-    valid_fraction: float = 0.005
+    valid_fraction: float = VALID_FRACTION
     shard_tokens: int | None = None
     on_bad_document: str = "fail"
     encoder: str = "auto"
@@ -36,9 +41,13 @@ class BuildOptions:
     engine: str = "local"
     part: Slice | None = None
 
+    @property
+    def fields(self) -> Fields:
+        """Fields of a row that hold the content and the provenance. Raises ConfigError."""
+        return Fields(self.text_field, **{name: each for name, each in self.provenance.items() if each})
+
     def __post_init__(self) -> None:
-        if not 0.0 < self.valid_fraction < 1.0:
-            raise ConfigError(f"--valid-fraction {self.valid_fraction}: must be between 0 and 1, e.g. 0.005.")
+        require_fraction(self.valid_fraction)
         if self.on_bad_document not in ("fail", "skip"):
             raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
         if self.engine not in ENGINES:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.shards.format import SPLITS, Manifest
+from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.order import BlendedOrder, Order
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import digest_json

@@ -8,11 +8,13 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import deal, find_inputs
 from codeparrot_ds.documents.read import Piece, read_documents
+from codeparrot_ds.documents.splits import SPLITS, split_of
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
-from codeparrot_ds.shards.build import BYTES_PER_TOKEN, split_of
-from codeparrot_ds.shards.format import SPLITS, Manifest, ShardInfo, parse_index, read_index, read_provenance
+from codeparrot_ds.shards.build import BYTES_PER_TOKEN
+from codeparrot_ds.shards.format import Manifest, ShardInfo, parse_index, read_index, read_provenance
 from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.storage import Address, Directory, is_remote, open_directory
 from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE
@@ -106,13 +108,14 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     if "shard_tokens" not in options:
         raise DataError(f"{manifest.directory}: was adopted, not built, so there is no input to compare it with.")
     pieces = find_inputs(list(inputs) or manifest.inputs, options["suffix"])
+    fields = Fields(options["text_field"], **options.get("provenance", {}))
     tasks = list(enumerate(deal(pieces, options["shard_tokens"] * BYTES_PER_TOKEN)))
     encoder = Encoder(Path(manifest.directory) / "tokenizer")
     shards = {shard.name: shard for shard in manifest.shards}
     compared = 0
     for number, dealt in tasks[:: -(-len(tasks) // _COMPARED_TASKS)]:
         readers = {split: _documents_of(manifest, shards.get(f"{split}-{number:05d}")) for split in SPLITS}
-        for document in islice(_readable(dealt, options["text_field"]), _COMPARED_DOCUMENTS):
+        for document in islice(_readable(dealt, fields), _COMPARED_DOCUMENTS):
             split = split_of(document, options["valid_fraction"])
             stored = next(readers[split], None)
             if stored is None or not _same(stored, document, encoder):
@@ -125,9 +128,9 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     return compared
 
 
-def _readable(pieces: Sequence[Piece], text_field: str) -> Iterator[Document]:
+def _readable(pieces: Sequence[Piece], fields: Fields) -> Iterator[Document]:
     for piece in pieces:
-        for read in read_documents(piece, text_field):
+        for read in read_documents(piece, fields):
             if not isinstance(read, BadDocument) and read.text:
                 yield read
 

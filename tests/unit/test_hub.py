@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.inputs import find_inputs
+from codeparrot_ds.documents.inputs import Corpus, find_inputs
 from codeparrot_ds.documents.read import read_documents
+from codeparrot_ds.documents.splits import split_of
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_json
 from tests.conftest import ROOT
@@ -130,11 +131,18 @@ def corpus(root: Path) -> tuple[Path, list[str]]:
     return root / "corpus", sorted(f"value = {number}\n" for number in range(30))
 
 
-def load_dataset(name: str | Path, cache: Path, **environment: str) -> list[str]:
-    """Texts of the training split as the real library loads it, sorted."""
+def load_dataset(name: str | Path, cache: Path) -> list[str]:
+    """Texts of the only split, for training, as the real library loads it, sorted."""
+    found = load_splits(name, cache)
+    assert list(found) == ["train"]
+    return found["train"]
+
+
+def load_splits(name: str | Path, cache: Path, **environment: str) -> dict[str, list[str]]:
+    """Texts of each split as the real library loads it, sorted."""
     code = (
-        "import sys, json, datasets; found = datasets.load_dataset(sys.argv[1]); assert list(found) == ['train']\n"
-        "print(json.dumps(sorted(found['train']['content'])))"
+        "import sys, json, datasets; found = datasets.load_dataset(sys.argv[1])\n"
+        "print(json.dumps({split: sorted(found[split]['content']) for split in found}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(name)],
@@ -145,7 +153,7 @@ def load_dataset(name: str | Path, cache: Path, **environment: str) -> list[str]
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    return dict(json.loads(done.stdout))
 
 
 def online(hub: Hub) -> dict[str, str]:
@@ -167,22 +175,36 @@ def test_a_corpus_is_read_through_hub(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pushed_corpus_is_loaded_by_datasets(hub: Hub, tmp_path: Path) -> None:
+    """As train and validation; without the second, which is told, if no document is in it."""
     directory, texts = corpus(tmp_path)
-    done = push(hub, directory, "me/corpus")
+    done = push(hub, directory, "me/corpus", "--valid-fraction", "0.3")
     assert done.returncode == 0, done.stderr
     there = hub.repositories["datasets/me/corpus"].branches["main"]
-    assert sorted(there) == ["README.md", "documents-00000.jsonl.gz", "manifest.json", "rejected.jsonl"]
+    beside = ["README.md", "manifest.json", "rejected.jsonl"]
+    assert sorted(there) == [*beside, "train-00000.jsonl.gz", "validation-00000.jsonl.gz"]
     assert str(tmp_path).encode() not in there["rejected.jsonl"] + there["README.md"]
-    assert load_dataset("me/corpus", tmp_path / "cache", **online(hub)) == texts
+    assert not list(directory.glob(".push*"))
+    documents = list(Corpus.open(directory))
+    split = {"train": "train", "valid": "validation"}
+    wanted = {
+        split[name]: sorted(each.text for each in documents if split_of(each, 0.3) == name)
+        for name in ("train", "valid")
+    }
+    assert load_splits("me/corpus", tmp_path / "cache", **online(hub)) == wanted
+    done = push(hub, directory, "me/corpus", "--valid-fraction", "1e-6")
+    assert done.returncode == 0 and "no document is in validation at --valid-fraction 1e-06" in done.stderr
+    there = hub.repositories["datasets/me/corpus"].branches["main"]
+    assert sorted(there) == [*beside, "train-00000.jsonl.gz"]  # what was there would be loaded too
+    assert load_splits("me/corpus", tmp_path / "again", **online(hub)) == {"train": texts}
 
 
 @pytest.mark.slow
 def test_a_pushed_corpus_becomes_shards(hub: Hub, data: Path, tmp_path: Path) -> None:
     directory, _ = corpus(tmp_path)
-    assert push(hub, directory, "me/corpus").returncode == 0
+    assert push(hub, directory, "me/corpus", "--valid-fraction", "0.3").returncode == 0
     how = ["--tokenizer", str(data / "tokenizer"), "-o", str(tmp_path / "shards"), "--valid-fraction", "0.3", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "codeparrot_ds.cli", "shards", "build", "hub:me/corpus", *how],
+        [sys.executable, "-m", "codeparrot_ds.cli", "shards", "build", "hub:me/corpus?split=train+validation", *how],
         cwd=ROOT,
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **online(hub)},
         capture_output=True,
@@ -210,18 +232,24 @@ def test_a_card_gets_its_configs(tmp_path: Path, card: str) -> None:
 
 @pytest.mark.slow
 def test_a_card_of_the_owner_is_kept(hub: Hub, tmp_path: Path) -> None:
-    from codeparrot_ds.corpus.card import CORPUS_CARD
-
     directory, _ = corpus(tmp_path)
-    own = "---\nconfigs:\n- config_name: mine\n  data_files: documents-00000.jsonl.gz\n---\n# Mine\n"
+    own = "---\nlicense: mit\nconfigs:\n- config_name: mine\n  data_files: documents-00000.jsonl.gz\n---\n# Mine\n"
     (directory / "README.md").write_text(own)
-    assert push(hub, directory, "me/corpus").returncode == 0
-    assert hub.repositories["datasets/me/corpus"].branches["main"]["README.md"].decode() == own
+    repository = hub.repositories
+
+    def pushed(name: str) -> str:
+        assert push(hub, directory, name, "--valid-fraction", "0.3").returncode == 0
+        return repository[f"datasets/{name}"].branches["main"]["README.md"].decode()
+
+    card = pushed("me/corpus")
+    assert "license: mit" in card and "# Mine" in card  # the files have other names on the Hub
+    assert "documents-" not in card and "path: validation-*.jsonl.gz" in card
+    assert (directory / "README.md").read_text() == own
     (directory / "README.md").unlink()
-    assert push(hub, directory, "me/corpus").returncode == 0  # as by an older version: the one on the Hub stays
-    assert hub.repositories["datasets/me/corpus"].branches["main"]["README.md"].decode() == own
-    assert push(hub, directory, "me/other").returncode == 0
-    assert hub.repositories["datasets/me/other"].branches["main"]["README.md"].decode() == CORPUS_CARD
+    old = own.replace("# Mine", "# By hand")  # written on the Hub, or by an older version
+    repository["datasets/me/corpus"].branches["main"]["README.md"] = old.encode()
+    assert pushed("me/corpus") == card.replace("# Mine", "# By hand")
+    assert "# Source code corpus" in pushed("me/other")
 
 
 def test_a_tokenizer_is_loaded_by_transformers(data: Path) -> None:

@@ -23,7 +23,8 @@ from codeparrot_ds.documents import compression, tables
 from codeparrot_ds.documents import document as documents
 from codeparrot_ds.documents import lines as json_lines
 from codeparrot_ds.documents import read as reading
-from codeparrot_ds.documents.document import PROVENANCE_FIELDS, BadDocument, Document
+from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import PROVENANCE_FIELDS
 from codeparrot_ds.documents.inputs import deal, find_inputs
 from codeparrot_ds.documents.read import Piece, Read, read_documents, require_document
 from codeparrot_ds.errors import DataError

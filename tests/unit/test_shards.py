@@ -12,8 +12,9 @@ import pytest
 
 from codeparrot_ds.documents.document import Document
 from codeparrot_ds.documents.inputs import Corpus
+from codeparrot_ds.documents.splits import split_of
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.shards.build import build, split_of
+from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
