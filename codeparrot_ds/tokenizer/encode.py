@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -14,8 +15,10 @@ import numpy as np
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.files import digest_bytes, digest_file, write_atomically
 from codeparrot_ds.system.jobs import threads
-from codeparrot_ds.tokenizer.parts import Parts
+from codeparrot_ds.tokenizer.parts import BLANK, Parts
 from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Encoder:
@@ -24,11 +27,11 @@ class Encoder:
     Attributes:
         label: library and version, e.g. "tokenizers 0.23.3".
         vocab_size: largest id + 1, including added tokens.
-        eos_id: id of the end token of a document.
+        end_token, eos_id: the end token of a document, and its id.
         digest: xxh3-128 of `tokenizer.json`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, end_token: str = EOS_TOKEN) -> None:
         """Load `directory`/tokenizer.json. Raises DataError when it is missing, damaged or has no end token."""
         self.digest = tokenizer_digest(directory)
         path = directory / TOKENIZER_FILE
@@ -37,9 +40,10 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # a tokenizer.json may enable truncation or padding, which alter documents
         self._tokenizer.no_padding()
-        eos_id = self._tokenizer.token_to_id(EOS_TOKEN)
+        eos_id = self._tokenizer.token_to_id(end_token)
         if eos_id is None:
-            raise DataError(f"{path}: has no {EOS_TOKEN} token, which must separate documents. Use another tokenizer.")
+            raise DataError(f"{path}: has no {end_token} token, which must separate documents. Use another tokenizer.")
+        self.end_token = end_token
         self.label = f"tokenizers {importlib.metadata.version('tokenizers')}"
         self.eos_id: int = eos_id
         # Not the number of tokens: ids of added tokens may have gaps.
@@ -70,6 +74,11 @@ class Encoder:
         """The text of `ids`, [tokens] of any integer type; incomplete UTF-8 characters become U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
+    def require_same_ids(self, directory: Path, fix: str) -> None:
+        """Raise DataError, ending in `fix`, if the tokenizer in `directory` encodes text differently."""
+        if encoding_of(load_tokenizer(directory)) != encoding_of(self._tokenizer):
+            raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than the model's tokenizer. {fix}")
+
     @cached_property
     def parts(self) -> Parts:
         """The tokenizer's components as loaded."""
@@ -91,6 +100,27 @@ class Encoder:
         if set(pieces) - set("".join(encoding.tokens)) and not model.get("byte_fallback"):
             return f"model {model['type']} without unk_token has no tokens for, and drops,"
         return "normalizer or decoder does not restore"
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, [vocab_size] int64; 0 for special tokens, which are not text."""
+        parts = self.parts
+        byte_level = any(part["type"] == "ByteLevel" for part in (*parts.normalizers, *parts.pre_tokenizers))
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:  # a character for each byte
+                sizes[i] = len(token)
+            elif parts.model.get("byte_fallback") and _BYTE_TOKEN.fullmatch(token):
+                sizes[i] = 1
+            else:
+                sizes[i] = len((token.replace(BLANK, " ") if parts.marks_blanks else token).encode())
+        for added in parts.added_tokens:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return sizes
 
     def tokens(self) -> list[str]:
         """The text of every token in the vocabulary, indexed by id."""
@@ -174,17 +204,15 @@ def tokenizer_digest(directory: Path) -> str:
 
 
 def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
-    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing.
-
-    Compares what determines ids: vocabulary, merges, added tokens, normalizer and pre-tokenizer.
-    """
-
-    def determines_ids(path: Path) -> list[Any]:
-        body = json.loads(load_tokenizer(path).to_str())  # as this version writes it, whichever version wrote the file
-        return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
-
-    if determines_ids(directory) != determines_ids(other):
+    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing."""
+    if encoding_of(load_tokenizer(directory)) != encoding_of(load_tokenizer(other)):
         raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
+
+
+def encoding_of(tokenizer: Any) -> list[Any]:
+    """What determines the ids of a `tokenizers.Tokenizer`: model, added tokens, normalizer and pre-tokenizer."""
+    body = json.loads(tokenizer.to_str())  # as this version writes it, whichever version wrote the file
+    return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.system.files import read_json
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.parts import BLANK, accepted_changes, config_conflicts, refused_settings
-from codeparrot_ds.tokenizer.train import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
+from codeparrot_ds.tokenizer.train import CONFIG_FILE, TOKENIZER_FILE
 
 # All characters of one and two bytes; of the others, every 977th: each byte that UTF-8 has, in every position.
 _CHARACTERS = [chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 977)) if not 0xD800 <= c < 0xE000]
@@ -68,9 +68,9 @@ def _found_by_encoding(encoder: Encoder) -> list[str]:
         if not _same(encoder, encoder.decode(one), text):
             lost.setdefault(encoder.lost_by(text), []).append(text)
     problems = [f"{component} {_listed(their)}" for component, their in lost.items()]
-    glued = list(_with_tokens([EOS_TOKEN, *contents]))
+    glued = list(_with_tokens([encoder.end_token, *contents], encoder.end_token))
     if encoder.eos_id in encoder.encode_flat(glued)[0]:
-        problems.append(f"the text {EOS_TOKEN} in a document becomes the end token (id {encoder.eos_id})")
+        problems.append(f"the text {encoder.end_token} in a document becomes the end token (id {encoder.eos_id})")
     return problems
 
 
@@ -85,10 +85,10 @@ def _texts() -> Iterator[str]:
         yield "".join(f"a{c} {c}1" for c in group)
 
 
-def _with_tokens(contents: Iterable[str]) -> Iterator[str]:
+def _with_tokens(contents: Iterable[str], end: str) -> Iterator[str]:
     for content in contents:
-        yield from (content, f"a{content}b", f" {content} ", f"\n{content}\n", content * 2, f"{EOS_TOKEN}{content}")
-        yield from (f"{content}{EOS_TOKEN}", f"{content} {EOS_TOKEN} {content}", content.upper(), content[:-1])
+        yield from (content, f"a{content}b", f" {content} ", f"\n{content}\n", content * 2, f"{end}{content}")
+        yield from (f"{content}{end}", f"{content} {end} {content}", content.upper(), content[:-1])
 
 
 def _same(encoder: Encoder, found: str, text: str) -> bool:
