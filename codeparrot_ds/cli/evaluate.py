@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from codeparrot_ds.cli import sampling
 from codeparrot_ds.cli.output import JsonOption, ModelArgument, group, print_result, printable, without_option
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ SeqLenOption = Annotated[
     int | None, typer.Option(help="Tokens per sequence. Default: the model's context.", min=1, show_default=False)
 ]
 app = group("Evaluate a model.")
+for _command in (sampling.humaneval, sampling.mbpp, sampling.infill):
+    app.command(_command.__name__)(_command)
 
 
 @app.command("loss")

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.evaluation.generate import Draw, TextStream, generate
+from codeparrot_ds.evaluation.generate import Continuation, Draw, generate
 from codeparrot_ds.evaluation.pretrained import Pretrained, fit_context
-from codeparrot_ds.evaluation.stops import Arriving, Stops
-
-END_TOKEN, STOP, LENGTH = "end token", "stop string", "length"  # why a completion ended
+from codeparrot_ds.evaluation.stops import Stops
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Completion:
     Attributes:
         text: the text so far; without white space at its end when it has ended.
         ids: its tokens, including those that ended it.
-        ended: why it ended: `END_TOKEN`, `STOP` or `LENGTH`; None while it has not.
+        ended: why it ended (see `generate.Continuation`); None while it has not.
     """
 
     text: str = ""
@@ -121,14 +119,15 @@ def complete(
         sampling: settings.
         show: receives the pieces of all candidates in the order in which they are generated.
     """
-    candidates = [_Candidate(found, sampling.stops, number) for number in range(sampling.candidates)]
+    candidates = [_Candidate(found, sampling.stops, prompt.new_tokens) for _ in range(sampling.candidates)]
 
     def take(numbers: Sequence[int], tokens: Sequence[int]) -> set[int]:
         for number, token in zip(numbers, tokens, strict=True):
-            if candidates[number].completion.ended is None:
-                piece = candidates[number].add(token, prompt.new_tokens)
-                if piece.text or piece.ended:
-                    show(piece)
+            candidate = candidates[number]
+            if candidate.completion.ended is None:
+                text = candidate.add(token)
+                if text or candidate.completion.ended:
+                    show(Piece(number, text, candidate.completion.ended))
         return {number for number in numbers if candidates[number].completion.ended is not None}
 
     torch.manual_seed(sampling.seed)
@@ -140,31 +139,19 @@ def complete(
 class _Candidate:
     """A completion in progress."""
 
-    def __init__(self, found: Pretrained, stops: Stops, number: int) -> None:
+    def __init__(self, found: Pretrained, stops: Stops, room: int) -> None:
         self.completion = Completion()
-        self._end_ids, self._number = found.end_ids, number
-        self._stream, self._arriving = TextStream(found.encoder), Arriving(stops)
+        self._continuation = Continuation(found, stops, room)
         self._blank = ""  # white space that is shown only if more text follows
 
-    def add(self, token: int, room: int) -> Piece:
-        completion = self.completion
-        completion.ids.append(token)
-        text = ""
-        if token in self._end_ids:
-            completion.ended = END_TOKEN
-        else:
-            text = self._arriving.add(self._stream.add(token))
-            if self._arriving.ended:
-                completion.ended = STOP
-            elif len(completion.ids) == room:
-                completion.ended = LENGTH
-        if completion.ended in (END_TOKEN, LENGTH):
-            text += self._arriving.add(self._stream.finish()) + self._arriving.finish()
-        text = self._blank + text
+    def add(self, token: int) -> str:
+        """Add a token, and return the text to show."""
+        text = self._blank + self._continuation.add(token)
         shown = text.rstrip()
         self._blank = text[len(shown) :]
-        completion.text += shown
-        return Piece(self._number, shown, completion.ended)
+        self.completion.text += shown
+        self.completion.ids, self.completion.ended = self._continuation.ids, self._continuation.ended
+        return shown
 
 
 def _draw(sampling: Sampling) -> Draw:

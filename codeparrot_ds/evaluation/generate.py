@@ -1,6 +1,7 @@
 """Generate tokens for a batch of prompts, and turn the tokens of each sample into text as they arrive."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.evaluation.pretrained import Pretrained
+from codeparrot_ds.evaluation.stops import Arriving, Stops
 from codeparrot_ds.tokenizer.encode import Encoder
 
 # (logits [samples, vocab] fp32 of the next token, indices of these samples) -> ids, [samples] int64
 Draw = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 # (indices of samples, the new id of each) -> those that have ended
 Take = Callable[[Sequence[int], Sequence[int]], set[int]]
+END_TOKEN, STOP, LENGTH = "end token", "stop string", "length"  # why a completion ended
 _DROP_SHARE = 8  # samples that have ended are dropped from the batch once they are one in this many
 _NOT_A_CHARACTER = "\ufffd"
 
@@ -49,6 +52,7 @@ def generate(
     padded = not bool(mask.all())
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    last_position = (found.context or sys.maxsize) - 1
     rows = torch.tensor(sources, device=device)
     live = list(range(len(sources)))
     ended: set[int] = set()
@@ -77,7 +81,8 @@ def generate(
             cache.batch_select_indices(rows)
             tokens, mask, positions = tokens[rows], mask[rows], positions[rows]
             live, ended = [live[row] for row in kept], set()
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        # Samples that have ended but are not dropped yet may be past the context.
+        ids, positions = tokens[:, None], (positions[:, -1:] + 1).clamp(max=last_position)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
 
@@ -110,3 +115,41 @@ class TextStream:
 
     def _decode(self) -> str:
         return self._encoder.decode(np.array(self._ids, np.int64))
+
+
+class Continuation:
+    """What a model writes after a prompt, token by token, until it ends.
+
+    Attributes:
+        ids: the tokens, including those that ended it.
+        ended: why it ended: `END_TOKEN`, `STOP` or `LENGTH`; None while it has not.
+    """
+
+    def __init__(self, found: Pretrained, stops: Stops, room: int) -> None:
+        """Begin a continuation of at most `room` tokens."""
+        self.ids: list[int] = []
+        self.ended: str | None = None
+        self._end_ids, self._room = found.end_ids, room
+        self._stream, self._arriving = TextStream(found.encoder), Arriving(stops)
+
+    @property
+    def text(self) -> str:
+        """The text of an ended continuation, up to the first stop string."""
+        assert self.ended is not None
+        return self._arriving.text
+
+    def add(self, token: int) -> str:
+        """Add a token, and return the text that is now certain to belong to the continuation."""
+        self.ids.append(token)
+        text = ""
+        if token in self._end_ids:
+            self.ended = END_TOKEN
+        else:
+            text = self._arriving.add(self._stream.add(token))
+            if self._arriving.ended:
+                self.ended = STOP
+            elif len(self.ids) >= self._room:
+                self.ended = LENGTH
+        if self.ended in (END_TOKEN, LENGTH):
+            text += self._arriving.add(self._stream.finish()) + self._arriving.finish()
+        return text

@@ -17,17 +17,8 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, GPT2Config, GPT
 
 from codeparrot_ds.cli.complete import _Highlighted, _Screen
 from codeparrot_ds.errors import ConfigError, DataError
-from codeparrot_ds.evaluation.complete import (
-    END_TOKEN,
-    LENGTH,
-    STOP,
-    Piece,
-    Sampling,
-    complete,
-    encode_prompt,
-    read_prompt,
-)
-from codeparrot_ds.evaluation.generate import TextStream
+from codeparrot_ds.evaluation.complete import Piece, Sampling, complete, encode_prompt, read_prompt
+from codeparrot_ds.evaluation.generate import END_TOKEN, LENGTH, STOP, TextStream
 from codeparrot_ds.evaluation.pretrained import Pretrained, find_model, fit_context, limit_threads, load_pretrained
 from codeparrot_ds.evaluation.stops import Stops
 from codeparrot_ds.run.directory import CERTIFICATE
