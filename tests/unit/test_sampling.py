@@ -117,7 +117,7 @@ def test_slices_make_the_samples_of_one_call(
 ) -> None:
     runs = [Run(tiny, BENCHMARKS["humaneval"], problems, SETTINGS, tmp_path) for _ in range(3)]
     assert runs[0].sample(Slice(0, 3)) > 0
-    with pytest.raises(DataError, match="2 batches are missing, e.g. t0.7-00001"):
+    with pytest.raises(DataError, match="2 batches are missing, "):
         runs[0].finish()
     assert sum(run.sample(Slice(i + 1, 3)) for i, run in enumerate(runs[1:])) > 0
     assert {temperature: path.read_bytes() for temperature, path in runs[0].finish().items()} == whole

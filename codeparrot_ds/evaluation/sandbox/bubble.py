@@ -82,8 +82,9 @@ def _command(packages: Sequence[str]) -> list[str]:
         words += ["--ro-bind", str(path), f"{_PACKAGES}/{path.name}"]
     for device in ("/dev/null", "/dev/urandom"):
         words += ["--dev-bind", device, device]
-    environment = {"LD_LIBRARY_PATH": "/python/lib", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    environment["OPENBLAS_NUM_THREADS"] = "1"
+    environment = {"LD_LIBRARY_PATH": "/python/lib", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment["LD_BIND_NOW"] = "1"  # symbols bound later would be pages copied in every process
     for name, value in environment.items():
         words += ["--setenv", name, value]
     return [

@@ -42,11 +42,10 @@ _USUAL = (
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-_EXCEPTIONS = {
-    value: name
-    for name, value in vars(builtins).items()
-    if isinstance(value, type) and issubclass(value, BaseException)
-}
+_EXCEPTIONS = frozenset(
+    value for value in vars(builtins).values() if isinstance(value, type) and issubclass(value, BaseException)
+)
+_NAMES = frozenset(value.__name__ for value in _EXCEPTIONS)
 
 
 def _check(result: int, what: str) -> None:
@@ -97,7 +96,7 @@ def _run_program(program: str, secret: str, report: int, output: int, config: di
         message = ""
         with suppress(BaseException):
             message = str(error)[:_MESSAGE_BYTES]
-        name = _EXCEPTIONS.get(type(error), "other")
+        name = type(error).__name__ if type(error) in _EXCEPTIONS else "other"
         os.write(report, f"F{name}\0{message}".encode("utf-8", "backslashreplace")[:_REPORT_BYTES])
         os._exit(1)
     os.write(report, b"P" + secret.encode())
@@ -174,7 +173,7 @@ def _run(job: dict[str, Any], config: dict[str, Any], code: bytes, own: int) -> 
         return {**answer, "kind": "timed out"}
     if kind == b"P" and message == job["secret"]:
         return {**answer, "kind": "passed"}
-    if kind == b"F" and message.partition("\0")[0] in {"other", *_EXCEPTIONS.values()}:
+    if kind == b"F" and message.partition("\0")[0] in {"other", *_NAMES}:
         error, _, message = message.partition("\0")
         return {**answer, "kind": "failed", "error": error, "message": message}
     if kind:
