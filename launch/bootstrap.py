@@ -30,6 +30,7 @@ TEST_PACKAGES = {
     "mpirun": "openmpi-bin",
     "slurmctld": "slurm-wlm",
     "munged": "munge",
+    "bwrap": "bubblewrap",
 }
 
 

@@ -200,9 +200,9 @@ class _Handler(BaseHTTPRequestHandler):
             200, [{"type": "file", "path": p, "size": len(files[p]), "oid": _git_oid(files[p])} for p in wanted]
         )
 
-    def _resolve(self, _: bytes, name: str, branch: str, path: str) -> None:
+    def _resolve(self, _: bytes, kind: str | None, name: str, branch: str, path: str) -> None:
         """Content of a file, or of the requested range of it."""
-        repository = self.hub.repositories.get(f"datasets/{name}")
+        repository = self.hub.repositories.get(f"{kind or 'models/'}{name}")
         data = repository.branches[_branch_of(branch)].get(path) if repository else None
         if data is None:
             self.send_response(404)
@@ -236,8 +236,8 @@ _ROUTES: list[tuple[str, str, Any]] = [
     ("GET", _KEY, _Handler._info),
     ("GET", _KEY + "/revision/([^/]+)", _Handler._info),
     ("POST", _KEY + "/paths-info/([^/]+)", _Handler._paths_info),
-    ("GET", "/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
-    ("HEAD", "/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
+    ("GET", "/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
+    ("HEAD", "/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler._resolve),
     ("POST", _KEY + "/preupload/(.+)", _Handler._preupload),
     ("POST", _KEY + "/commit/(.+)", _Handler._commit),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", _Handler._batch),

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from codeparrot_ds import __version__
-from codeparrot_ds.cli import corpus, evaluate, export, planning, report, shards, tokenizer, training
+from codeparrot_ds.cli import complete, corpus, evaluate, export, planning, report, shards, tokenizer, training
 from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 
@@ -24,7 +24,7 @@ app.command("compare")(report.compare_command)
 app.command("report")(report.report)
 app.command("convert")(export.convert_command)
 app.command("push")(export.push_command)
-app.command("complete")(evaluate.complete_command)
+app.command("complete")(complete.complete_command)
 
 
 def main() -> NoReturn:

@@ -9,6 +9,9 @@ import typer
 from codeparrot_ds.errors import ConfigError
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+ModelArgument = Annotated[
+    str, typer.Argument(help="A run (its newest converted model), a Hugging Face directory, or a model on the Hub.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

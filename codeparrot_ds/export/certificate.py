@@ -11,9 +11,9 @@ from codeparrot_ds.errors import CheckpointError, DataError, list_problems
 from codeparrot_ds.export.forward import check_transformers
 from codeparrot_ds.export.statements import find_contradictions
 from codeparrot_ds.export.written import WrittenWeights
+from codeparrot_ds.run.directory import CERTIFICATE
 from codeparrot_ds.system.files import FORMAT_VERSION, digest_bytes, digest_file, read_json
 
-CERTIFICATE = "certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Values of `attention_scale`: the model has none; it was folded into the weights; it was kept as a setting.
 NO_SCALE, FOLDED, KEPT = "none", "folded", "kept"

@@ -27,6 +27,7 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 
+CERTIFICATE = "certificate.json"  # written last into a converted model: a directory without it is unfinished
 _READERS = 4  # files read concurrently: one thread does not saturate a disk
 _STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 
@@ -147,6 +148,30 @@ class RunDirectory:
     def export(self, step: int) -> Path:
         """The model converted from the checkpoint after `step` optimizer steps."""
         return self.exports / f"step-{step:08d}"
+
+    @property
+    def converted(self) -> Path:
+        """The model converted after training, where the quickstart puts it."""
+        return self.path / "hf"
+
+    def newest_export(self) -> tuple[Path, int]:
+        """The converted model of the latest step, and its step. Raises DataError when there is none."""
+        found = []
+        for path in (self.converted, *sorted(self.exports.glob("step-*"))):
+            if not (path / CERTIFICATE).is_file():
+                continue
+            try:
+                step = int(read_json(path / CERTIFICATE, "certificate")["source"][-1]["step"])
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise DataError(f"{path / CERTIFICATE}: names no step. Convert the checkpoint again.") from None
+            found.append((step, path))
+        if not found:
+            raise DataError(
+                f"{self.path}: this run has no converted model yet. Create one with `codeparrot-ds convert {self.path} "
+                f"{self.converted}`."
+            )
+        step, path = max(found)
+        return path, step
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json, because launchers' exit codes are unreliable.

@@ -102,20 +102,30 @@ def describe_sequences(data: Dataset, numbers: Iterable[int]) -> dict[int, list[
 
     For an adopted dataset, which has no provenance, [shard, index of the document].
     """
-    described = {}
-    memo: _Memo = {}
-    for number in sorted(set(map(int, numbers))):  # so that each shard is read once
-        which, place = 0, number
-        while place >= len(data.train.parts[which]):
-            place -= len(data.train.parts[which])
-            which += 1
-        first = place * data.train.seq_len
-        excerpts = _excerpts(data.manifests[which], "train", first, first + data.train.seq_len + 1, None, memo)
-        described[number] = [
+    return {
+        number: [
             [each.provenance.repository, each.provenance.path] if each.provenance else [each.shard, str(each.document)]
             for each in excerpts
         ]
-    return described
+        for number, _, excerpts in documents_of(data, "train", numbers)
+    }
+
+
+def documents_of(data: Dataset, split: str, numbers: Iterable[int]) -> Iterator[tuple[int, int, list[Excerpt]]]:
+    """The documents of sequences, without their text.
+
+    Yields (index of the sequence, index of its shard directory, its seq_len + 1 tokens by document), in order.
+    """
+    sequences = data.train if split == "train" else data.valid
+    memo: _Memo = {}
+    for number in sorted(set(map(int, numbers))):  # so that each shard is read once
+        which, place = 0, number
+        while place >= len(sequences.parts[which]):
+            place -= len(sequences.parts[which])
+            which += 1
+        first = place * sequences.seq_len
+        stop = first + sequences.seq_len + 1
+        yield number, which, list(_excerpts(data.manifests[which], split, first, stop, None, memo))
 
 
 # Of the shard read last: ids, [tokens]; end of each document, [documents] int64; provenance of each document.

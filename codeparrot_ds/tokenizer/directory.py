@@ -85,7 +85,7 @@ def end_token(directory: Path, tokenizer: Any, wanted: str | None = None) -> str
 
     Raises DataError when the tokenizer has no such token; the message lists its special tokens.
     """
-    configured = _configured_end_token(directory)
+    configured = configured_end_token(directory)
     name = wanted or configured or EOS_TOKEN
     if tokenizer.token_to_id(name) is not None:
         return name
@@ -98,7 +98,8 @@ def end_token(directory: Path, tokenizer: Any, wanted: str | None = None) -> str
     )
 
 
-def _configured_end_token(directory: Path) -> str | None:
+def configured_end_token(directory: Path) -> str | None:
+    """The `eos_token` of a tokenizer's configuration files; None if they name none."""
     for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
         path = directory / name
         config = read_json(path, "tokenizer config") if path.is_file() else None
@@ -115,17 +116,15 @@ def _content(token: Any) -> str | None:
 
 
 def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
-    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing.
-
-    Compares what determines ids: vocabulary, merges, added tokens, normalizer and pre-tokenizer.
-    """
-
-    def determines_ids(path: Path) -> list[Any]:
-        body = json.loads(load_tokenizer(path).to_str())  # as this version writes it, whichever version wrote the file
-        return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
-
-    if determines_ids(directory) != determines_ids(other):
+    """Raise DataError, ending in `fix`, if two tokenizer directories encode text differently, or one is missing."""
+    if encoding_of(load_tokenizer(directory)) != encoding_of(load_tokenizer(other)):
         raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
+
+
+def encoding_of(tokenizer: Any) -> list[Any]:
+    """What determines the ids of a `tokenizers.Tokenizer`: model, added tokens, normalizer and pre-tokenizer."""
+    body = json.loads(tokenizer.to_str())  # as this version writes it, whichever version wrote the file
+    return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -146,7 +145,7 @@ def tokenizer_files(directory: Path, eos_token: str | None = None) -> dict[str, 
     """
     names = (CONFIG_FILE, SPECIAL_TOKENS_FILE)
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-    if eos_token not in (None, _configured_end_token(directory) or EOS_TOKEN):
+    if eos_token not in (None, configured_end_token(directory) or EOS_TOKEN):
         config = read_json(directory / CONFIG_FILE, "tokenizer config") if CONFIG_FILE in files else {}
         files[CONFIG_FILE] = dump_json({**config, "eos_token": eos_token})
         if SPECIAL_TOKENS_FILE in files:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -14,12 +15,15 @@ from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.jobs import threads
 from codeparrot_ds.tokenizer.directory import (
     TOKENIZER_FILE,
+    encoding_of,
     end_token,
     load_tokenizer,
     tokenizer_digest,
     tokenizer_json,
 )
-from codeparrot_ds.tokenizer.parts import Parts
+from codeparrot_ds.tokenizer.parts import BLANK, Parts
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Encoder:
@@ -82,6 +86,11 @@ class Encoder:
         """The text of `ids`, [tokens] of any integer type; incomplete UTF-8 characters become U+FFFD."""
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
+    def require_same_ids(self, directory: Path, fix: str) -> None:
+        """Raise DataError, ending in `fix`, if the tokenizer in `directory` encodes text differently."""
+        if encoding_of(load_tokenizer(directory)) != encoding_of(self._tokenizer):
+            raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than the model's tokenizer. {fix}")
+
     @cached_property
     def parts(self) -> Parts:
         """The tokenizer's components as loaded."""
@@ -103,6 +112,27 @@ class Encoder:
         if set(pieces) - set("".join(encoding.tokens)) and not model.get("byte_fallback"):
             return f"model {model['type']} without unk_token has no tokens for, and drops,"
         return "normalizer or decoder does not restore"
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, [vocab_size] int64; 0 for special tokens, which are not text."""
+        parts = self.parts
+        byte_level = any(part["type"] == "ByteLevel" for part in (*parts.normalizers, *parts.pre_tokenizers))
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:  # a character for each byte
+                sizes[i] = len(token)
+            elif parts.model.get("byte_fallback") and _BYTE_TOKEN.fullmatch(token):
+                sizes[i] = 1
+            else:
+                sizes[i] = len((token.replace(BLANK, " ") if parts.marks_blanks else token).encode())
+        for added in parts.added_tokens:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return sizes
 
     def tokens(self) -> list[str]:
         """The text of every token in the vocabulary, indexed by id."""

@@ -71,6 +71,10 @@ def test_a_loss_over_three_hosts_is_that_of_one(
     done = real_hosts.run([*command, "--hostfile", hostfile], timeout=200, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.output
     found = json.loads(done.output[done.output.index("{\n") :])
-    expected = vars(validation_loss(model, data / "shards", sequences))
+    expected = json.loads(json.dumps(validation_loss(model, data / "shards", sequences).to_dict()))
+    groups = ("by_licence", "by_repository", "by_length")
+    for each, wanted in ((found.pop(name), expected.pop(name)) for name in groups):
+        assert [group.pop("name") for group in each] == [group.pop("name") for group in wanted]
+        assert each == [pytest.approx(group, rel=1e-6) for group in wanted]
     assert found == pytest.approx(expected, rel=1e-6)
     assert (found["sequences"], found["loss_unigram"]) == (sequences, expected["loss_unigram"])

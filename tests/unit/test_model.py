@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.run.sections import Model
 from codeparrot_ds.training.loss import LossHead
 from codeparrot_ds.training.model import (
@@ -53,13 +52,6 @@ def test_the_loss_of_a_uniform_guess_is_ln_vocab() -> None:
     loss = next_token_loss(torch.zeros(2, 5, 300, dtype=torch.bfloat16), torch.zeros(2, 5, dtype=torch.long))
     assert loss.dtype == torch.float32
     assert abs(loss.item() - math.log(300)) < 1e-5
-
-
-def test_a_completion_ends_where_a_new_block_starts() -> None:
-    body = "    return a * b\n\n    # still inside"
-    for start in ("def other():", "class A:", "# comment", "@decorator", "print(1)", "if x:"):
-        assert first_block(f"{body}\n{start}\n more") == body
-    assert first_block("x = 1\nprinter = 2\ndefault = 3") == "x = 1\nprinter = 2\ndefault = 3"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,1 @@
+"""Run generated programs, which are hostile until proved otherwise, and say which pass."""

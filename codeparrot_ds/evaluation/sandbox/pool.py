@@ -1,0 +1,116 @@
+"""Run many programs, as many at a time as there are cores."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from codeparrot_ds.evaluation.sandbox.bubble import Bubble
+from codeparrot_ds.evaluation.sandbox.outcome import Limits, Outcome, Verdict
+from codeparrot_ds.system.processes import available_cores
+
+# CPU time (seconds) after which a program that still runs has to wait until all others have had as much. Of HumanEval's
+# 164 solutions one needs more than the first.
+_SLICES = (0.025, 0.25)
+
+
+class Program(NamedTuple):
+    """A program, and the problem that it is to solve: programs of one problem are likely to take the same time."""
+
+    source: str
+    problem: str = ""
+
+
+class _Queue:
+    """Programs that wait, by the number of slices they had. Later slices start with problems that nobody has solved."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self._programs = programs
+        self._levels = [deque(range(len(programs)))]
+        self._level = 0
+        self._solved: set[str] = set()
+        self._lock = threading.Lock()
+
+    def take(self) -> tuple[int, int] | None:
+        """The next (program, level), or None if none waits."""
+        with self._lock:
+            while self._level < len(self._levels):
+                if self._levels[self._level]:
+                    return self._levels[self._level].popleft(), self._level
+                self._level += 1
+                if self._level < len(self._levels):
+                    waiting = self._levels[self._level]
+                    waiting = deque(sorted(waiting, key=lambda i: self._programs[i].problem in self._solved))
+                    self._levels[self._level] = waiting
+            return None
+
+    def put_back(self, program: int, level: int) -> None:
+        """Let a program wait for its slice of `level`."""
+        with self._lock:
+            while len(self._levels) <= level:
+                self._levels.append(deque())
+            self._levels[level].append(program)
+
+    def solved(self, program: int) -> None:
+        """Note that a program passed."""
+        with self._lock:
+            self._solved.add(self._programs[program].problem)
+
+
+def run_programs(
+    programs: Sequence[Program],
+    limits: Limits | None = None,
+    workers: int | None = None,
+    packages: Sequence[str] = (),
+    second_run: bool = True,
+) -> Iterator[tuple[int, Outcome]]:
+    """Run every program in a sandbox and yield (its number, outcome), in order of completion.
+
+    Args:
+        programs: Python sources; no one is trusted.
+        limits: of each; the defaults if None.
+        workers: sandboxes, each of which uses a core; as many as there are cores if None.
+        packages: names of installed packages that programs may import besides the standard library.
+        second_run: see `Bubble.run`.
+
+    Raises:
+        ConfigError: this machine cannot run the sandbox.
+    """
+    limits = limits or Limits()
+    slices = [*(it for it in _SLICES if it < limits.timeout), limits.timeout]
+    waiting, stop = _Queue(programs), threading.Event()
+    done: queue.SimpleQueue[tuple[int, Outcome] | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            bubble = Bubble(limits, packages)
+            try:
+                while not stop.is_set() and (taken := waiting.take()) is not None:
+                    program, level = taken
+                    outcome = bubble.run(programs[program].source, slices[level], second_run)
+                    if outcome.verdict == Verdict.TIMED_OUT and level + 1 < len(slices):
+                        waiting.put_back(program, level + 1)
+                        continue
+                    if outcome.passed:
+                        waiting.solved(program)
+                    done.put((program, outcome))
+            finally:
+                bubble.close()
+        except BaseException as error:
+            done.put(error)
+
+    count = min(workers or available_cores(), len(programs))
+    threads = [threading.Thread(target=work, name=f"sandbox-{i}", daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in programs:
+            item = done.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
