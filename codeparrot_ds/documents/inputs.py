@@ -34,7 +34,8 @@ from codeparrot_ds.documents.walk import (
 from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.system.files import MANIFEST, digest_json
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD
-from codeparrot_ds.system.storage import explain_store_errors, filesystem, is_remote
+from codeparrot_ds.system.paths import expand_address, is_remote
+from codeparrot_ds.system.storage import explain_store_errors, filesystem
 
 __all__ = ["Corpus", "Inputs", "deal", "find_inputs", "search_inputs", "text_bytes"]
 
@@ -75,7 +76,7 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
     """
     inputs = Inputs()
     for number, argument in enumerate(arguments):
-        argument = argument.removeprefix("file://").removeprefix("local://")
+        argument = str(expand_address(argument.removeprefix("file://").removeprefix("local://")))
         if not argument:
             raise DataError(
                 "an input argument is empty, possibly from an unset shell variable. Name a file, a directory or a URL."

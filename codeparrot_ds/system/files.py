@@ -247,6 +247,18 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds `exclusive_lock` on `path`. Needs no write permission. True if it cannot be told."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # locked, or no permission; a file system without locks has no holder
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM)
+
+
 def _hold(descriptor: int, path: Path, busy: str) -> None:
     try:
         _lock(descriptor)

@@ -16,13 +16,7 @@ from typing import IO, Any, cast
 
 from codeparrot_ds.errors import ConfigError, DataError, UserError
 from codeparrot_ds.system.files import flush_to_disk, make_directory
-
-Address = str | Path
-
-
-def is_remote(address: Address) -> bool:
-    """Whether `address` is an fsspec URL rather than a path."""
-    return isinstance(address, str) and "://" in address
+from codeparrot_ds.system.paths import Address, expand_address, is_remote
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -339,6 +333,7 @@ class Scratch:
 
 def open_directory(address: Address) -> Directory:
     """The directory at a path or URL; nothing is created."""
+    address = expand_address(address)
     if is_remote(address):
         if str(address).startswith(("file://", "local://")):
             return LocalDirectory(Path(str(address).partition("://")[2]))
