@@ -60,8 +60,13 @@ def complete_command(
 ) -> None:
     """Complete prompts with a converted model. Each completion ends where a new top-level block starts."""
     from codeparrot_ds.evaluation.complete import Sampling, complete
+    from codeparrot_ds.system.paths import text_of
 
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts or ["-"]]
+    # Python decodes arguments and standard input by the locale; a prompt is UTF-8.
+    texts = [
+        sys.stdin.buffer.read().decode(errors="replace") if prompt == "-" else text_of(prompt)
+        for prompt in prompts or ["-"]
+    ]
     completions = complete(model, texts, Sampling(num, temperature, top_p, max_new_tokens, seed))
     if json_output:
         print(json.dumps([{"prompt": p, "completions": c} for p, c in zip(texts, completions, strict=True)], indent=2))

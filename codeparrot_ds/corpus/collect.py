@@ -20,7 +20,6 @@ import msgspec
 
 from codeparrot_ds.corpus.card import CARD, CORPUS_CARD
 from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.piece import printable_name
 from codeparrot_ds.documents.walk import OTHER_SUFFIX, REJECTED, Skipped, walk
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import (
@@ -36,7 +35,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, Files, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import progress
-from codeparrot_ds.system.paths import stored_address
+from codeparrot_ds.system.paths import printable_name, stored_address, text_of
 from codeparrot_ds.system.storage import LocalDirectory
 
 _DOCUMENT_FILE_BYTES = 8_000_000  # of text per file: small enough that a few workers share a small corpus
@@ -112,7 +111,7 @@ def collect(
     candidates = [c for directory in directories for c in _files_below(directory, suffix, rejected)]
     if installed_python:
         candidates += _installed_python(suffix, rejected)
-    files = {printable_name(str(c.file)): (c.size, str(c.modified)) for c in candidates}
+    files = {printable_name(text_of(c.file)): (c.size, str(c.modified)) for c in candidates}
     if finished := _finished(output, options, files):
         return finished
 
@@ -163,7 +162,8 @@ def _files_below(
 ) -> Iterator[Candidate]:
     """Yield candidates below `root`, and append what else is there to `rejected`."""
     root = root.resolve()
-    repository = repository or root.name
+    repository = repository or printable_name(text_of(root.name))
+    suffix = text_of(suffix)
     for entry in walk(root, follow_links=False):
         if isinstance(entry, Skipped):
             rejected.append(_rejected(repository, entry.path, entry.reason, entry.detail))

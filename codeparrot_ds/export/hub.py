@@ -154,7 +154,7 @@ def _card(directory: Path, repo_type: str) -> dict[str, bytes]:
     if repo_type != "dataset":
         return {}
     path = directory / CARD
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     kind = read_json(directory / MANIFEST, "manifest")["kind"]
     complete = complete_card(text) if kind == "corpus" else text or _SHARDS_CARD
     return {CARD: complete.encode()} if complete != text else {}

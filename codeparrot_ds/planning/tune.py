@@ -67,9 +67,9 @@ def run_trial(
             environment["DS_ACCELERATOR"] = "cpu"
         code = run_group(command, environment, log, _SECONDS)
         if output.exists():
-            result: dict[str, Any] = json.loads(output.read_text())
+            result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
             return result
-        text = log.read_text(errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         if says_out_of_memory(text):
             return None
         what = f"took more than {_SECONDS:,.0f} s" if code is None else f"failed with exit code {code}"

@@ -28,7 +28,7 @@ from codeparrot_ds.run.sections import (
     Optimizer,
     Schedule,
 )
-from codeparrot_ds.system.paths import expand_user
+from codeparrot_ds.system.paths import expand_user, text_of
 from codeparrot_ds.system.typed_yaml import Section, Text, UserPath, explain, parse_override, parse_yaml
 
 PATHS = ("runs", "model.init_from", "data.shards", "engine.deepspeed", "engine.nvme")  # keys that hold paths
@@ -160,7 +160,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: a recipe must be a mapping of sections (model, data, batch, …).")
     _bind_to_directory(body, path)
     given: dict[str, str] = {}
-    for override in overrides:
+    for override in map(text_of, overrides):
         key = override.partition("=")[0]
         if key in given:
             raise ConfigError(f"--set {override}: {key} is set twice, also by {given[key]}. Remove one.")

@@ -1,4 +1,8 @@
-"""Paths as users write them, and as they are written to files."""
+"""Paths as users write them, and as they are written to files.
+
+Python decodes the names of files by the locale: a name in UTF-8 is another text under Latin-1 or C. What is written to
+a file must not depend on it, so there a name is the text of its bytes in UTF-8.
+"""
 
 import glob
 import os
@@ -10,6 +14,29 @@ Address = str | Path
 def is_remote(address: Address) -> bool:
     """Whether `address` is an fsspec URL rather than a path."""
     return isinstance(address, str) and "://" in address
+
+
+def text_of(path: str | Path) -> str:
+    """A path of this process as text: its bytes as UTF-8; those that are not UTF-8 become lone surrogates."""
+    try:
+        return os.fsencode(path).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # not from the file system or the command line: text already
+        return str(path)
+
+
+def bytes_of(text: str) -> bytes:
+    """The path that `text_of` gives as `text`."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def path_of(text: str | Path) -> Path:
+    """The result of `text_of`, or a path in a file, as a path of this process."""
+    return Path(os.fsdecode(bytes_of(str(text))))
+
+
+def printable_name(name: str) -> str:
+    """`name` with bytes that are not valid UTF-8 escaped, so that it can be printed."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def expand_user(path: Path) -> Path:
@@ -28,8 +55,8 @@ def stored_address(address: str, directory: Address) -> str:
         return address
     path = expand_user(Path(address))
     if path.is_absolute() or is_remote(directory):
-        return str(path.absolute())
-    return os.path.relpath(path, Path(directory).resolve())
+        return printable_name(text_of(path.absolute()))
+    return printable_name(text_of(os.path.relpath(path, Path(directory).resolve())))
 
 
 def found_address(stored: str, directory: Address) -> str:
@@ -37,6 +64,7 @@ def found_address(stored: str, directory: Address) -> str:
     directory, which still holds for those that are there."""
     if is_remote(stored) or stored.startswith("hub:") or is_remote(directory):
         return stored
+    stored = str(path_of(stored))
     found = os.path.normpath(Path(directory).resolve() / stored)
     return stored if not _is_there(found) and _is_there(stored) else found
 

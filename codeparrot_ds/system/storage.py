@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from codeparrot_ds.errors import ConfigError, DataError, UserError
 from codeparrot_ds.system.files import flush_to_disk, make_directory
-from codeparrot_ds.system.paths import Address, expand_address, is_remote
+from codeparrot_ds.system.paths import Address, bytes_of, expand_address, is_remote
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -56,12 +56,12 @@ def explain_store_errors(address: str, error_class: type[UserError]) -> Iterator
 
 @contextmanager
 def open_binary(address: str) -> Iterator[IO[bytes]]:
-    """Open a local or remote file for unbuffered binary reading, without decompression."""
+    """Open a local file (see `system.paths.text_of`) or a remote one for unbuffered binary reading, as it is."""
     if is_remote(address):
         with _RemoteFile(address) as remote:
             yield cast(IO[bytes], remote)
     else:
-        with open(address, "rb", buffering=0) as file:
+        with open(bytes_of(address), "rb", buffering=0) as file:
             yield file
 
 

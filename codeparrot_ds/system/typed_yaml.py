@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from pydantic_core import PydanticCustomError
 
 from codeparrot_ds.errors import ConfigError
-from codeparrot_ds.system.paths import expand_user
+from codeparrot_ds.system.paths import expand_user, path_of
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -37,7 +37,7 @@ _PLAIN = {
 _OTHER_MEMBER = {"path_type", "dict_type", "string_type", "int_type", "float_type", "bool_type", "tuple_type"}
 
 
-UserPath = Annotated[Path, AfterValidator(expand_user)]
+UserPath = Annotated[Path, AfterValidator(lambda path: expand_user(path_of(path)))]
 
 
 class Text(str):

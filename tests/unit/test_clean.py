@@ -51,7 +51,7 @@ def write(path: Path, texts: list[str], **provenance: str) -> Path:
         {"content": text, "path": f"{path.stem}/{i}.py", "repo_name": "r", **provenance} for i, text in enumerate(texts)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

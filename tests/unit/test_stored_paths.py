@@ -159,12 +159,12 @@ def test_a_chain_of_directories_can_be_moved(
     clean(["corpus"], Path("clean"), CleanOptions(cleaning=rules, workers=1))
     build("clean", Path("tokenizer"), "shards", BuildOptions(valid_fraction=0.2, workers=1))
     stored = {
-        "corpus": json.loads(Path("corpus/manifest.json").read_text())["options"]["directories"],
-        "tokenizer": json.loads(Path("tokenizer/manifest.json").read_text())["corpus"],
-        "clean": json.loads(Path("clean/manifest.json").read_text())["options"]["cleaning"]["decontamination"][
-            "problems"
-        ],
-        "shards": json.loads(Path("shards/manifest.json").read_text())["inputs"],
+        "corpus": json.loads(Path("corpus/manifest.json").read_text(encoding="utf-8"))["options"]["directories"],
+        "tokenizer": json.loads(Path("tokenizer/manifest.json").read_text(encoding="utf-8"))["corpus"],
+        "clean": json.loads(Path("clean/manifest.json").read_text(encoding="utf-8"))["options"]["cleaning"][
+            "decontamination"
+        ]["problems"],
+        "shards": json.loads(Path("shards/manifest.json").read_text(encoding="utf-8"))["inputs"],
     }
     assert stored == {
         "corpus": ["../source"],
