@@ -172,7 +172,7 @@ class Benchmark:
         path = self._directory / f"{child.name}.json"
         path.write_text(json.dumps(job))
         log, started = self._options.output.with_suffix(".log"), time.monotonic()
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(f"\n{child.name}: {json.dumps(job)}\n")
             before = file.tell()
         code = run_group([sys.executable, str(BENCHMARKS / child.program), str(path)], self.environment(), log, seconds)

@@ -38,7 +38,7 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> "Job":
         """Read the job from a file. Its time counts from the start of this process, because imports take seconds."""
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text(encoding="utf-8"))
         age = time.time() - psutil.Process().create_time()
         known = Path(body.pop("output")), time.monotonic() - age + body.pop("deadline_seconds")
         return cls(*known, body.pop("tiny"), body.pop("on_cpu"), body)
@@ -59,6 +59,6 @@ class Job:
         """Append a row and print it for the log. Thread-safe."""
         line = json.dumps(row)
         with self._lock:
-            with open(self.output, "a") as file:
+            with open(self.output, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
             print(line, file=sys.stderr, flush=True)

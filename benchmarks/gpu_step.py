@@ -106,14 +106,17 @@ CELLS = {
 def main() -> None:
     """Measure the cells of the job until its time is up."""
     started = time.monotonic()
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     stage = 3 if job["cells"] == "zero3" else 1
     settings = [f"engine.deepspeed={ROOT}/ds_configs/zero{stage}.json", "model.activation_checkpointing=none"]
     settings += [*(TINY if job["tiny"] else []), "batch.global_batch_size=1", "batch.micro_batch_size=1"]
     recipe = load_recipe(ROOT / "launch" / "recipes" / "codeparrot-xl.yaml", settings)
     if job["cells"] == "deepspeed":
         _take_deepspeeds_step()
-    with trainer_on_random_ids(recipe, draw_weights=True) as (trainer, memory), open(job["output"], "a") as output:
+    with (
+        trainer_on_random_ids(recipe, draw_weights=True) as (trainer, memory),
+        open(job["output"], "a", encoding="utf-8") as output,
+    ):
         bench = Bench(trainer, memory, job)
         print(f"engine ready after {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
         cells: list[Cell] = list(CELLS[job["cells"]])

@@ -35,13 +35,13 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
 
 def fill(page: Path, found: dict[str, list[str]]) -> None:
     """Insert tables between a page's marks, `<!-- gpu:NAME -->` and `<!-- gpu:end -->`; other tables are unchanged."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for name, lines in found.items():
         before, mark, after = text.partition(f"<!-- gpu:{name} -->\n")
         if not mark:
             sys.exit(f"{page}: no mark <!-- gpu:{name} -->; add it, and <!-- gpu:end --> on a line below it.")
         text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- gpu:end -->") :]
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 def tokens_per_second(row: Row) -> float | None:

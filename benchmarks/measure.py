@@ -88,7 +88,7 @@ def descendants(pid: int) -> Iterator[int]:
         return
     for thread in threads:  # a child is listed with the thread that started it
         try:
-            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text(encoding="utf-8").split()
         except OSError:
             continue
         for child in map(int, children):
@@ -100,7 +100,7 @@ def _memory(pid: int) -> tuple[int, int]:
     """(PSS, RSS) of one process in bytes; zeros if it has exited."""
     pss = rss = 0
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 pss = int(line.split()[1]) << 10
             elif line.startswith("Rss:"):
@@ -146,14 +146,14 @@ def measure(
     sampler = MemorySampler(supervisor.pid, interval_seconds or 0.05, with_root=False)
     if interval_seconds is not None:
         sampler.start()
-    with open(reader) as answer:
+    with open(reader, encoding="utf-8") as answer:
         report = answer.read()
     supervisor.wait()
     if interval_seconds is not None:
         sampler.finish()
     result = json.loads(report) if report else {"returncode": supervisor.returncode}
     if result["returncode"] != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise RuntimeError(f"{' '.join(map(str, command))}\nended with {result['returncode']}; {log} ends:\n{tail}")
     return Measurement(
         wall_seconds=result["wall_seconds"],

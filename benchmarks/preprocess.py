@@ -189,7 +189,7 @@ def measure_floor(documents: Documents, half: Documents | None, tokenizer: Path,
     cores = cores_for(workers)
     jobs = []
     for i, core in enumerate(cores):
-        out = open(log.with_suffix(f".{i}.log"), "w+")  # noqa: SIM115 (read below)
+        out = open(log.with_suffix(f".{i}.log"), "w+", encoding="utf-8")  # noqa: SIM115 (read below)
         arguments = (DRIVERS / "floor.py", tokenizer / "tokenizer.json", core, *documents.files[i::workers])
         jobs.append((out, subprocess.Popen([sys.executable, *map(str, arguments)], stdout=out)))
     files: list[dict[str, Any]] = [{}] * len(documents.files)
@@ -295,7 +295,7 @@ def print_table(rows: list[Row], second_half_bytes: int) -> None:
 
 def machine() -> dict[str, Any]:
     """The machine and software that the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),

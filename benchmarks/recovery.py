@@ -99,7 +99,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{TOOLS_PATH}",
         }
-        with open(self._log, "w") as output:
+        with open(self._log, "w", encoding="utf-8") as output:
             self._process = hosts.start(command, env=environment, cwd=ROOT, output=output)
 
     def wait(self, reached: Callable[[], bool]) -> float:

@@ -103,7 +103,7 @@ class TrafficSampler(threading.Thread):
 
 def sent_bytes(hosts: RealHosts, host: int) -> int:
     """Bytes sent through a host's eth0 so far."""
-    for line in Path(f"/proc/{hosts.first_processes[host]}/net/dev").read_text().splitlines():
+    for line in Path(f"/proc/{hosts.first_processes[host]}/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "eth0":
             return int(counters.split()[8])
@@ -121,7 +121,7 @@ def equal_shares(hosts: RealHosts) -> Iterator[float]:
             (group / "cpu.cfs_period_us").write_text("20000")
             (group / "cpu.cfs_quota_us").write_text(str(int(20000 * cores)))
             first = hosts.first_processes[number]
-            children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+            children = Path(f"/proc/{first}/task/{first}/children").read_text(encoding="utf-8").split()
             for pid in (str(first), *children):  # its sshd, the ancestor of its ranks
                 (group / "cgroup.procs").write_text(pid)
         yield cores

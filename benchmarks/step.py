@@ -258,7 +258,7 @@ class Pipelines:
 
     def _read_peer(self, report: Path) -> tuple[list[float], np.ndarray, float, list[float]]:
         """The same for a driver, which does not wait for data."""
-        result = json.loads(report.read_text())
+        result = json.loads(report.read_text(encoding="utf-8"))
         ends = np.array(result["ends"])[self._options.warmup - 1 :]
         if len(ends) != self._options.steps + 1:
             raise RuntimeError(f"{report}: {len(result['ends'])} steps instead of {self.steps}")
@@ -311,7 +311,7 @@ class Pipelines:
 def cpu_seconds_of(pid: int) -> float:
     """User and system time of one process, all threads; 0 if it has exited."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -319,7 +319,7 @@ def cpu_seconds_of(pid: int) -> float:
 
 def busy_seconds() -> float:
     """CPU time of all processes of this machine since boot, without I/O wait."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 

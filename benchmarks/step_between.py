@@ -55,7 +55,7 @@ def child(tree: Path, steps: int, output: Path) -> None:
                 trainer.step += 1
                 seconds.append(time.process_time() - started)
         found[f"ZeRO-{stage}, {precision}"] = statistics.median(seconds[2:])
-    output.write_text(json.dumps(found))
+    output.write_text(json.dumps(found), encoding="utf-8")
     end(0)
 
 

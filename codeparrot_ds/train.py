@@ -223,7 +223,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     if ranks.device.type == "cpu":
         manage_freed_memory(scarce=offload_device(ds_config) != "none")
     stop_requests = StopRequests(run.stop_file, ranks, lifeline)
-    stacks = open(run.log(ranks.rank), "a")  # noqa: SIM115 (the watchdog writes to it until the process exits)
+    stacks = open(run.log(ranks.rank), "a", encoding="utf-8")  # noqa: SIM115 (the watchdog writes to it until the process exits)
     watchdog = Watchdog(recipe.guards.hang_seconds, stacks, on_hang)
     lifeline.report(lambda: watchdog.doing)
     network = build_model(
@@ -313,7 +313,7 @@ def _write_finished(run: RunDirectory, last: "Checkpoint", ranks: "Ranks") -> No
         step=last.step,
         samples_seen=last.samples_seen,
         loss_valid=last.loss_valid,
-        checkpoint=os.path.relpath(last.path),
+        checkpoint=last.path.relative_to(run.path).as_posix(),
     )
 
 

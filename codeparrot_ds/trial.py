@@ -145,7 +145,7 @@ def trainer_on_random_ids(recipe: Recipe, *, draw_weights: bool = False) -> Iter
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
-        devnull = stack.enter_context(open(os.devnull, "w"))
+        devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         if swap is not None and ranks.local_rank == 0:
             stack.enter_context(hold_swap_directory(swap))
         ranks.gather(None)  # no rank writes to the swap directory until it is empty

@@ -93,7 +93,7 @@ def install_python_packages(options: argparse.Namespace) -> None:
     inputs = [ROOT / "constraints.txt", ROOT / "pyproject.toml"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs) + sys.version.encode()).hexdigest()
     extra = "test" if options.test else "corpus"  # `test` contains `corpus`
-    installed = FINISHED.read_text() if FINISHED.exists() else ""
+    installed = FINISHED.read_text(encoding="utf-8") if FINISHED.exists() else ""
     if installed in (f"{wanted} {extra}", f"{wanted} test"):
         print(f"{VENV.name} is ready.", flush=True)
         return
@@ -107,13 +107,15 @@ def install_python_packages(options: argparse.Namespace) -> None:
     torch_index = ["--index-url", options.torch_index] if options.torch_index else []
     run([*install, *torch_index, "torch"])
     run([*install, "--editable", f".[{extra}]"])
-    FINISHED.write_text(f"{wanted} {extra}")
+    FINISHED.write_text(f"{wanted} {extra}", encoding="utf-8")
 
 
 def run(command: list[str], quiet: bool = False) -> None:
     """Print and run a command; if it fails, exit with its output and an error message."""
     print(f"$ {shlex.join(command)}", flush=True)
-    result = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if quiet else None, stderr=None)
+    result = subprocess.run(
+        command, check=False, encoding="utf-8", errors="replace", stdout=subprocess.PIPE if quiet else None, stderr=None
+    )
     if result.returncode:
         if quiet:
             print(result.stdout, file=sys.stderr)

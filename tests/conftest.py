@@ -112,7 +112,7 @@ def recipe_on(data: Path, runs: Path) -> dict[str, Any]:
 
 def save_recipe(body: dict[str, Any], path: Path) -> Path:
     """Write a recipe as YAML and return its path."""
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump(body), encoding="utf-8")
     return path
 
 

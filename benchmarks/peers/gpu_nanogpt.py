@@ -31,7 +31,7 @@ IDS = 1 << 20
 
 def main() -> None:
     """Train and report each step."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     report = Report(job["output"])
     with memory_may_run_out(report):
         train(job, report)

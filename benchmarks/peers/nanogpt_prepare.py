@@ -27,7 +27,7 @@ def byte_of_character() -> dict[str, int]:
 
 def tiktoken_encoding(tokenizer_json: Path) -> tiktoken.Encoding:
     """Load a byte-level BPE `tokenizer.json` into tiktoken: ids are ranks, because merges are numbered in order."""
-    vocabulary = json.loads(tokenizer_json.read_text())["model"]["vocab"]
+    vocabulary = json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]["vocab"]
     alphabet = byte_of_character()
     return tiktoken.Encoding(
         name=tokenizer_json.parent.name,

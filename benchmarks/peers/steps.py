@@ -55,7 +55,7 @@ class Job:
     @property
     def engine(self) -> dict[str, Any]:
         """The DeepSpeed JSON with every `auto` replaced."""
-        config = json.loads(Path(self.ds_config).read_text())
+        config = json.loads(Path(self.ds_config).read_text(encoding="utf-8"))
         values = {
             "train_batch_size": self.micro_batch * self.accumulation * int(os.environ["WORLD_SIZE"]),
             "train_micro_batch_size_per_gpu": self.micro_batch,

@@ -1,5 +1,6 @@
 """The `codeparrot-ds` command. Each command imports its modules only when it runs, which keeps --help fast."""
 
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ app.command("complete")(complete.complete_command)
 
 def main() -> NoReturn:
     """Run a command. Exit codes: 0 success, 1 user error, 2 usage error. A traceback is a bug in this package."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from codeparrot_ds.errors import ConfigError
 
@@ -15,9 +18,48 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+class _Command(TyperCommand):
+    """A command that refuses an option given twice, of which click takes the last, and expands `~` in paths."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Return click's parser, which lists the parameters in the order of the command line."""
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_once(args: list[str]) -> Any:
+            values, rest, order = parse(args=args)
+            for param in {id(param): param for param in order}.values():
+                if param.param_type_name == "option" and not param.multiple and order.count(param) > 1:
+                    ctx.fail(f"{'/'.join((*param.opts, *param.secondary_opts))}: given twice. Give it once.")
+            return values, rest, order
+
+        parser.parse_args = parse_once  # type: ignore[method-assign, unused-ignore]
+        return parser
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click. A shell does not expand `~` in `--output=~/x`, and neither does a scheduler."""
+        from codeparrot_ds.system.paths import expand_user
+
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):
+                ctx.params[name] = expand_user(value)
+            elif isinstance(value, list | tuple):
+                ctx.params[name] = [expand_user(each) if isinstance(each, Path) else each for each in value]
+        return rest
+
+
+class _Group(typer.Typer):
+    """A group whose commands are `_Command`s."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """See typer."""
+        return super().command(name, **{"cls": _Command, **options})
+
+
 def group(help_text: str) -> typer.Typer:
     """Create a command group."""
-    return typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
+    return _Group(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -172,7 +172,7 @@ def shards_inspect(
     if json_output:
         import msgspec
 
-        print(msgspec.json.encode(found).decode())
+        print(json.dumps(msgspec.to_builtins(found)))
         return
     for number, excerpts in found.items():
         print(f"=== {split} sequence {number:,} of {length:,} tokens")

@@ -71,6 +71,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import ENGINES, Slice, progress, run_tasks, say
+from codeparrot_ds.system.paths import stored_address
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.tokenizer.directory import tokenizer_digest
 from codeparrot_ds.tokenizer.encode import Encoder
@@ -147,8 +148,11 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     arguments = [str(argument) for argument in inputs]
     require_outside(arguments, output)
     found = search_inputs(arguments, options.suffix)
+    cleaning = options.cleaning.model_dump(mode="json")
+    problems = cleaning["decontamination"]["problems"]
+    cleaning["decontamination"]["problems"] = [stored_address(each, output) for each in problems]
     stated = {
-        "cleaning": options.cleaning.model_dump(mode="json"),
+        "cleaning": cleaning,
         "suffix": options.suffix,
         "tokenizer": None if options.tokenizer is None else tokenizer_digest(options.tokenizer),
         "on_bad_document": options.on_bad_document,

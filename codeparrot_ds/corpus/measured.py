@@ -77,7 +77,7 @@ def write_measured(directory: Path, found: Sequence[Found], signatures: Signatur
     table = pa.table({name: [getattr(each, name) for each in found] for name in columns})
     with pa.OSFile(str(temporary / _NAMES), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    (temporary / _INFO).write_text(json.dumps(info))
+    (temporary / _INFO).write_text(json.dumps(info), encoding="utf-8")
     try:
         temporary.rename(directory)
     except OSError:
@@ -102,7 +102,7 @@ class Measured:
     @cached_property
     def info(self) -> dict[str, Any]:
         """Facts about the task as a whole."""
-        body: dict[str, Any] = json.loads((self.directory / _INFO).read_text())
+        body: dict[str, Any] = json.loads((self.directory / _INFO).read_text(encoding="utf-8"))
         return body
 
     @cached_property

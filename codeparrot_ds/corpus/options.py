@@ -4,18 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from codeparrot_ds.errors import ConfigError, list_problems
+from codeparrot_ds.system.typed_yaml import Section, explain, parse_yaml
 
 _Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base class: rejects unknown keys and is immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Heuristics(Section):
@@ -152,16 +146,13 @@ class Cleaning(Section):
 def load_cleaning(path: Path) -> Cleaning:
     """Read the YAML file of `corpus clean`. Raises ConfigError, listing every unknown key and invalid value."""
     try:
-        body = yaml.safe_load(path.read_bytes())
+        body = parse_yaml(path.read_bytes(), str(path)) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
     try:
-        return Cleaning.model_validate(body or {})
+        return Cleaning.model_validate(body)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ConfigError(list_problems(str(path), problems)) from None
+        raise ConfigError(list_problems(str(path), explain(error, body))) from None
 
 
 def override(

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from codeparrot_ds.corpus.git import GIT, enclosing_root, read_checkout
 from codeparrot_ds.corpus.licences import find_licence
-from codeparrot_ds.documents.piece import printable_name
 from codeparrot_ds.system.inputs_record import Files
+from codeparrot_ds.system.paths import printable_name, text_of
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Projects:
         if root not in self._read:
             checkout = read_checkout(root)
             names = (checkout.repository, find_licence(root), checkout.commit)
-            self._read[root] = Project(*map(printable_name, names))
+            self._read[root] = Project(*(printable_name(text_of(name)) for name in names))
         return self._read[root], (self.root / name).relative_to(root).as_posix()
 
     def versions(self) -> Files:
         """What was read of the projects, to notice later that it has changed."""
         return {
-            printable_name(f"{root} (repository, commit, licence)"): (
+            printable_name(text_of(f"{root} (repository, commit, licence)")): (
                 0,
                 f"{project.repository} {project.commit} {project.licence}",
             )

@@ -91,7 +91,7 @@ def _gpus() -> list[list[str]]:
         return []
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if done.returncode == 0]
@@ -99,7 +99,7 @@ def _gpus() -> list[list[str]]:
 
 def _available_memory() -> int | None:
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
@@ -204,7 +204,8 @@ import os; os._exit(0)
         done = subprocess.run(
             [sys.executable, "-c", program, json.dumps(wanted)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=wanted["seconds"],
             check=False,
         )

@@ -15,7 +15,7 @@ from codeparrot_ds.documents.corpora import Corpus
 from codeparrot_ds.documents.deal import deal, text_bytes
 from codeparrot_ds.documents.formats import SUPPORTED, format_of
 from codeparrot_ds.documents.hub import open_hub_dataset
-from codeparrot_ds.documents.piece import Piece, printable_name
+from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.walk import (
     BROKEN_LINK,
     NOT_REGULAR,
@@ -35,7 +35,8 @@ from codeparrot_ds.documents.walk import (
 from codeparrot_ds.errors import DataError, list_problems
 from codeparrot_ds.system.files import MANIFEST, digest_json
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD
-from codeparrot_ds.system.storage import explain_store_errors, filesystem, is_remote
+from codeparrot_ds.system.paths import expand_address, is_remote, path_of, printable_name, text_of
+from codeparrot_ds.system.storage import explain_store_errors, filesystem
 
 __all__ = ["Corpus", "Inputs", "deal", "find_inputs", "search_inputs", "text_bytes"]
 
@@ -75,8 +76,9 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
         DataError: an argument matches nothing, an input is named twice, or a directory or link cannot be read.
     """
     inputs = Inputs()
+    suffix = None if suffix is None else text_of(suffix)
     for number, argument in enumerate(arguments):
-        argument = argument.removeprefix("file://").removeprefix("local://")
+        argument = str(expand_address(argument.removeprefix("file://").removeprefix("local://")))
         if not argument:
             raise DataError(
                 "an input argument is empty, possibly from an unset shell variable. Name a file, a directory or a URL."
@@ -102,7 +104,7 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
     seen: set[tuple[str, str, int]] = set()
     for piece in inputs.pieces:
         _require_utf8(piece)
-        address = piece.address if is_remote(piece.address) else os.path.realpath(piece.address)
+        address = piece.address if is_remote(piece.address) else text_of(os.path.realpath(path_of(piece.address)))
         key = (address, piece.member, piece.start)
         if key in seen:
             raise DataError(f"{piece.location}: named twice among the inputs. Remove one, or it is trained on twice.")
@@ -124,15 +126,16 @@ def _find_local(argument: str, suffix: str | None) -> Inputs:
         return _find_named(root, suffix)
     found = Inputs()
     base = _before_magic(argument)
+    wanted = text_of(argument.removeprefix(base))
     done: set[str] = set()
-    for match in sorted(glob(argument, recursive=True, include_hidden=True)):  # noqa: PTH207 (may be absolute)
-        path, name = Path(match), match.removeprefix(base)
-        if hidden := skipped_by_name(name.rstrip("/"), argument.removeprefix(base), is_directory=path.is_dir()):
+    for match in sorted(glob(argument, recursive=True, include_hidden=True), key=text_of):  # noqa: PTH207 (may be absolute)
+        path, name = Path(match), text_of(match.removeprefix(base))
+        if hidden := skipped_by_name(name.rstrip("/"), wanted, is_directory=path.is_dir()):
             found.skipped.append(hidden)
             continue
         matched = _find_below(path, suffix, name) if path.is_dir() else Inputs()
         if not path.is_dir():
-            _add_file(matched, path, path.name, name, suffix)
+            _add_file(matched, path, text_of(path.name), name, suffix)
         found.pieces += [piece for piece in matched.pieces if piece.location not in done]
         found.skipped += matched.skipped
         done.update(piece.location for piece in matched.pieces)
@@ -159,7 +162,8 @@ def _find_named(path: Path, suffix: str | None) -> Inputs:
             "--suffix."
         )
     found = Inputs()
-    _add_piece(found, _local_piece(path, path.name, "file" if suffix or form is None else form.kind), path.name)
+    name = text_of(path.name)
+    _add_piece(found, _local_piece(path, name, "file" if suffix or form is None else form.kind), name)
     return found
 
 
@@ -176,12 +180,12 @@ def _find_below(root: Path, suffix: str | None, name: str = "") -> Inputs:
     entries = sorted(walk(root, follow_links=suffix is None), key=_order)  # data files may be links into a cache
     for entry in entries:
         if isinstance(entry, Entry):
-            _add_file(found, entry.path, entry.name, f"{prefix}{entry.name}", suffix, root.resolve().name)
+            _add_file(found, entry.path, entry.name, f"{prefix}{entry.name}", suffix, text_of(root.resolve().name))
             continue
         wanted = entry.path.endswith(suffix) if suffix else format_of(entry.path) is not None
         if entry.reason == UNREADABLE_DIRECTORY or (entry.reason == BROKEN_LINK and wanted):
             where = root / entry.path if entry.path != "." else root
-            unreadable.append(f"{printable_name(str(where))}: {entry.reason} ({entry.detail})")
+            unreadable.append(f"{printable_name(text_of(where))}: {entry.reason} ({entry.detail})")
         found.skipped.append(msgspec.structs.replace(entry, path=f"{prefix}{entry.path}"))
     if unreadable:
         raise DataError(
@@ -206,7 +210,7 @@ def _add_file(
     found: Inputs, path: Path, name: str, skipped_name: str, suffix: str | None, repository: str = ""
 ) -> None:
     """Add a file that was found in a directory or matched by a glob: its pieces, or why it is not read."""
-    kind = _kind_or_reason(path.name, suffix)
+    kind = _kind_or_reason(text_of(path.name), suffix)
     if path.name in _RECORDS and _is_ours(path.parent):
         found.skipped.append(Skipped(0, skipped_name, _RECORD))
     elif isinstance(kind, Skipped):
@@ -275,7 +279,7 @@ def _is_our_manifest(content: bytes) -> bool:
 def _local_piece(path: Path, name: str, kind: str, repository: str = "") -> Piece:
     facts = path.stat()
     return Piece(
-        os.path.abspath(path),  # noqa: PTH100 (does not resolve links; workers may run in another directory)
+        text_of(os.path.abspath(path)),  # noqa: PTH100 (does not resolve links; workers may run in another directory)
         printable_name(name),
         kind,
         facts.st_size,

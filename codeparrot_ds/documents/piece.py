@@ -14,7 +14,7 @@ class Piece(msgspec.Struct, frozen=True):
     """A unit of input: a whole file, a range of one if its format can be split, or a member of a zip archive.
 
     Attributes:
-        address: path, fsspec URL, or "hub:NAME".
+        address: path (see `system.paths.text_of`), fsspec URL, or "hub:NAME".
         name: name in messages, provenance and manifests: the path relative to the input argument.
         kind: "file" (one document), "jsonl", "csv", "parquet", "zip" (an unreadable archive) or "hub".
         size: size of the whole file, or of the member when extracted (bytes); 0 if unknown.
@@ -63,8 +63,3 @@ class Piece(msgspec.Struct, frozen=True):
 
             with open_member(file, self.member) as member:
                 yield member
-
-
-def printable_name(name: str) -> str:
-    """`name` with bytes that are not valid UTF-8 escaped, so that it can be printed."""
-    return name.encode(errors="backslashreplace").decode()

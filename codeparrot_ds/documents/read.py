@@ -13,10 +13,11 @@ from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.formats import format_of
 from codeparrot_ds.documents.hub import read_hub
 from codeparrot_ds.documents.lines import read_json
-from codeparrot_ds.documents.piece import Piece, printable_name
+from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.source import EncodingError, decode_source
 from codeparrot_ds.documents.tables import read_csv, read_parquet
 from codeparrot_ds.errors import DataError
+from codeparrot_ds.system.paths import printable_name, text_of
 from codeparrot_ds.system.storage import open_binary
 
 __all__ = ["Piece", "Read", "read_documents", "read_local", "require_document"]
@@ -95,7 +96,7 @@ def read_local(file: Path, fields: Fields | str = _USUAL) -> Iterator[Document]:
     """Yield the documents of one local file of a supported name. Raises DataError at the first unreadable one."""
     found = format_of(file.name)
     assert found is not None, file
-    for read in read_documents(Piece(str(file), file.name, found.kind, file.stat().st_size), fields):
+    for read in read_documents(Piece(text_of(file), text_of(file.name), found.kind, file.stat().st_size), fields):
         yield require_document(read)
 
 

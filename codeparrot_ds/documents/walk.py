@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from codeparrot_ds.system.paths import text_of
+
 REJECTED = "rejected.jsonl"  # lists what was skipped, beside a manifest that has the counts
 REMOVED = "rejected.parquet"  # lists the documents that were removed, beside the manifest of a cleaned corpus
 QUARANTINE = "quarantine.jsonl"  # lists bad documents, beside the manifest of shards
@@ -26,7 +28,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     Attributes:
         path: where it is.
-        name: path relative to the directory that was walked, with forward slashes.
+        name: path relative to the directory that was walked, with forward slashes; see `system.paths.text_of`.
         size: bytes.
         modified: modification time (ns).
     """
@@ -64,13 +66,13 @@ def walk(root: Path, *, follow_links: bool) -> Iterator[Entry | Skipped]:
         directory, prefix = pending.pop()
         try:
             with os.scandir(directory) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+                entries = sorted(listing, key=lambda entry: text_of(entry.name))
         except OSError as error:
             yield Skipped(0, prefix.rstrip("/") or ".", UNREADABLE_DIRECTORY, error.strerror or str(error))
             continue
         below = []
         for entry in entries:
-            name = f"{prefix}{entry.name}"
+            name = f"{prefix}{text_of(entry.name)}"
             found = _examine(entry, name, follow_links)
             if found is None:
                 below.append((Path(entry.path), f"{name}/"))

@@ -92,7 +92,8 @@ class BackgroundExport:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         output, _ = self._process.communicate()
         if self._process.returncode and not self._given_up.is_set():

@@ -231,7 +231,7 @@ class _Push:
         One on the Hub was written by the repository's owner, or by an earlier push.
         """
         if own is not None:
-            text = own.read_text(errors="replace")
+            text = own.read_text(encoding="utf-8", errors="replace")
         elif CARD not in there:
             text = ""
         elif split is None:
@@ -241,7 +241,7 @@ class _Push:
                 path = self.api.hf_hub_download(
                     self.repo, CARD, repo_type=self.repo_type, revision=self.branch, local_dir=directory
                 )
-                text = Path(path).read_text(errors="replace")
+                text = Path(path).read_text(encoding="utf-8", errors="replace")
         complete = text or _SHARDS_CARD if split is None else split_card(text, split)
         return complete if complete != text or own is None else ""
 

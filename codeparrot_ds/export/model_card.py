@@ -74,5 +74,6 @@ print(complete("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])
 {_NOTES[scale]}
 `{CERTIFICATE}` holds the digest of every tensor, that of the fp32 weights in the checkpoint it was converted from, and
 the losses of both. `codeparrot-ds convert --check DIRECTORY` verifies these files against it.
-"""
+""",
+        encoding="utf-8",
     )

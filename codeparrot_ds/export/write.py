@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from codeparrot_ds.errors import CheckpointError
-from codeparrot_ds.system.files import start_write_back
+from codeparrot_ds.system.files import dump_json, start_write_back
 
 BLOCK_ELEMENTS = 1 << 22  # per block that is read, converted and written: 16 MB in fp32
 _CACHED_ELEMENTS = 1 << 26  # then dropped from the page cache, which a concurrent training run needs
@@ -94,7 +94,7 @@ def write_weights(
         weights.drop_from_cache()
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").write_bytes(dump_json(index))
     return proofs, digests
 
 

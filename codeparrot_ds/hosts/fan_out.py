@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--master_port", type=int, required=True)
     options, arguments = parser.parse_known_args()
     hosts = read_hostfile(options.hostfile)
-    variables = options.environment.read_text().splitlines()
+    variables = options.environment.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
     launcher = launcher_command(hosts, options.master_addr, options.master_port)
     processes, threads = [], []
     for number, host in enumerate(hosts):

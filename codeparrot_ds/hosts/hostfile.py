@@ -7,6 +7,7 @@ from pathlib import Path
 
 from codeparrot_ds.errors import ClusterError, list_problems
 from codeparrot_ds.hosts.working_directory import ancestors, is_runner
+from codeparrot_ds.system.files import read_user_text
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
@@ -23,7 +24,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         )
     hosts: dict[str, int] = {}
     problems = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_user_text(path).splitlines(), start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -17,9 +17,10 @@ from codeparrot_ds.hosts import fan_out
 from codeparrot_ds.hosts.fan_out import launcher_command
 from codeparrot_ds.hosts.ssh import find_unreachable, kill_on, ssh_options
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.system.files import write_atomically
+from codeparrot_ds.system.files import read_user_text, write_atomically
 from codeparrot_ds.system.gpus import visible_gpus
 from codeparrot_ds.system.jobs import say
+from codeparrot_ds.system.paths import text_of
 
 _SRUN_SECONDS = 15.0
 # Variables that ranks on other hosts need. Secrets are excluded: the values appear on command lines there.
@@ -87,7 +88,7 @@ class Ssh:
         hostfile, variables = run.path / "hostfile", run.path / "environment"
         write_atomically(hostfile, "".join(f"{host} slots={slots}\n" for host, slots in active.items()))
         quote = _escape if self._pdsh else shlex.quote  # DeepSpeed adds double quotes itself where needed
-        lines = [f"{name}={quote(value)}\n" for name, value in forwarded(os.environ).items()]
+        lines = [f"{name}={quote(text_of(value))}\n" for name, value in forwarded(os.environ).items()]
         write_atomically(variables, "".join(lines))
         variables.chmod(0o600)
         rendezvous = ["--master_addr", master, "--master_port", str(port)]
@@ -196,7 +197,9 @@ def _scontrol_node(host: str) -> dict[str, str]:
 def _call(command: list[str]) -> str:
     """Run a short command. Returns its output, empty if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SRUN_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SRUN_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
@@ -224,7 +227,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     }
     for directory in (Path.home(), Path.cwd()):
         file = directory / ".deepspeed_env"
-        for line in file.read_text().splitlines() if file.is_file() else []:
+        for line in read_user_text(file).splitlines() if file.is_file() else []:
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#") and not _SECRET.search(name):
                 found[name.strip()] = value.strip()

@@ -61,7 +61,7 @@ def run_on(host: str, command: Sequence[str], timeout: float) -> Answer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=timeout,
             check=False,

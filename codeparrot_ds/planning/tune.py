@@ -58,7 +58,7 @@ def run_trial(
     """
     with tempfile.TemporaryDirectory(prefix="codeparrot-trial-") as directory:
         output, log = Path(directory) / "result.json", Path(directory) / "log"
-        changes = [*overrides, *(choice.overrides() if choice else [])]
+        changes = _with_choice(overrides, choice)
         command = [*find_deepspeed(), "--quiet", "--master_port", free_port(), *ranks_here(ranks, on_cpu)]
         command += ["--module", "codeparrot_ds.trial", str(recipe), "--steps", str(steps), "--output", str(output)]
         command += [part for change in changes for part in ("--set", change)]
@@ -67,9 +67,9 @@ def run_trial(
             environment["DS_ACCELERATOR"] = "cpu"
         code = run_group(command, environment, log, _SECONDS)
         if output.exists():
-            result: dict[str, Any] = json.loads(output.read_text())
+            result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
             return result
-        text = log.read_text(errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         if says_out_of_memory(text):
             return None
         what = f"took more than {_SECONDS:,.0f} s" if code is None else f"failed with exit code {code}"
@@ -147,15 +147,21 @@ def winner(trials: Sequence[Trial]) -> Trial:
     return fastest
 
 
+def _with_choice(overrides: Sequence[str], choice: Choice | None) -> list[str]:
+    """`overrides` with the options of `choice`, which replace those of the same keys."""
+    chosen = choice.overrides() if choice else []
+    keys = {each.partition("=")[0] for each in chosen}
+    return [*(each for each in overrides if each.partition("=")[0] not in keys), *chosen]
+
+
 def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials: Sequence[Trial], output: Path) -> None:
-    """Write the recipe with the options of the fastest trial, and all measurements as comments."""
-    import yaml
-
-    from codeparrot_ds.run.recipe import load_recipe, read_recipe
+    """Write the recipe with the options of the fastest trial and absolute paths, and all measurements as comments."""
+    from codeparrot_ds.run.recipe import load_recipe, make_paths_absolute, read_recipe
     from codeparrot_ds.system.files import write_atomically
+    from codeparrot_ds.system.typed_yaml import dump_yaml
 
-    choice = fastest.prediction.choice
-    body = read_recipe(source, [*overrides, *choice.overrides()])
+    body = read_recipe(source, _with_choice(overrides, fastest.prediction.choice))
+    make_paths_absolute(body)
     result = fastest.result or {}
     lines = [f"# {source.name}, tuned on {result['world_size']} x {result['device']}. Tokens per second:"]
     for trial in sorted(trials, key=lambda trial: -trial.tokens_per_second):
@@ -163,5 +169,5 @@ def write_recipe(source: Path, overrides: Sequence[str], fastest: Trial, trials:
         speed = f"{trial.tokens_per_second:>13,.0f}" if trial.result else "failed" if trial.failure else "out of memory"
         way = f"{each.deepspeed.name}, recomputing {each.recompute}, micro-batch {each.micro_batch_size}"
         lines.append(f"# {speed:>13}  {way}")
-    write_atomically(output, "\n".join([*lines, yaml.safe_dump(body, sort_keys=False)]))
+    write_atomically(output, "\n".join([*lines, dump_yaml(body)]))
     load_recipe(output)

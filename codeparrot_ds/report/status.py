@@ -51,7 +51,7 @@ class RunStatus:
 def run_status(run: RunDirectory) -> RunStatus:
     """Read the status of a run directory. Raises DataError if nothing was ever trained there."""
     attempts = []
-    for line in run.launches.read_text().splitlines() if run.launches.exists() else []:
+    for line in run.launches.read_text(encoding="utf-8").splitlines() if run.launches.exists() else []:
         with contextlib.suppress(ValueError):  # a line truncated by a crash
             attempts.append(json.loads(line))
     # All ranks may have died before rank 0 wrote its status.

@@ -12,6 +12,7 @@ from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.format import Manifest
+from codeparrot_ds.system.paths import is_remote
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def summarize(run: RunDirectory, model: Path, tokenizer: Path, loss: ValidationL
         perplexity_unigram=loss.perplexity_unigram,
         seconds=seconds,
         paths={
-            "corpus": ", ".join(name for manifest in manifests for name in manifest.inputs),
+            "corpus": ", ".join(
+                name if is_remote(name) else _shown(Path(name)) for manifest in manifests for name in manifest.inputs
+            ),
             "tokenizer": str(tokenizer),
             "shards": ", ".join(map(_shown, directories)),
             "run": str(run.path),

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.errors import CheckpointError, ConfigError, DataError, list_problems
+from codeparrot_ds.errors import CheckpointError, DataError, list_problems
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     MANIFEST,
     digest_file,
-    exclusive_lock,
     flush_to_disk,
+    is_locked,
     read_json,
     read_manifest,
     write_atomically,
@@ -80,13 +80,7 @@ class RunDirectory:
 
     def in_use(self) -> bool:
         """Whether a process is currently training in this directory."""
-        if not self.lock.exists():
-            return False
-        try:
-            with exclusive_lock(self.lock, "busy"):
-                return False
-        except ConfigError:
-            return True
+        return is_locked(self.lock)
 
     @property
     def launches(self) -> Path:
@@ -181,10 +175,15 @@ class RunDirectory:
         write_json(self.status_file, {"state": state, **facts})
 
     def read_status(self) -> dict[str, Any]:
-        """Read what `write_status` wrote last. Raises DataError when the run has no status."""
+        """Read what `write_status` wrote last, with the path of the checkpoint completed.
+
+        Raises DataError when the run has no status.
+        """
         status = read_json(self.status_file, "run status")
         if not isinstance(status, dict):
             raise DataError(f"{self.status_file}: not a run status (must be a JSON object).")
+        if isinstance(status.get("checkpoint"), str):  # older versions wrote it relative to the working directory
+            status["checkpoint"] = str(self.checkpoints / Path(status["checkpoint"]).name)
         return status
 
     def checkpoint(self, step: int) -> Path:

@@ -9,7 +9,7 @@ from codeparrot_ds.errors import DataError
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl. Skips a last line truncated by a crash; other bad lines raise DataError."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -4,6 +4,7 @@ A recipe defines the run; the DeepSpeed JSON that it names configures the engine
 problems are reported together.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.run.changes import FIXED, ON_RESUME, flatten
+from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.sections import (
     Batch,
     Checkpoints,
@@ -25,8 +27,12 @@ from codeparrot_ds.run.sections import (
     Model,
     Optimizer,
     Schedule,
-    Section,
 )
+from codeparrot_ds.system.paths import expand_user, text_of
+from codeparrot_ds.system.typed_yaml import Section, Text, UserPath, explain, parse_override, parse_yaml
+
+PATHS = ("runs", "model.init_from", "data.shards", "engine.deepspeed", "engine.nvme")  # keys that hold paths
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run
 
 
 class Recipe(Section):
@@ -38,9 +44,9 @@ class Recipe(Section):
         runs: directory that contains all runs.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     seed: int = Field(1, ge=0)
-    runs: Path = Path("runs")
+    runs: UserPath = Path("runs")
     model: Model
     data: Data
     batch: Batch
@@ -129,27 +135,71 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: lists every unknown key and every invalid value.
     """
+    body = read_recipe(path, overrides)
     try:
-        return Recipe.model_validate(read_recipe(path, overrides))
+        return Recipe.model_validate(body)
     except ValidationError as error:
-        raise ConfigError(list_problems(str(path), _explain(error))) from None
+        raise ConfigError(list_problems(str(path), explain(error, body))) from None
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe and apply overrides, without validation. Raises ConfigError if it is not a mapping."""
+    """Read a recipe and apply overrides, without validation: each value is a `Text`, a list or a mapping.
+
+    A recipe that is stored in a run directory is that of this directory, wherever it was when it was written.
+
+    Raises ConfigError: not a mapping, a key appears twice, or an override is not one.
+    """
     try:
-        body = yaml.safe_load(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe. launch/recipes/ has examples.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    body = parse_yaml(data, str(path))
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: a recipe must be a mapping of sections (model, data, batch, …).")
-    for override in overrides:
+    _bind_to_directory(body, path)
+    given: dict[str, str] = {}
+    for override in map(text_of, overrides):
+        key = override.partition("=")[0]
+        if key in given:
+            raise ConfigError(f"--set {override}: {key} is set twice, also by {given[key]}. Remove one.")
+        given[key] = override
         _override(body, override)
     return body
+
+
+def _bind_to_directory(body: dict[str, Any], path: Path) -> None:
+    """Make the paths of a stored recipe those of the directory that it is in, which may have been moved or copied."""
+    run, engine = RunDirectory(path.absolute().parent), body.get("engine")
+    if path.name != run.recipe.name or not run.ds_config.is_file() or not isinstance(engine, dict):
+        return
+    if Path(str(engine.get("deepspeed"))).name != run.ds_config.name:
+        return
+    engine["deepspeed"] = Text(str(run.ds_config))
+    if run.status_file.is_file():  # not a universal checkpoint, which holds the recipe of its run
+        body["runs"] = Text(str(run.path.parent))
+        if re.fullmatch(NAME, run.path.name):
+            body["name"] = Text(run.path.name)
+
+
+def make_paths_absolute(body: dict[str, Any]) -> None:
+    """Make the paths in the result of `read_recipe` absolute, for a recipe that is to be written."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {absolute(key): each for key, each in value.items()}
+        if not isinstance(value, Text) or value.is_null:
+            return value
+        return Text(str(expand_user(Path(value)).absolute()))
+
+    for key in PATHS:
+        *sections, last = key.split(".")
+        target: Any = body
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if isinstance(target, dict) and last in target:
+            target[last] = absolute(target[last])
 
 
 def _override(body: dict[str, Any], override: str) -> None:
@@ -159,29 +209,13 @@ def _override(body: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     target = body
     for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
+        inner = target.get(section)
+        if inner is None or (isinstance(inner, Text) and inner.is_null):
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section.")
+        target = inner
     try:
-        target[last] = yaml.safe_load(value)
+        target[last] = parse_override(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value.") from None
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One sentence per invalid key. A key of a union type fails once per member type; the reasons are joined."""
-    reasons: dict[str, list[str]] = {}
-    for detail in error.errors():
-        # For a union, pydantic appends the member type to the key ("micro_batch_size", "constrained-int"); drop it.
-        loc = [part for part in detail["loc"] if part != "constrained-int" and not str(part).startswith("literal[")]
-        key = ".".join(map(str, loc))
-        if detail["type"] == "extra_forbidden":
-            reason = "unknown key. Remove it, or correct its spelling."
-        elif detail["type"] == "missing":
-            reason = "missing."
-        else:
-            reason = detail["msg"].removeprefix("Value error, ")
-            if not isinstance(detail["input"], dict):
-                reason += f" (got {detail['input']!r})"
-        reasons.setdefault(key, []).append(reason)
-    return [f"{key}: {'; or '.join(found)}" if key else "; ".join(found) for key, found in reasons.items()]

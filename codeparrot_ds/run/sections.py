@@ -4,17 +4,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.system.typed_yaml import Section, UserPath
 
 Positive = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base class of recipe sections: rejects unknown keys and is immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
@@ -42,7 +37,7 @@ class Model(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     scale_attn_by_inverse_layer_idx: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    init_from: Path | None = None
+    init_from: UserPath | None = None
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Model":
@@ -89,7 +84,7 @@ class Data(Section):
         shards: a shard directory, or several directories with their weights: `{DIRECTORY: 0.7, OTHER: 0.3}`.
     """
 
-    shards: Path | dict[Path, Annotated[float, Field(gt=0)]]
+    shards: UserPath | dict[UserPath, Annotated[float, Field(gt=0)]]
 
     @property
     def sources(self) -> dict[Path, float]:
@@ -253,9 +248,9 @@ class Engine(Section):
         allow_untested: dotted keys of the DeepSpeed JSON to accept although they are not tested with this package.
     """
 
-    deepspeed: Path
+    deepspeed: UserPath
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    nvme: Path | None = None
+    nvme: UserPath | None = None
     loss_chunk_tokens: Positive = 4096
     compile: bool = False
     allow_untested: tuple[str, ...] = ()

@@ -33,8 +33,9 @@ from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
+from codeparrot_ds.system.paths import Address, expand_address, is_remote
 from codeparrot_ds.system.processes import available_cores
-from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, is_remote, open_directory
+from codeparrot_ds.system.storage import Directory, LocalDirectory, open_directory
 from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, tokenizer_digest, tokenizer_files
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.lossless import require_lossless
@@ -109,6 +110,7 @@ def build(
         ClusterError: workers were lost permanently.
     """
     options = options or BuildOptions()
+    output = expand_address(output)
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
     fields = options.fields
     found = search_inputs(arguments, options.suffix)

@@ -34,7 +34,8 @@ from codeparrot_ds.system.files import (
     parse_manifest,
     start_write_back,
 )
-from codeparrot_ds.system.storage import Address, Directory, LocalDirectory, Scratch, open_directory
+from codeparrot_ds.system.paths import Address, found_address, stored_address
+from codeparrot_ds.system.storage import Directory, LocalDirectory, Scratch, open_directory
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -269,7 +270,8 @@ class Manifest:
         vocab_size, eos_id, tokenizer_digest: of the tokenizer.
         dtype: of the ids, "uint16" or "int32".
         shards: manifest entries of the shards, in order.
-        inputs: as given to `shards build`, or the adopted prefix.
+        inputs: as given to `shards build`, or the adopted prefix; in the file, a relative path is relative to the
+            shard directory.
         sources: the input files, `{"name", "bytes"}` each.
         options: the build options that determine the output bytes.
         documents: counts; "read" = "written" + "quarantined" + "empty".
@@ -323,7 +325,7 @@ class Manifest:
             "documents": self.documents,
             "skipped_files": self.skipped_files,
             "tokens": {split: self.tokens(split) for split in SPLITS},
-            "inputs": self.inputs,
+            "inputs": [stored_address(each, self.directory) for each in self.inputs],
             "sources": self.sources,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -343,6 +345,7 @@ class Manifest:
             return cls(
                 directory=store.path if isinstance(store, LocalDirectory) else directory,
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
+                inputs=[found_address(each, directory) for each in body["inputs"]],
                 skipped_files=body.get("skipped_files", {}),  # absent from shards of earlier versions
                 **{
                     key: body[key]
@@ -351,7 +354,6 @@ class Manifest:
                         "eos_id",
                         "tokenizer_digest",
                         "dtype",
-                        "inputs",
                         "sources",
                         "options",
                         "documents",

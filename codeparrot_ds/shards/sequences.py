@@ -16,7 +16,7 @@ from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.order import BlendedOrder, Order
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import digest_json
-from codeparrot_ds.system.storage import Address
+from codeparrot_ds.system.paths import Address
 
 
 class PackedSequences:

@@ -16,7 +16,8 @@ from codeparrot_ds.errors import ConfigError, DataError, list_problems
 from codeparrot_ds.shards.build import BYTES_PER_TOKEN
 from codeparrot_ds.shards.format import Manifest, ShardInfo, parse_index, read_index, read_provenance
 from codeparrot_ds.system.files import digest_bytes
-from codeparrot_ds.system.storage import Address, Directory, is_remote, open_directory
+from codeparrot_ds.system.paths import Address, is_remote
+from codeparrot_ds.system.storage import Directory, open_directory
 from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE
 from codeparrot_ds.tokenizer.encode import Encoder
 

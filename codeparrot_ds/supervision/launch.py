@@ -112,7 +112,7 @@ class _Job:
         """Record the outcome of an attempt for `codeparrot-ds status`."""
         facts = {"began": began, "seconds": time.time() - began, "from_step": began_at, "to_step": reached}
         # A full disk has already been reported by the ranks.
-        with contextlib.suppress(OSError), open(self.directory.launches, "a") as file:
+        with contextlib.suppress(OSError), open(self.directory.launches, "a", encoding="utf-8") as file:
             file.write(json.dumps({**facts, "hosts": list(hosts), **vars(outcome)}) + "\n")
 
 

@@ -63,7 +63,7 @@ def _libc() -> ctypes.CDLL:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Atomically replace `path` with `content`: after a crash it holds either the old or the new bytes, never a mix."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as out:
         out.write(data)
@@ -71,6 +71,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(out.fileno())
     temporary.replace(path)
     flush_to_disk(path.parent)
+
+
+def read_user_text(path: Path) -> str:
+    """A text file that a user wrote, without the byte order mark that some editors put first."""
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
 def dump_json(value: Any) -> bytes:
@@ -242,9 +247,21 @@ def _lock(descriptor: int) -> None:
 @contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold an advisory lock on `path`; the kernel releases it when the process exits. Raises ConfigError(`busy`)."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         _hold(file.fileno(), path, busy)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds `exclusive_lock` on `path`. Needs no write permission. True if it cannot be told."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # locked, or no permission; a file system without locks has no holder
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM)
 
 
 def _hold(descriptor: int, path: Path, busy: str) -> None:
@@ -271,7 +288,8 @@ def as_user_error(error: Exception) -> UserError | None:
 
 def explain_os_error(error: OSError) -> UserError | None:
     """The user error behind an operating-system error (full disk, no permission), or None if there is none."""
-    where = error.filename or "the output"
+    name = error.filename
+    where = name.decode(errors="backslashreplace") if isinstance(name, bytes) else name or "the output"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ConfigError(f"{where}: the disk is full. Free some space and run the same command again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -36,7 +36,9 @@ def local_gpus() -> list[tuple[str, int]]:
     """(name, memory in bytes) of each visible local GPU as reported by nvidia-smi; empty without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        found = subprocess.run(
+            query, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [line.rsplit(",", 1) for line in found.splitlines() if "," in line]

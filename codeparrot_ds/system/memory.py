@@ -24,12 +24,16 @@ def available_bytes() -> int:
     """Bytes that this process can still allocate, limited by the machine and by its container or job (cgroup v2)."""
     free = [int(psutil.virtual_memory().available)]
     try:
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1].rpartition(":")[2]
         place = Path("/sys/fs/cgroup", group.lstrip("/"))
         for directory in (place, *place.parents):
-            limit = (directory / "memory.max").read_text().strip() if (directory / "memory.max").exists() else "max"
+            limit = (
+                (directory / "memory.max").read_text(encoding="utf-8").strip()
+                if (directory / "memory.max").exists()
+                else "max"
+            )
             if limit != "max":
-                free.append(int(limit) - int((directory / "memory.current").read_text()))
+                free.append(int(limit) - int((directory / "memory.current").read_text(encoding="utf-8")))
     except (OSError, ValueError, IndexError):
         pass  # no cgroups, or cgroup v1
     return max(0, min(free))

@@ -27,6 +27,6 @@ def available_cores() -> int:
     """Number of CPUs that this process may use, limited by its affinity and its cgroup's quota (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max" means no quota
     return cores

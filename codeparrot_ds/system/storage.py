@@ -16,13 +16,7 @@ from typing import IO, Any, cast
 
 from codeparrot_ds.errors import ConfigError, DataError, UserError
 from codeparrot_ds.system.files import flush_to_disk, make_directory
-
-Address = str | Path
-
-
-def is_remote(address: Address) -> bool:
-    """Whether `address` is an fsspec URL rather than a path."""
-    return isinstance(address, str) and "://" in address
+from codeparrot_ds.system.paths import Address, bytes_of, expand_address, is_remote
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -62,12 +56,12 @@ def explain_store_errors(address: str, error_class: type[UserError]) -> Iterator
 
 @contextmanager
 def open_binary(address: str) -> Iterator[IO[bytes]]:
-    """Open a local or remote file for unbuffered binary reading, without decompression."""
+    """Open a local file (see `system.paths.text_of`) or a remote one for unbuffered binary reading, as it is."""
     if is_remote(address):
         with _RemoteFile(address) as remote:
             yield cast(IO[bytes], remote)
     else:
-        with open(address, "rb", buffering=0) as file:
+        with open(bytes_of(address), "rb", buffering=0) as file:
             yield file
 
 
@@ -339,6 +333,7 @@ class Scratch:
 
 def open_directory(address: Address) -> Directory:
     """The directory at a path or URL; nothing is created."""
+    address = expand_address(address)
     if is_remote(address):
         if str(address).startswith(("file://", "local://")):
             return LocalDirectory(Path(str(address).partition("://")[2]))

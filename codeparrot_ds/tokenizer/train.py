@@ -20,6 +20,7 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 from codeparrot_ds.system.jobs import say
+from codeparrot_ds.system.paths import stored_address
 from codeparrot_ds.tokenizer.directory import CONFIG_FILE, EOS_TOKEN, TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def train(
             "kind": "tokenizer",
             **inputs,
             "eos_id": tokenizer.token_to_id(EOS_TOKEN),
-            "corpus": str(corpus_directory),
+            "corpus": stored_address(str(corpus_directory), output),
             "trained_on": {"documents": sample.documents, "bytes": sample.bytes},
             "digest": digest_file(unfinished / TOKENIZER_FILE),
         }

@@ -103,5 +103,5 @@ OPTIMIZERS = {"adamw": _adamw}
 @contextlib.contextmanager
 def silence_prints() -> Iterator[None]:
     """Suppress DeepSpeed's bare print() calls; its errors and logger are unaffected."""
-    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+    with open(os.devnull, "w", encoding="utf-8") as devnull, contextlib.redirect_stdout(devnull):
         yield

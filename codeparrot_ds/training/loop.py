@@ -262,7 +262,7 @@ class Trainer:
         """Record the source documents of the samples of `steps` in the run directory. Rank 0 only."""
         numbers = {step: self.sequences(step).tolist() for step in steps}
         described = describe_sequences(self.data, itertools.chain.from_iterable(numbers.values()))
-        with open(self.run.incidents, "a") as file:
+        with open(self.run.incidents, "a", encoding="utf-8") as file:
             for step, of_step in numbers.items():
                 samples = [{"sequence": number, "documents": described[number]} for number in of_step]
                 file.write(json.dumps({"step": step, "reason": reason, "samples": samples}) + "\n")

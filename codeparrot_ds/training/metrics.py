@@ -34,7 +34,7 @@ def open_log(run: RunDirectory, rank: int) -> None:
     run.logs.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
     log.propagate = False
-    file = logging.FileHandler(run.log(rank))
+    file = logging.FileHandler(run.log(rank), encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     user = logging.StreamHandler(sys.stderr)
@@ -104,7 +104,7 @@ class Metrics:
 
     def _open(self, first_step: int) -> None:
         _drop_rows_from(self._run.metrics, first_step)
-        self._file: TextIO = open(self._run.metrics, "a")  # noqa: SIM115 (closed in close)
+        self._file: TextIO = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board: Any = None
         if self._recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -145,4 +145,9 @@ def _has_libaio(compiler: str) -> bool:
     source = "#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }"
     with tempfile.TemporaryDirectory() as directory:
         command = [compiler, *flags[0], "-x", "c++", "-", *flags[1], "-laio", "-o", f"{directory}/probe"]
-        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                command, input=source, encoding="utf-8", errors="replace", capture_output=True, check=False
+            ).returncode
+            == 0
+        )

@@ -78,7 +78,7 @@ def record_changes(run: RunDirectory, ranks: Ranks, checkpoint: Checkpoint, now:
         return
     log.info("recipe changed since step %d: %s", checkpoint.step, describe(changed))
     if ranks.is_fs_leader:
-        with open(run.recipe_changes, "a") as file:
+        with open(run.recipe_changes, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "step": checkpoint.step, "changes": changed}) + "\n")
 
 

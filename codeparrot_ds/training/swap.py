@@ -60,7 +60,7 @@ def check_locked_memory(ds_config: Mapping[str, Any], share: int, largest: int) 
 
 
 def _may_lock_any_amount() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
     return False

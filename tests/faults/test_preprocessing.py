@@ -449,7 +449,7 @@ class RayCluster:
 def ray_cluster() -> Iterator[RayCluster]:
     """Start a cluster; afterwards check that none of its processes is left."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:  # socket paths must be short
-        with open(Path(directory) / "stderr", "w") as log:
+        with open(Path(directory) / "stderr", "w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.probe_ray", directory],
                 cwd=ROOT,

@@ -85,5 +85,5 @@ with trainer_on_random_ids(recipe) as (trainer, _):
                 count_traffic_of(owner, name)
         take_step(1)
         found["bytes_a_parameter"] = traffic.traffic_bytes / trainer.parameters
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps(found), encoding="utf-8")
 end(0)

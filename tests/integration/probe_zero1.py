@@ -50,6 +50,6 @@ with trainer_on_random_ids(recipe) as (trainer, _):
         "weights": [float(part.double().norm()) for part in optimizer.fp32_groups_flat_partition],
     }
     if trainer.ranks.rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
 rank_module.leave()
 end(0)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def script(path: Path, code: str) -> Path:
-    path.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{code}")
+    path.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{code}", encoding="utf-8")
     return path
 
 

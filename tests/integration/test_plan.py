@@ -181,5 +181,5 @@ def test_tune_times_what_fits_and_writes_the_fastest(tmp_path: Path) -> None:
         fastest["micro_batch_size"],
     )
     before = yaml.safe_load(recipe.read_text())
-    assert yaml.safe_load(written.read_text())["optimizer"] == before["optimizer"]
+    assert yaml.safe_load(written.read_text(encoding="utf-8"))["optimizer"] == before["optimizer"]
     assert loaded.batch.global_batch_size == before["batch"]["global_batch_size"]

@@ -320,3 +320,24 @@ def test_an_older_checkpoint_is_compared_with_the_stored_recipe(copy_baseline: C
     assert changes(known, settings_of(checkpoint)) == {}
     run.recipe.unlink()
     assert settings_of(checkpoint) == {}
+
+
+def test_a_moved_run_goes_on_where_it_is(
+    forked: RunRanks, copy_baseline: Callable[[str], Trained], baseline: Trained, tmp_path: Path
+) -> None:
+    """From its own recipe, in any working directory; the run that it was copied from is not touched."""
+    before = {path: path.stat().st_mtime_ns for path in baseline.run.path.rglob("*")}
+    copied = copy_baseline("first").run.path
+    moved = tmp_path / "moved" / "second"
+    moved.parent.mkdir()
+    copied.rename(moved)
+    options = ("--set", "schedule.steps=8", "--set", "evaluation.sequences=3")
+    done = forked("--module", "codeparrot_ds.train", "second/recipe.yaml", *options, cwd=moved.parent)
+    assert done.returncode == 0, done.output
+    run = read_run(moved)
+    assert len(run.losses()) == 8
+    assert run.run.read_status()["checkpoint"] == str(run.run.checkpoint(8))
+    assert json.loads(run.run.status_file.read_text())["checkpoint"] == "checkpoints/step-00000008"
+    assert {path: path.stat().st_mtime_ns for path in baseline.run.path.rglob("*")} == before
+    assert not copied.exists()
+    convert([source_checkpoint(moved)], tmp_path / "hf", sequences=0)

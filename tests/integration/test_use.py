@@ -63,7 +63,7 @@ def server(converted: Path, tmp_path: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     program = Path(sys.executable).with_name("transformers")
     log = tmp_path / "log"
-    with open(log, "w") as out:
+    with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
             [program, "serve", converted, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},

@@ -145,7 +145,7 @@ class RealHosts:
         When it takes more than `timeout` seconds, everything on the hosts but sshd is killed and the test fails.
         """
         # A file: a pipe would stay open as long as any grandchild that outlives the command.
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             process = self.start(command, output=output, **how)
             try:
                 process.wait(timeout)
@@ -309,7 +309,7 @@ def _start_sshd(directory: Path, name: str, undo: contextlib.ExitStack) -> int:
     command = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", name]
     command += ["unshare", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
     command += ["sh", "-c", FIRST_PROCESS, "host", name, str(directory / "hosts"), sshd, str(directory / "sshd_config")]
-    with open(directory / f"{name}.log", "w") as log:
+    with open(directory / f"{name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )

@@ -129,7 +129,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     running = []
     try:
         for daemon in daemons:
-            with open(directory / f"{daemon[0]}-{daemon[-1]}.out".replace("/", "_")[-80:], "w") as output:
+            with open(
+                directory / f"{daemon[0]}-{daemon[-1]}.out".replace("/", "_")[-80:], "w", encoding="utf-8"
+            ) as output:
                 program = shutil.which(daemon[0], path=TOOLS_PATH) or daemon[0]
                 running.append(
                     subprocess.Popen(
@@ -173,7 +175,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def wait_for(slurm: Slurm, number: str, state: str, log: Path) -> dict[str, str]:
     """Wait until the job is in this state."""
     assert until(lambda: slurm.job(number)["JobState"] == state, JOB_SECONDS), (
-        f"{slurm.job(number)}\n{log.read_text() if log.exists() else ''}\n{slurm.logs()}"
+        f"{slurm.job(number)}\n{log.read_text(encoding='utf-8') if log.exists() else ''}\n{slurm.logs()}"
     )
     return slurm.job(number)
 

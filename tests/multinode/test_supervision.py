@@ -96,7 +96,7 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
         command += [part for fault in faults for part in ("--fault", fault)]
         command += ["launch", recipe, "--hostfile", hostfile, "--restart-delay", "1", *options]
         command += [part for setting in settings for part in ("--set", setting)]
-        with open(log, "w") as output:
+        with open(log, "w", encoding="utf-8") as output:
             process = real_hosts.start(command, env=environment, cwd=ROOT, output=output)
         jobs.append(Job(real_hosts, process, log, marks, RunDirectory(Path(tiny_recipe["runs"]) / name)))
         return jobs[-1]

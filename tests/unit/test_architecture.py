@@ -92,11 +92,35 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path: Path) -> None:
     assert name_of(path).partition(".")[0] in LAYER_OF, "a new subpackage: give it its place in LAYERS and in the docs"
-    assert not from_below(name_of(path), imported(path.read_text()))
+    assert not from_below(name_of(path), imported(path.read_text(encoding="utf-8")))
 
 
 def test_no_modules_import_one_another() -> None:
     assert cycle({name_of(path): imported(path.read_text()) for path in modules()}) == []
+
+
+def unnamed_encodings(source: str) -> list[int]:
+    """Lines that read or write text in the encoding of the locale, which is not that of the file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        options = {option.arg: option.value for option in node.keywords}
+        literals = [each.value for each in (*node.args, options.get("mode")) if isinstance(each, ast.Constant)]
+        modes = [each for each in literals if isinstance(each, str) and re.fullmatch(r"[rwax][bt+]{0,2}", each)]
+        if name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+            default = {"open": "" if isinstance(node.func, ast.Attribute) else "r", "fdopen": "r"}.get(name, "w+b")
+            as_text = "b" not in (modes[0] if modes else default or "b")
+        elif name == "write_text":
+            as_text = len(node.args) < 2
+        elif name in ("run", "Popen", "check_output", "call"):
+            as_text = any(name in options for name in ("text", "universal_newlines"))
+        else:
+            as_text = name in ("read_text", "FileHandler", "TextIOWrapper", "popen")
+        if as_text and "encoding" not in options:
+            found.append(node.lineno)
+    return found
 
 
 def too_long(lines: dict[str, int]) -> dict[str, int]:
@@ -108,6 +132,11 @@ def test_no_module_is_too_long() -> None:
     assert too_long({name_of(path): len(path.read_text().splitlines()) for path in modules()}) == {}
 
 
+@pytest.mark.parametrize("path", [*modules(), *sorted((ROOT / "launch").glob("*.py"))], ids=lambda path: path.name)
+def test_text_files_have_a_named_encoding(path: Path) -> None:
+    assert unnamed_encodings(path.read_text(encoding="utf-8")) == []
+
+
 def test_the_rules_can_be_broken() -> None:
     lazy = "def f():\n    from codeparrot_ds.training import loop\n    import codeparrot_ds.training.ranks"
     assert imported(lazy) == {"training.loop", "training.ranks"}
@@ -117,6 +146,20 @@ def test_the_rules_can_be_broken() -> None:
     assert from_below("training.loop", {"shards.order", "run.recipe", "training.ranks"}) == set()
     assert sorted(cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    for text in (
+        *("open(p)", "open(p, 'w')", "p.open('a')", "gzip.open(p, 'rt')", "open(p, mode='r+')", "os.fdopen(f)"),
+        *("p.read_text()", "p.write_text(t)", "p.read_text(errors='replace')", "tempfile.NamedTemporaryFile('w')"),
+        *("subprocess.run(c, text=True)", "logging.FileHandler(p)", "Popen(c, universal_newlines=True)"),
+    ):
+        assert unnamed_encodings(text) == [1], text
+    for text in (
+        "open(p, 'rb')",
+        "p.open('wb')",
+        "open(p, encoding='utf-8')",
+        "p.write_text(t, 'utf-8')",
+        "Corpus.open(p)",
+    ):
+        assert unnamed_encodings(text) == [], text
     assert too_long({"a": 400, "b": 401}) == {"b": 401}
 
 

@@ -48,7 +48,7 @@ def write(path: Path, texts: list[str], **provenance: str) -> Path:
         {"content": text, "path": f"{path.stem}/{i}.py", "repo_name": "r", **provenance} for i, text in enumerate(texts)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -354,10 +354,10 @@ def test_the_result_is_a_corpus_like_any_other(file_format: str, source: Path, t
     ("text", "said"),
     [
         ("heuristics: {line_max: many}", r"heuristics\.line_max"),
-        ("near_duplicate: {}", "near_duplicate: Extra inputs"),
+        ("near_duplicate: {}", "near_duplicate: unknown key"),
         ("near_duplicates: {jaccard: 1.5}", r"near_duplicates\.jaccard"),
         ("secrets: {mode: hide}", r"secrets\.mode"),
-        ("- a list", "Input should be"),
+        ("- a list", "must be a mapping of sections"),
         ("{", "not valid YAML"),
     ],
 )

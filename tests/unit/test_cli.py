@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from codeparrot_ds.cli import app
 from codeparrot_ds.cli.output import parse_size, printable
 from codeparrot_ds.errors import ConfigError
 
@@ -114,3 +117,48 @@ def test_invalid_sizes(text: str) -> None:
 def test_generated_text_cannot_control_the_terminal() -> None:
     assert printable("a\tb\nc é") == "a\tb\nc é"
     assert printable("\x1b[2J\x07\r\u202e") == "\\x1b[2J\\x07\\r\\u202e"
+
+
+def options_of_all_commands() -> list[tuple[list[str], list[str]]]:
+    """(words of the command, option with a value) of every option that takes one value."""
+    found, groups = [], [([], typer.main.get_command(app))]
+    while groups:
+        words, command = groups.pop()
+        groups += [([*words, name], each) for name, each in getattr(command, "commands", {}).items()]
+        if not hasattr(command, "commands"):
+            for param in command.params:
+                if param.param_type_name == "option" and not param.multiple and param.name != "help":
+                    given = [param.opts[0]] if param.is_flag else [param.opts[0], "1"]
+                    found.append((words, given))
+    return found
+
+
+def test_an_option_given_twice_is_refused() -> None:
+    """Of any command: click takes the last."""
+    options = options_of_all_commands()
+    assert {words[-1] for words, _ in options} >= {"collect", "clean", "build", "launch", "doctor", "status", "push"}
+    for words, given in options:
+        done = CliRunner().invoke(app, [*words, *given, *given], env={"COLUMNS": "200"})
+        assert done.exit_code == 2, (words, given)
+        assert "given twice. Give it once." in done.output, (words, given, done.output)
+    contradiction = CliRunner().invoke(app, ["launch", "r.yaml", "--doctor", "--no-doctor"])
+    assert "given twice" in contradiction.output
+
+
+def test_lists_may_be_given_twice(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--hostfile", "h", str(tmp_path / "r"), "--set", "a=1", "--set", "b=2"])
+    assert "no such recipe" in str(done.exception)
+
+
+def test_a_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the shell does not: in `--option=~/x`, in a scheduler's or a container's command."""
+    monkeypatch.setenv("HOME", "/nonexistent/me")
+    for arguments in (
+        ["status", "~/run"],
+        ["plan", "~/r.yaml"],
+        ["doctor", "--hostfile=~/hosts"],
+        ["shards", "verify", "~/shards"],
+        ["shards", "build", "~/x", "--output=o", "--tokenizer=t"],
+        ["corpus", "collect", "~/x", "--output=o"],
+    ):
+        assert "/nonexistent/me/" in str(CliRunner().invoke(app, arguments).exception), arguments

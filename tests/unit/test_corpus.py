@@ -87,7 +87,7 @@ def test_no_source_files_is_an_error_that_says_where(tmp_path: Path) -> None:
 
 
 def test_a_file_name_that_is_not_utf8_is_counted(sources: Path, tmp_path: Path) -> None:
-    (Path(os.fsdecode(os.fsencode(sources) + b"/caf\xe9.py"))).write_text("print('name')")
+    (Path(os.fsdecode(os.fsencode(sources) + b"/caf\xe9.py"))).write_text("print('name')", encoding="utf-8")
     manifest = collect(tmp_path / "corpus", [sources])
     assert manifest["skipped"]["name not UTF-8"] == 1
 

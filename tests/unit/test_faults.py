@@ -24,7 +24,11 @@ def rows() -> dict[int, list[str]]:
 
 @cache
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def is_nightly(test: ast.FunctionDef) -> bool:

@@ -86,6 +86,12 @@ OTHER: dict[str, Any] = {
     "logging.peak_tflops": 0.001,
 }
 _WIDTH = 120  # of a line in docs/
+_VALUES = (
+    "A value is read by the type of its key, in a file as in `--set KEY=VALUE`: `name: 2026-11-24` is text, `0100` is "
+    "100, `26e9` a whole number, and `on`, `yes` and `true` are the same where a key is true or false. A key given "
+    "twice is an error. Relative paths are relative to the working directory, and `~` is the home directory. "
+    "`recipe.yaml` in a run directory is always the recipe of that directory: a copied or moved run trains where it is."
+)
 _ON_RESUME = (
     "On resume a changed key either applies from the next step on, with any number of ranks, or is refused by name: a "
     "run with another value needs another `name`. Changes are logged, and recorded in `recipe_changes.jsonl` in the "
@@ -137,6 +143,8 @@ def table() -> str:
         "Generated from the code by `python -m tests.unit.test_recipe_rules > docs/recipe.md`; a test compares them.",
         "",
         textwrap.fill(_ON_RESUME, _WIDTH),
+        "",
+        textwrap.fill(_VALUES, _WIDTH),
         "",
         "| key | default | on resume | |",
         "|---|---|---|---|",

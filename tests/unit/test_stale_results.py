@@ -19,7 +19,7 @@ from codeparrot_ds.tokenizer.train import train as train_tokenizer
 
 def write(path: Path, content: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     return path
 
 
