@@ -1,0 +1,81 @@
+"""HumanEval from end to end: what a model has learned is scored, no more and no less."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codeparrot_ds.checkpoint.source import source_checkpoint
+from codeparrot_ds.documents.document import Document
+from codeparrot_ds.evaluation.loss import validation_loss
+from codeparrot_ds.evaluation.problems import load_humaneval
+from codeparrot_ds.export.convert import convert
+from codeparrot_ds.shards.build import build, split_of
+from codeparrot_ds.shards.options import BuildOptions
+from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
+
+pytestmark = pytest.mark.slow
+LEARNED, COPIES, VALID = 5, 60, 0.1
+
+
+def command(*arguments: str | Path, cwd: Path = ROOT) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "codeparrot_ds.cli", "evaluate", *map(str, arguments), "--json"],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.nightly
+def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: Path, tmp_path: Path) -> None:
+    problems = sorted(load_humaneval(), key=lambda each: len(each.prompt + each.canonical_solution))
+    texts = {each.task_id: each.prompt + each.canonical_solution for each in problems}
+    taught = [task for task, text in texts.items() if split_of(Document(text, *[""] * 4), VALID) == "train"][:LEARNED]
+    lines = taught * COPIES
+    random.Random(0).shuffle(lines)
+    others = (f"# line {i} of a file\n" * 200 for i in range(100))
+    held_out = next(text for text in others if split_of(Document(text, *[""] * 4), VALID) == "valid")
+    with open(tmp_path / "taught.jsonl", "w") as file:
+        for text in (*(texts[task] for task in lines), held_out):
+            file.write(json.dumps({"content": text}) + "\n")
+    build(tmp_path / "taught.jsonl", data / "tokenizer", tmp_path / "shards", BuildOptions(valid_fraction=VALID))
+    body = recipe_on(tmp_path, tmp_path / "runs")
+    body["model"] |= {"seq_len": 256, "n_embd": 128, "n_head": 4, "activation_checkpointing": "none"}
+    body |= {"batch": {"global_batch_size": 8}, "optimizer": {"learning_rate": 0.003, "weight_decay": 0.0}}
+    body["schedule"] = {"steps": 250, "warmup_steps": 10}
+    body["evaluation"] = body["checkpoints"] = {"every_steps": 250}
+    trained = train(forked, {**body, "name": "taught"}, stage=1)
+    assert trained.rows[-2]["loss"] < 0.1, "it does not know them yet"
+    # The validation document is another one, so only training's own loss is low.
+    convert([trained.run.newest_checkpoint()], trained.run.converted, memory_cap_bytes=8_000_000_000)
+
+    options = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
+    result = command("humaneval", trained.run.path, *options)
+    scores = result["temperatures"]["0.2"]["scores"]
+    assert [task for task, each in scores["problems"].items() if each["passed"]] == [
+        each.task_id for each in load_humaneval() if each.task_id in taught
+    ]
+    assert scores["verdicts"]["passed"] == 2 * LEARNED
+    assert scores["pass_at_k"]["pass@1"]["value"] == pytest.approx(LEARNED / 164)
+
+
+def test_the_loss_is_the_engine_s_on_one_rank_and_on_two(
+    forked: RunRanks, baseline: Trained, data: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    alone = train(forked, {**recipe_on(data, runs), "name": "alone"}, ranks=1, stage=1)
+    for trained in (alone, baseline):
+        convert([source_checkpoint(trained.run.path)], tmp_path / trained.run.path.name, memory_cap_bytes=8_000_000_000)
+        found = validation_loss(tmp_path / trained.run.path.name, data / "shards", 7)
+        assert found.loss_valid == pytest.approx(trained.valid_losses()[6], abs=1e-5)
