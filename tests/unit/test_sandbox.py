@@ -260,8 +260,8 @@ def simulate(code: bytes, number: int, architecture: int, arguments: tuple[int, 
         elif operation == 0x54:
             accumulator &= value
         else:
-            assert operation == 0x15
-            at += if_true if accumulator == value else if_false
+            holds = {0x15: accumulator == value, 0x35: accumulator >= value}[operation]
+            at += if_true if holds else if_false
 
 
 ALLOWED, NOT_PERMITTED, NOT_IMPLEMENTED, KILLED = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
@@ -304,6 +304,7 @@ def test_system_calls(machine: str) -> None:
         ("prlimit64", (1,), NOT_PERMITTED),
     ):
         assert simulate(code, numbers[name], architecture, arguments) == wanted, (name, arguments)
+    assert simulate(code, numbers["read"] | 0x40000000, architecture) == NOT_PERMITTED  # x32's number of the same call
     assert simulate(code, numbers["read"], 0x40000003) == KILLED  # 32-bit calls have other numbers
 
 

@@ -1,6 +1,5 @@
 """One bubblewrap sandbox, in which programs run one after the other, each in namespaces of its own."""
 
-import base64
 import json
 import math
 import os
@@ -161,7 +160,7 @@ class Bubble:
             },
             "timeout": limits.timeout,
             "files": limits.files,
-            "filter": base64.b64encode(seccomp_filter()).decode(),
+            "filter": seccomp_filter().hex(),
             "paths": [_PACKAGES] if self._packages else [],
             "packages": self._packages,
         }

@@ -47,13 +47,19 @@ _CONDITIONS = {
 }
 _NOT_IMPLEMENTED = ("clone3",)  # its flags are in memory, out of reach of a filter; the C library falls back to clone
 
-_LOAD, _JUMP_EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06  # linux/bpf_common.h
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER_OR_EQUAL, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06  # linux/bpf_common.h
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000  # linux/seccomp.h
 _NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16  # struct seccomp_data
 
 
+_Code = list[tuple[int, int, int, int]]  # operation, jump if true, jump if false, operand: struct sock_filter
+_DENY: _Code = [(_RETURN, 0, 0, _ERROR | errno.EPERM)]
+
+
 def seccomp_filter(machine: str = platform.machine()) -> bytes:
     """The filter as an array of struct sock_filter (8 bytes each). Calls that it does not know fail with EPERM.
+
+    It searches in a tree: when a process installs a filter, the kernel runs it for every system call there is.
 
     Raises ConfigError for a processor whose system calls are not listed here.
     """
@@ -67,11 +73,8 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes:
         (_JUMP_EQUAL, 1, 0, architecture),  # otherwise the numbers below mean other calls
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_OFFSET),
+        *_search(_ranges({number: _decide(name) for name, number in _system_calls(column)})),
     ]
-    for name, number in _system_calls(column):
-        body = _body(name)
-        code += [(_JUMP_EQUAL, 0, len(body), number), *body]
-    code.append((_RETURN, 0, 0, _ERROR | errno.EPERM))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 
@@ -82,14 +85,36 @@ def _system_calls(column: int) -> Iterator[tuple[str, int]]:
             yield name, int(numbers[column])
 
 
-def _body(name: str) -> list[tuple[int, int, int, int]]:
-    """What follows the comparison with a call's number; always ends in a return."""
+def _decide(name: str) -> _Code:
+    """Decide on a call with this name; ends in a return."""
     if name in _NOT_IMPLEMENTED:
         return [(_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
     if name not in _CONDITIONS:
         return [(_RETURN, 0, 0, _ALLOW)]
     place, mask, values = _CONDITIONS[name]
-    body = [(_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * place), (_AND, 0, 0, mask)]  # the lower half: all are 32 bits long
+    code = [(_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * place), (_AND, 0, 0, mask)]  # the lower half: all are 32 bits long
     for value in values:
-        body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-    return [*body, (_RETURN, 0, 0, _ERROR | errno.EPERM)]
+        code += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
+    return code + _DENY
+
+
+def _ranges(decisions: dict[int, _Code]) -> list[tuple[int, _Code]]:
+    """(first number, decision) of ranges of numbers, in ascending order from 0; what is not listed is denied."""
+    ranges = [(0, _DENY)]
+    for number in sorted(decisions):
+        for first, code in ((number, decisions[number]), (number + 1, _DENY)):
+            if ranges and ranges[-1][0] == first:
+                ranges.pop()
+            if not ranges or ranges[-1][1] != code:
+                ranges.append((first, code))
+    return ranges
+
+
+def _search(ranges: list[tuple[int, _Code]]) -> _Code:
+    """Find the range of the number in the accumulator, by halves."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below, above = _search(ranges[:middle]), _search(ranges[middle:])
+    assert len(below) < 256, "a jump is that long at most"
+    return [(_JUMP_GREATER_OR_EQUAL, len(below), 0, ranges[middle][0]), *below, *above]
