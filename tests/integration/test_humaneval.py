@@ -5,10 +5,12 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.documents.document import Document
@@ -18,6 +20,7 @@ from codeparrot_ds.export.convert import convert
 from codeparrot_ds.shards.build import build, split_of
 from codeparrot_ds.shards.options import BuildOptions
 from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
+from tests.tiny_models import plain_gpt2
 
 pytestmark = pytest.mark.slow
 LEARNED, COPIES, VALID = 5, 60, 0.1
@@ -54,11 +57,17 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     body["model"] |= {"seq_len": 256, "n_embd": 128, "n_head": 4, "activation_checkpointing": "none"}
     body |= {"batch": {"global_batch_size": 8}, "optimizer": {"learning_rate": 0.003, "weight_decay": 0.0}}
     body["schedule"] = {"steps": 250, "warmup_steps": 10}
-    body["evaluation"] = body["checkpoints"] = {"every_steps": 250}
+    body["evaluation"] = {"every_steps": 250, "humaneval": 1}
+    body |= {"checkpoints": {"every_steps": 250}, "export": {"every_steps": 250, "dtype": "float32"}}
+    body["logging"]["tensorboard"] = True
     trained = train(forked, {**body, "name": "taught"}, stage=1)
-    assert trained.rows[-2]["loss"] < 0.1, "it does not know them yet"
     # The validation document is another one, so only training's own loss is low.
-    convert([trained.run.newest_checkpoint()], trained.run.converted, memory_cap_bytes=8_000_000_000)
+    assert trained.rows[-2]["loss"] < 0.1, "it does not know them yet"
+    said = trained.run.log(0).read_text()
+    assert f"step 250: HumanEval pass@1 {100 * LEARNED / 164:.2f} %, {LEARNED} of 164 problems passed" in said
+    board = EventAccumulator(str(trained.run.tensorboard / "humaneval")).Reload()
+    (point,) = board.Scalars("humaneval/pass@1 at temperature 0.2")
+    assert (point.step, point.value) == (250, pytest.approx(LEARNED / 164))
 
     options = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
     result = command("humaneval", trained.run.path, *options)
@@ -68,6 +77,25 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     ]
     assert scores["verdicts"]["passed"] == 2 * LEARNED
     assert scores["pass_at_k"]["pass@1"]["value"] == pytest.approx(LEARNED / 164)
+
+
+@pytest.mark.nightly
+def test_a_kill_loses_no_finished_batch(data: Path, tmp_path: Path) -> None:
+    model = plain_gpt2(tmp_path / "model", data / "tokenizer", n_positions=256)
+    problems = ROOT / "tests" / "small_problems.jsonl"
+    options = ("--problems", problems, "-n", "12", "--temperature", "1", "--batch-size", "8", "--no-score", "-o")
+    whole = command("humaneval", model, *options, tmp_path / "whole")["temperatures"]["1"]["samples_file"]
+    arguments = [sys.executable, "-m", "codeparrot_ds.cli", "evaluate", "humaneval", model, *options, tmp_path / "cut"]
+    process = subprocess.Popen(list(map(str, arguments)), cwd=ROOT)
+    parts = tmp_path / "cut" / "parts"
+    while len(list(parts.glob("*.jsonl"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 3 <= len(list(parts.glob("*.jsonl"))) < 30
+    resumed = command("humaneval", model, *options, tmp_path / "cut")["temperatures"]["1"]["samples_file"]
+    assert Path(resumed).read_bytes() == Path(whole).read_bytes()
 
 
 def test_the_loss_is_the_engine_s_on_one_rank_and_on_two(
