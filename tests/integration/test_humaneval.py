@@ -23,7 +23,7 @@ from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
 from tests.tiny_models import plain_gpt2
 
 pytestmark = pytest.mark.slow
-LEARNED, COPIES, VALID = 5, 60, 0.1
+LEARNED, COPIES, STEPS, VALID = 5, 60, 160, 0.1
 
 
 def command(*arguments: str | Path, cwd: Path = ROOT) -> Any:
@@ -56,18 +56,18 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     body = recipe_on(tmp_path, tmp_path / "runs")
     body["model"] |= {"seq_len": 256, "n_embd": 128, "n_head": 4, "activation_checkpointing": "none"}
     body |= {"batch": {"global_batch_size": 8}, "optimizer": {"learning_rate": 0.003, "weight_decay": 0.0}}
-    body["schedule"] = {"steps": 250, "warmup_steps": 10}
-    body["evaluation"] = {"every_steps": 250, "humaneval": 1}
-    body |= {"checkpoints": {"every_steps": 250}, "export": {"every_steps": 250, "dtype": "float32"}}
+    body["schedule"] = {"steps": STEPS, "warmup_steps": 10}
+    body["evaluation"] = {"every_steps": STEPS, "humaneval": 1}
+    body |= {"checkpoints": {"every_steps": STEPS}, "export": {"every_steps": STEPS, "dtype": "float32"}}
     body["logging"]["tensorboard"] = True
-    trained = train(forked, {**body, "name": "taught"}, stage=1)
+    trained = train(forked, {**body, "name": "taught"}, ranks=1, stage=1)
     # The validation document is another one, so only training's own loss is low.
     assert trained.rows[-2]["loss"] < 0.1, "it does not know them yet"
     said = trained.run.log(0).read_text()
-    assert f"step 250: HumanEval pass@1 {100 * LEARNED / 164:.2f} %, {LEARNED} of 164 problems passed" in said
+    assert f"step {STEPS}: HumanEval pass@1 {100 * LEARNED / 164:.2f} %, {LEARNED} of 164 problems passed" in said
     board = EventAccumulator(str(trained.run.tensorboard / "humaneval")).Reload()
     (point,) = board.Scalars("humaneval/pass@1 at temperature 0.2")
-    assert (point.step, point.value) == (250, pytest.approx(LEARNED / 164))
+    assert (point.step, point.value) == (STEPS, pytest.approx(LEARNED / 164))
 
     options = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
     result = command("humaneval", trained.run.path, *options)
