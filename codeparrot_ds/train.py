@@ -134,6 +134,7 @@ def train(
         if _spans_hosts(world_size):
             ranks = rank_module.find_disks(ranks, checked.run.path)
         ranks.call(_take_run_directory, checked, ranks, stack, heading=_CANNOT_START)
+        ranks.call(_check_humaneval, checked, ranks, heading=_CANNOT_START)
         resume_from = find_resume_point(checked.run, ranks)
         ranks.call(_accept, checked, ranks, resume_from, heading=_CANNOT_START)
         try:
@@ -177,6 +178,16 @@ def _take_run_directory(checked: CheckedRun, ranks: "Ranks", stack: contextlib.E
         stack.enter_context(hold_swap_directory(swap))
     open_log(run, ranks.rank)
     check_precision(checked.recipe.engine.precision)
+
+
+def _check_humaneval(checked: CheckedRun, ranks: "Ranks") -> None:
+    """Check that exports can be scored, if the recipe wants it, rather than find out at the first one."""
+    if ranks.rank == 0 and checked.recipe.evaluation.humaneval:
+        from codeparrot_ds.evaluation.problems import load_humaneval
+        from codeparrot_ds.evaluation.sandbox.bubble import bubblewrap_version
+
+        load_humaneval()
+        bubblewrap_version()
 
 
 def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None") -> None:
@@ -242,7 +253,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     check_space(checked, ranks, parameters, resume_from.step if resume_from else 0)
     engine = build_engine(network, recipe, ds_config)
-    export = BackgroundExport(run, recipe.export, recipe.name) if ranks.rank == 0 else None
+    export = BackgroundExport(run, recipe) if ranks.rank == 0 else None
     trainer = Trainer(
         recipe=recipe,
         ranks=ranks,

@@ -54,6 +54,8 @@ def humaneval(
     score: ScoreOption = True,
     part: SliceOption = None,
     hostfile: HostfileOption = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Also write pass@k to this TensorBoard directory.")] = None,
+    step: Annotated[int, typer.Option(help="Optimizer step of the model, for TensorBoard.", min=0)] = 0,
     json_output: JsonOption = False,
 ) -> None:
     """Sample completions of HumanEval's problems, run their tests in a sandbox, and estimate pass@k.
@@ -62,7 +64,9 @@ def humaneval(
     """
     how: dict[str, Any] = {"samples": samples, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     how |= {"batch_size": batch_size, "strip": strip, "temperatures": temperature}
-    _evaluate("humaneval", model, problems, output, how, stop, score, (part, hostfile), json_output)
+    results = _evaluate("humaneval", model, problems, output, how, stop, score, (part, hostfile), json_output)
+    if tensorboard is not None and results is not None:
+        _write_to_tensorboard(tensorboard, step, results)
 
 
 def mbpp(
@@ -123,7 +127,8 @@ def _evaluate(
     score: bool,
     where: tuple[str | None, Path | None],
     json_output: bool,
-) -> None:
+) -> dict[str, Any] | None:
+    """Sample, score and print. Returns the results; None for a slice."""
     from codeparrot_ds.evaluation.benchmarks import BENCHMARKS, stops_of
     from codeparrot_ds.evaluation.pretrained import limit_threads, load_pretrained
     from codeparrot_ds.evaluation.sampling import Run, Settings
@@ -151,7 +156,7 @@ def _evaluate(
     made = run.sample(Slice.parse(part) if part else None)
     if part is not None:
         print_result(json_output, str(directory), [("samples", f"{made:,}")], {"samples": made})
-        return
+        return None
     files = run.finish()
     results: dict[str, Any] = {"receipt": run.receipt, "temperatures": {}}
     rows: list[tuple[str, str]] = []
@@ -174,6 +179,17 @@ def _evaluate(
 
     write_json(directory / "results.json", results)
     print_result(json_output, f"{name}: {found.name}", rows, results)
+    return results
+
+
+def _write_to_tensorboard(directory: Path, step: int, results: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(directory))
+    for temperature, result in results["temperatures"].items():
+        for k, estimate in result.get("scores", {}).get("pass_at_k", {}).items():
+            board.add_scalar(f"humaneval/{k} at temperature {temperature}", estimate["value"], step)
+    board.close()
 
 
 def _count_rows(counts: dict[str, Any], path: Path) -> list[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""Evaluation of converted models: validation loss and completions."""
+"""Evaluation of models: validation loss, completions, benchmarks of code."""

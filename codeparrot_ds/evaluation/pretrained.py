@@ -92,7 +92,7 @@ def _download(repo: str, revision: str | None) -> tuple[str, Path]:
         files = [] if constants.HF_HUB_OFFLINE else HfApi().model_info(repo, revision=revision).siblings or []
         there = [pattern for pattern in _WEIGHTS if any(fnmatch(file.rfilename, pattern) for file in files)]
         found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_FILES, *there[:1]]))
-    except (OSError, ValueError) as error:  # OSError: the base class of the library's own errors
+    except Exception as error:  # of the libraries that the Hub's uses, when there is no repository or no network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{repo}: no such run or directory, and not available from the Hugging Face Hub ({reason}). Correct the "

@@ -1,4 +1,4 @@
-"""Convert and push a run's checkpoints while it trains, in separate processes, one checkpoint at a time."""
+"""Convert, push and score a run's checkpoints while it trains, in separate processes, one checkpoint at a time."""
 
 import logging
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.sections import Export
+from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.system.files import read_json
 from codeparrot_ds.system.launched import without_launcher
 
 log = logging.getLogger("codeparrot_ds")
@@ -28,9 +29,10 @@ main()
 class BackgroundExport:
     """Background exports of one run, started by its rank 0. Failures are logged and never stop training."""
 
-    def __init__(self, run: RunDirectory, settings: Export, branch: str) -> None:
-        """Set up exports of `run`. `branch` is the branch on the Hub, if the recipe names a repository."""
-        self._run, self._settings, self._branch = run, settings, branch
+    def __init__(self, run: RunDirectory, recipe: Recipe) -> None:
+        """Set up exports of `run`. On the Hub, the branch has the name of the recipe."""
+        self._run, self._settings, self._branch = run, recipe.export, recipe.name
+        self._humaneval, self._tensorboard = recipe.evaluation.humaneval, recipe.logging.tensorboard
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._given_up = threading.Event()
@@ -38,7 +40,8 @@ class BackgroundExport:
     def start(self, step: int) -> None:
         """Start exporting the checkpoint of `step` if it is due and no export is running. Returns immediately."""
         every, output = self._settings.every_steps, self._run.export(step)
-        if every is None or step % every or step == 0 or (output / CERTIFICATE).is_file():
+        done = (output / CERTIFICATE).is_file() and (not self._humaneval or self._results(step).is_file())
+        if every is None or step % every or step == 0 or done:
             return
         if self._thread is not None and self._thread.is_alive():
             log.warning("step %d: not exported, because the previous export is still running", step)
@@ -59,25 +62,48 @@ class BackgroundExport:
     def _export(self, step: int, output: Path) -> None:
         links = self._run.exports / f".step-{step:08d}"
         try:
-            source = _linked(self._run.checkpoint(step), links)
-            settings = self._settings
-            arguments = ["convert", str(source), str(output), "--dtype", settings.dtype]
-            if settings.sequences is not None:
-                arguments += ["--sequences", str(settings.sequences)]
-            if not self._call(step, "exported", arguments):
+            if not (output / CERTIFICATE).is_file() and not self._convert(step, output, links):
                 return
-            log.info("step %d: exported to %s", step, output)
-            if settings.hub is not None:
-                visibility = "--private" if settings.private else "--public"
-                if self._call(
-                    step, "pushed", ["push", str(output), settings.hub, "--branch", self._branch, visibility]
-                ):
-                    log.info("step %d: pushed to %s, branch %s", step, settings.hub, self._branch)
+            if self._humaneval:
+                self._score(step, output)
             self._remove_old()
         except OSError as error:
             log.warning("step %d: not exported (%s)", step, error)
         finally:
             shutil.rmtree(links, ignore_errors=True)
+
+    def _convert(self, step: int, output: Path, links: Path) -> bool:
+        """Convert a checkpoint, and push the result. Returns whether it was converted."""
+        source = _linked(self._run.checkpoint(step), links)
+        settings = self._settings
+        arguments = ["convert", str(source), str(output), "--dtype", settings.dtype]
+        if settings.sequences is not None:
+            arguments += ["--sequences", str(settings.sequences)]
+        if not self._call(step, "exported", arguments):
+            return False
+        log.info("step %d: exported to %s", step, output)
+        if settings.hub is not None:
+            visibility = "--private" if settings.private else "--public"
+            if self._call(step, "pushed", ["push", str(output), settings.hub, "--branch", self._branch, visibility]):
+                log.info("step %d: pushed to %s, branch %s", step, settings.hub, self._branch)
+        return True
+
+    def _results(self, step: int) -> Path:
+        return self._run.humaneval(step) / "results.json"
+
+    def _score(self, step: int, output: Path) -> None:
+        """Sample and score HumanEval; what an interrupted call has sampled is kept."""
+        results = self._results(step)
+        arguments = ["evaluate", "humaneval", str(output), "-n", str(self._humaneval), "--temperature", "0.2"]
+        arguments += ["-o", str(results.parent)]
+        if self._tensorboard:
+            # A directory of its own: TensorBoard reads one file of a directory at a time.
+            arguments += ["--tensorboard", str(self._run.tensorboard / "humaneval"), "--step", str(step)]
+        if self._call(step, "scored on HumanEval", arguments):
+            scores = read_json(results, "results of HumanEval")["temperatures"]["0.2"]["scores"]
+            passed = sum(each["passed"] > 0 for each in scores["problems"].values())
+            value = 100 * scores["pass_at_k"]["pass@1"]["value"]
+            log.info("step %d: HumanEval pass@1 %.2f %%, %d of 164 problems passed", step, value, passed)
 
     def _call(self, step: int, done: str, arguments: list[str]) -> bool:
         """Run a command and log its error message if it fails. Returns whether it succeeded."""

@@ -50,6 +50,7 @@ ON_RESUME = {
     "evaluation.sequences": APPLIES,
     "evaluation.samples": APPLIES,
     "evaluation.sample_tokens": APPLIES,
+    "evaluation.humaneval": APPLIES,
     "checkpoints.every_steps": APPLIES,
     "checkpoints.every_minutes": APPLIES,
     "checkpoints.keep_last": APPLIES,

@@ -143,6 +143,10 @@ class RunDirectory:
         """The model converted from the checkpoint after `step` optimizer steps."""
         return self.exports / f"step-{step:08d}"
 
+    def humaneval(self, step: int) -> Path:
+        """Samples and scores of HumanEval of the export after `step` optimizer steps."""
+        return self.path / "humaneval" / f"step-{step:08d}"
+
     @property
     def converted(self) -> Path:
         """The model converted after training, where the quickstart puts it."""

@@ -76,6 +76,8 @@ class Recipe(Section):
                 "export.every_steps needs all files of a checkpoint on one disk, but checkpoints.shared_disk is false: "
                 "run `codeparrot-ds convert --hostfile` after training instead"
             )
+        if every is None and self.evaluation.humaneval:
+            raise ValueError("evaluation.humaneval scores exports, but export.every_steps is null: set it")
         return self
 
     @property

@@ -264,12 +264,15 @@ class Evaluation(Section):
         sequences: number of validation sequences; the same ones at every evaluation.
         samples: number of texts to generate for the log at each evaluation, at temperature 0; 0 for none.
         sample_tokens: length of each generated text (tokens).
+        humaneval: samples per problem of HumanEval, at temperature 0.2, to score each export with; 0 for none. Uses one
+            core of rank 0's host and its sandbox.
     """
 
     every_steps: Positive = 1000
     sequences: Positive = 512
     samples: int = Field(0, ge=0)
     sample_tokens: Positive = 64
+    humaneval: int = Field(0, ge=0)
 
 
 class Checkpoints(Section):

@@ -100,6 +100,24 @@ def test_transformers_serve_serves_it(converted: Path, continuation: str, server
     assert answer["choices"][0]["text"] == continuation
 
 
+def test_transformers_serve_does_this_differently(converted: Path, continuation: str, server: str) -> None:
+    """As docs/serving.md says. If a release mends it, change the page."""
+    body = {"model": str(converted), "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "seed": 1}
+
+    def texts(**more: Any) -> list[str]:
+        return [choice["text"] for choice in call(f"{server}/v1/completions", {**body, **more})["choices"]]
+
+    stop = continuation[1:3]
+    (stopped,) = texts(stop=[stop])
+    assert continuation.startswith(stopped)
+    assert stop in stopped  # OpenAI's interface ends the text before it
+    assert stopped != continuation
+    assert texts(n=3) == [continuation]
+    assert texts(suffix="\n# the end") == [f"{continuation}\n# the end"]
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        texts(prompt=[PROMPT, PROMPT])
+
+
 def test_lm_eval_measures_what_the_model_computes(converted: Path, tmp_path: Path) -> None:
     """Bits per byte of some lines of code, from our own task, compared with a direct computation."""
     lines = ["import asyncio", "def close(self):\n    self._loop = None", "class Error(Exception):\n    pass"]
