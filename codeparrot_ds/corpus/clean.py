@@ -112,7 +112,13 @@ class CleanOptions:
     part: Slice | None = None
     dry_run: bool = False
 
+    @property
+    def fields(self) -> Fields:
+        """Fields of the input's rows. Raises ConfigError."""
+        return Fields(**self.cleaning.fields.model_dump())
+
     def __post_init__(self) -> None:
+        _ = self.fields
         if self.on_bad_document not in ("fail", "skip"):
             raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
         if self.file_format not in FORMATS:
@@ -198,7 +204,7 @@ class _Cleaner:
 
     def __init__(self, output: Path, work: Path, inputs: Inputs, options: CleanOptions, wanted: dict[str, Any]) -> None:
         self._output, self._work, self._inputs, self._options, self._wanted = output, work, inputs, options, wanted
-        self._fields = Fields(**options.cleaning.fields.model_dump())
+        self._fields = options.fields
         self._pieces = deal(inputs.pieces, _TASK_BYTES)
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 

@@ -120,7 +120,7 @@ class InputFields(Section):
         repository, path, licence, source, language, commit: provenance; "" for the usual names, where a row has them.
     """
 
-    text: str = "content"
+    text: str = Field("content", min_length=1)
     repository: str = ""
     path: str = ""
     licence: str = ""
