@@ -116,7 +116,10 @@ def _examples(path: Path, reasons: set[str], wanted: int) -> dict[str, list[str]
                     shown[reason] += [_describe(row) for row in rows]
                 open_reasons = {reason for reason in open_reasons if len(shown[reason]) < wanted}
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: damaged ({' '.join(str(error).split())}). Copy it again.") from None
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: damaged ({reason}). Copy it again, or run `codeparrot-ds corpus clean` again."
+        ) from None
     return shown
 
 

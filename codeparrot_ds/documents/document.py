@@ -1,6 +1,5 @@
 """Documents, bad documents, and documents made from the rows of tables."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -62,7 +61,7 @@ class Document(msgspec.Struct, frozen=True, order=True, gc=False):
 
     def to_json(self) -> str:
         """Serialize as one line of JSON."""
-        return json.dumps(self.to_row(), ensure_ascii=False) + "\n"
+        return msgspec.json.encode(self.to_row()).decode() + "\n"
 
 
 class BadDocument(msgspec.Struct, frozen=True, omit_defaults=True):
