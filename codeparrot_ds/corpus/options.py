@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.errors import ConfigError, list_problems
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -127,6 +128,10 @@ class InputFields(Section):
     source: str = ""
     language: str = ""
     commit: str = ""
+
+    def resolve(self) -> Fields:
+        """The fields. Raises ConfigError if provenance is to come from the field of the text."""
+        return Fields(**self.model_dump())
 
 
 class Cleaning(Section):
