@@ -136,7 +136,7 @@ def push_command(
     timeout: Annotated[float, typer.Option(help="Seconds without data after which an attempt fails.", min=1)] = 120,
     json_output: JsonOption = False,
 ) -> None:
-    """Push a finished directory to the Hugging Face Hub in one commit."""
+    """Push a finished directory to the Hugging Face Hub in one commit; a corpus as train and validation."""
     from codeparrot_ds.export.hub import push
 
     pushed = push(

@@ -52,7 +52,6 @@ from codeparrot_ds.corpus.measured import AllMeasured
 from codeparrot_ds.corpus.options import Cleaning, Decontamination
 from codeparrot_ds.corpus.output import WORK, finished_corpus, remove_work, require_ours, require_outside
 from codeparrot_ds.corpus.tallies import add_up
-from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.documents.inputs import Inputs, deal, search_inputs, text_bytes
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import REJECTED, REMOVED, count_reasons, encode_skipped
@@ -114,6 +113,7 @@ class CleanOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        self.cleaning.fields.resolve()
         if self.on_bad_document not in ("fail", "skip"):
             raise ConfigError(f"--on-bad-document {self.on_bad_document}: must be fail or skip.")
         if self.file_format not in FORMATS:
@@ -216,7 +216,7 @@ class _Cleaner:
 
     def __init__(self, output: Path, work: Path, inputs: Inputs, options: CleanOptions, wanted: dict[str, Any]) -> None:
         self._output, self._work, self._inputs, self._options, self._wanted = output, work, inputs, options, wanted
-        self._fields = Fields(**options.cleaning.fields.model_dump())
+        self._fields = options.cleaning.fields.resolve()
         self._pieces = deal(inputs.pieces, _TASK_BYTES)
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 
@@ -333,10 +333,7 @@ class _Cleaner:
             "text_bytes": int(measured.column("text_bytes")[decisions.kept].sum()),
             "removed": dict(sorted(counts.items())),
             "read_by": came_in,
-            "sizes": {
-                "read": describe_sizes(sizes),
-                "kept": describe_sizes(sizes[decisions.kept]),
-            },
+            "sizes": {"read": describe_sizes(sizes), "kept": describe_sizes(sizes[decisions.kept])},
             "duplicate_groups": describe_groups(measured, decisions),
         }
 

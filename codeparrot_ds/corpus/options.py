@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from codeparrot_ds.documents.fields import Fields
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.system.typed_yaml import Section, explain, parse_yaml
 
@@ -114,13 +115,17 @@ class InputFields(Section):
         repository, path, licence, source, language, commit: provenance; "" for the usual names, where a row has them.
     """
 
-    text: str = "content"
+    text: str = Field("content", min_length=1)
     repository: str = ""
     path: str = ""
     licence: str = ""
     source: str = ""
     language: str = ""
     commit: str = ""
+
+    def resolve(self) -> Fields:
+        """The fields. Raises ConfigError if provenance is to come from the field of the text."""
+        return Fields(**self.model_dump())
 
 
 class Cleaning(Section):

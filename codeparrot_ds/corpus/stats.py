@@ -116,7 +116,7 @@ def _examples(path: Path, reasons: set[str], wanted: int) -> dict[str, list[str]
                     rows = found.slice(0, wanted - len(shown[reason])).to_pylist()
                     shown[reason] += [_describe(row) for row in rows]
                 open_reasons = {reason for reason in open_reasons if len(shown[reason]) < wanted}
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{path}: damaged ({reason}). Copy it again, or run `codeparrot-ds corpus clean` again."

@@ -11,8 +11,8 @@ from codeparrot_ds.documents.compression import zstd
 from codeparrot_ds.documents.document import Document
 
 _ZSTD_LEVEL, _GZIP_LEVEL = 3, 6
-_ROWS = 1000  # of a parquet row group
 _BUFFER_BYTES = 1 << 20  # compressed at a time: one document at a time takes a third longer
+_ROWS = 1000  # of a parquet row group
 
 
 class DocumentWriter:
@@ -40,8 +40,8 @@ class DocumentWriter:
                 pq.ParquetWriter(path, self._schema, compression="zstd", compression_level=_ZSTD_LEVEL)
             )
         elif file_format == "jsonl.zst":
-            compressed = stack.enter_context(zstd.open(path, "wb", level=_ZSTD_LEVEL))
-            self._lines = stack.enter_context(io.BufferedWriter(compressed, _BUFFER_BYTES))
+            compressor = stack.enter_context(zstd.open(path, "wb", level=_ZSTD_LEVEL))
+            self._lines = stack.enter_context(io.BufferedWriter(compressor, _BUFFER_BYTES))
         else:
             assert file_format == "jsonl.gz", file_format
             raw = stack.enter_context(open(path, "wb"))  # noqa: SIM115 (closed by `stack`)

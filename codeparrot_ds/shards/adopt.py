@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.splits import require_fraction
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.foreign import TokenFile, batches, open_tokens
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
@@ -118,8 +119,7 @@ def _check_options(prefixes: list[Path], valid_fraction: float, output: Path | N
         raise ConfigError(f"{prefixes[1]}: must be in {directory}, next to {prefixes[0].name}, or use --output DIR.")
     if len({each.resolve() for each in prefixes}) < len(prefixes):
         raise ConfigError(f"{prefixes[1]}: is the training data itself. Name other data, or omit --valid-prefix.")
-    if not 0.0 < valid_fraction < 1.0:
-        raise ConfigError(f"valid fraction {valid_fraction}: must be between 0 and 1, e.g. 0.005.")
+    require_fraction(valid_fraction)
 
 
 def _missing_end_tokens(tokens: TokenFile, encoder: Encoder) -> str:

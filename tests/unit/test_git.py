@@ -119,7 +119,7 @@ BROKEN: dict[str, dict[str, str | None]] = {
     "a file that leads to itself": {".git": "gitdir: .git\n"},
     "an empty directory": {".git/x": ""},
     "no commit yet": {".git/HEAD": "ref: refs/heads/trunk\n"},
-    "a reference to a file outside": {".git/HEAD": "ref: refs/../../secret\n", "secret": "0" * 40},
+    "a reference to a file outside": {".git/HEAD": "ref: refs/../../key\n", ".git/refs/x": "", "key": "0" * 40},
     "a reference outside refs": {".git/HEAD": "ref: secret\n", ".git/secret": "0" * 40},
     "a reference to itself": {".git/HEAD": "ref: refs/heads/a\n", ".git/refs/heads/a": "ref: refs/heads/a\n"},
     "a commit that is none": {".git/HEAD": "0" * 39 + "g\n"},
