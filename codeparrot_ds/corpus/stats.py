@@ -87,7 +87,7 @@ def _rejected(path: Path) -> Iterator[dict[str, str]]:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(columns=columns):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"{path}: damaged ({reason}). Copy it again, or run `codeparrot-ds corpus clean` again."
