@@ -1,12 +1,15 @@
 """Throughput of the searches of `corpus clean` in the text of documents: secrets, licences, decontamination.
 
 Each search runs alone in this process, on the Python files below the directories, best of three rounds of CPU time.
-Prints a table and JSON.
+Prints a table, the number of secrets found by kind with a sample of each to read, each document that contains a problem
+with the problem and the common gram, and JSON.
 
-Usage: python benchmarks/corpus.py [DIRECTORY ...]   (default: this interpreter's library and packages)
+Usage: python benchmarks/corpus.py [--sample N] [DIRECTORY ...]   (default: this interpreter's library and packages)
 """
 
+import argparse
 import json
+import random
 import sys
 import sysconfig
 import time
@@ -55,10 +58,29 @@ def measure(name: str, function: Callable[[str], object], texts: Sequence[str]) 
     }
 
 
+def sample_of(documents: dict[Path, str], rules: Secrets) -> dict[str, list[str]]:
+    """All findings by kind with what is around them, in random order."""
+    found: dict[str, list[str]] = {}
+    for file, text in documents.items():
+        for secret in find_secrets(text, rules):
+            start = text.rfind("\n", 0, secret.start) + 1
+            before, after = text[start : secret.start][-60:], text[secret.end :].partition("\n")[0][:30]
+            value = text[secret.start : secret.end].replace("\n", " ")[:60]
+            line = f"{file.name}:{text.count(chr(10), 0, secret.start) + 1}: {before}[{value}]{after}"
+            found.setdefault(secret.kind, []).append(line)
+    for lines in found.values():
+        random.Random(0).shuffle(lines)
+    return found
+
+
 def main() -> None:
     """Run the benchmark and print its results."""
-    default = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
-    directories = [Path(argument) for argument in sys.argv[1:] or default]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directories", nargs="*", type=Path)
+    parser.add_argument("--sample", type=int, default=5, help="secrets of each kind to print")
+    options = parser.parse_args()
+    default = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+    directories = options.directories or default
     documents = read_texts(directories, lambda file: file.suffix == ".py")
     licences = read_texts(directories, lambda file: file.name.upper().startswith(_LICENCE_FILES))
     problems, rules = Problems.load(Decontamination()), Secrets()
@@ -77,8 +99,11 @@ def main() -> None:
             f"{row['search']:16} {row['documents']:9,} {row['megabytes']:7,} "
             f"{row['documents_per_cpu_second']:18,} {row['megabytes_per_cpu_second']:11,}"
         )
-    found = Counter(each.kind for text in texts for each in find_secrets(text, rules))
-    print("secrets found:", ", ".join(f"{count} {kind}" for kind, count in found.most_common()) or "none")
+    lines = sample_of(documents, rules)
+    found = Counter({kind: len(listed) for kind, listed in lines.items()})
+    for kind, count in found.most_common():
+        print(f"secrets found: {count:,} {kind}")
+        print("".join(f"  {ascii(line)[1:-1]}\n" for line in lines[kind][: options.sample]), end="")
     flagged = {str(file): match for file, text in documents.items() if (match := problems.find(text))}
     print(f"documents with a problem: {len(flagged)} ({len(flagged) / len(texts):.3%})")
     for file, match in flagged.items():

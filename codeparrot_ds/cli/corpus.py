@@ -86,7 +86,7 @@ def corpus_clean(
     part: Annotated[
         str | None, typer.Option("--slice", help="I/N: measure only slice I of N; the last slice finishes the corpus.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be removed; write no corpus.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be removed; write nothing.")] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Remove duplicates, near-duplicates and unsuitable documents from a corpus, and account for each of them."""

@@ -56,6 +56,8 @@ def measure_task(task: Task) -> int:
     rules = _rules(task.cleaning)
     found: list[Found] = []
     signatures: list[Signatures] = []
+    if rules.near_duplicates is not None:
+        signatures.append(sign([], rules.near_duplicates))  # the number of bands, also of a task without documents
     piece_ends: list[int] = []  # number of documents up to the end of each piece
     bad: list[BadDocument] = []
     secrets: Counter[str] = Counter()

@@ -146,6 +146,10 @@ def test_another_seed_or_model_is_not_resumed(
 def test_every_world_size_has_the_same_data_and_losses(train_tiny: Train, baseline: Trained) -> None:
     two, one = baseline, train_tiny("one", ranks=1, options=["batch.micro_batch_size=2"])
     assert two.digests() == one.digests()
+    # Every three optimizer steps, each of which is two forward passes on one rank, and one on two.
+    saved = [[path.name for path in sorted((run.run.path / "checkpoints").glob("step-*"))] for run in (one, two)]
+    assert saved == [["step-00000003", "step-00000006"]] * 2
+    assert one.valid_losses().keys() == two.valid_losses().keys()
     for a, b in zip(two.losses(), one.losses(), strict=True):
         assert math.isclose(float.fromhex(a), float.fromhex(b), rel_tol=1e-4)
 

@@ -1,5 +1,6 @@
 """launch/bootstrap.py: missing packages are installed if permitted, otherwise the command to run is printed."""
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -68,3 +69,26 @@ def test_the_constraints_pin_torch_first() -> None:
     assert pins[0] == "torch==2.13.0"
     assert all("==" in pin for pin in pins)
     assert {"deepspeed==0.19.8", "transformers==5.23.0"} <= set(pins)
+
+
+def test_what_cleaning_needs_is_installed_also_into_an_older_environment(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "run", lambda command, quiet=False: commands.append(command))
+    monkeypatch.setattr(bootstrap, "succeeds", lambda command: True)
+    monkeypatch.setattr(bootstrap, "FINISHED", tmp_path / "installed")
+
+    def install(test: bool) -> list[str]:
+        """The requirements that are installed."""
+        commands.clear()
+        bootstrap.install_python_packages(argparse.Namespace(test=test, offline_wheels=None, torch_index=None))
+        return [command[-1] for command in commands if "install" in command]
+
+    assert install(test=False) == ["torch", ".[corpus]"]
+    assert install(test=False) == []
+    older = (tmp_path / "installed").read_text().removesuffix(" corpus")  # as written before there was this extra
+    (tmp_path / "installed").write_text(older)
+    assert install(test=False) == ["torch", ".[corpus]"]
+    assert install(test=True) == ["torch", ".[test]"]
+    assert install(test=False) == []  # `test` contains `corpus`

@@ -253,12 +253,16 @@ def test_the_order_of_the_input_does_not_decide_what_is_kept(source: Path, tmp_p
     assert first.text == second.text
 
 
-def test_the_work_of_other_options_is_not_used(tmp_path: Path) -> None:
-    source = write(tmp_path / "in" / "a.jsonl", [function("one"), "def f(): pass"])
-    clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1, dry_run=True))
-    cleaning = NO_PROBLEMS.model_copy(update={"heuristics": None})
-    manifest = clean([source], tmp_path / "out", CleanOptions(cleaning=cleaning, workers=1))
-    assert manifest is not None and (manifest["documents"], manifest["removed"]) == (2, {})
+def test_the_work_of_other_options_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codeparrot_ds.corpus.clean._TASK_BYTES", 100)
+    for name, text in (("a", "def f(): pass"), ("b", function("one"))):
+        write(tmp_path / "in" / f"{name}.jsonl", [text])
+    for cleaning, result in ((NO_PROBLEMS, None), (NO_PROBLEMS.model_copy(update={"heuristics": None}), (2, {}))):
+        for index in (0, 1)[: 1 if result is None else 2]:
+            manifest = clean(
+                [tmp_path / "in"], tmp_path / "out", CleanOptions(cleaning, workers=1, part=Slice(index, 2))
+            )
+        assert (manifest and (manifest["documents"], manifest["removed"])) == result
 
 
 @pytest.mark.parametrize("before", ["nothing", "unfinished", "finished"])

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codeparrot_ds.corpus.clean import CleanOptions, clean
-from codeparrot_ds.corpus.options import Cleaning
+from codeparrot_ds.corpus.options import Cleaning, NearDuplicates
 from codeparrot_ds.corpus.stats import summarize
 from codeparrot_ds.documents.inputs import Corpus, find_inputs
 from codeparrot_ds.documents.walk import REMOVED
@@ -124,6 +124,21 @@ def test_workers_and_slices_list_the_same_bad_documents(
         )
     assert len(one["files"]) > 2
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "sliced")
+
+
+def test_tasks_without_documents_are_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task each for an empty file, a file with nothing but bad documents, and documents with some duplicates."""
+    monkeypatch.setattr("codeparrot_ds.corpus.clean._TASK_BYTES", 1)
+    words = " ".join(f"name_{i}" for i in range(40))
+    write(tmp_path / "in" / "empty.jsonl", b"")
+    write(tmp_path / "in" / "empty.jsonl.gz", gzip.compress(b""))
+    write(tmp_path / "in" / "bad.jsonl.gz", gzip.compress(b"bad\n"))
+    for name, text in (("a", words), ("b", f"{words} more"), ("c", f"{words} \n"), ("d", "other")):
+        write(tmp_path / "in" / f"{name}.jsonl.gz", gzip.compress(row(text)))
+    cleaning = READING.model_copy(update={"near_duplicates": NearDuplicates()})
+    manifest = run([tmp_path / "in"], tmp_path / "out", on_bad_document="skip", cleaning=cleaning)
+    assert manifest["removed"] == {"exact duplicate": 1, "near-duplicate": 1, "unreadable": 1}
+    assert manifest["documents"] == 2
 
 
 @pytest.mark.parametrize("on_bad_document", ["fail", "skip"])

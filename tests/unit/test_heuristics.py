@@ -1,17 +1,28 @@
 """CodeParrot's measures and rules: equal to a naive version, and both sides of every threshold."""
 
 import hashlib
+import json
+import math
 import re
 import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
+from codeparrot_ds.corpus.clean import CleanOptions, clean
 from codeparrot_ds.corpus.heuristics import Measures, digest_without_space, draw, find_reason, measure
-from codeparrot_ds.corpus.options import Heuristics
+from codeparrot_ds.corpus.near_duplicates import sign
+from codeparrot_ds.corpus.options import Cleaning, Heuristics, NearDuplicates
+from codeparrot_ds.documents.inputs import Corpus
 
 RULES = Heuristics()
 FINE = Measures(80, 30.0, 0.6, False, False, False, 9)
@@ -37,8 +48,46 @@ def naive(text: str) -> Measures:
     )
 
 
+def naive_reason(text: str, tokens: int | None = None) -> tuple[str, float] | None:
+    """The original's filter, in its order. Draws are from the digest of the document."""
+    found, digest = naive(text), xxhash.xxh3_128(text.encode()).digest()
+    drawn = {
+        rule: xxhash.xxh3_64(digest + rule.encode()).intdigest() / 2**64 for rule in ("config or test", "no keywords")
+    }
+    rules: list[tuple[str, bool, float]] = [
+        ("generated", found.generated, 1),
+        ("longest line", found.line_max > 1000, found.line_max),
+        ("mean line", found.line_mean > 100, found.line_mean),
+        ("alphanumeric share", found.alphanumeric_share < 0.25, found.alphanumeric_share),
+        ("characters per token", tokens is not None and len(text) / tokens < 1.5, len(text) / (tokens or 1)),
+        ("config or test", found.config_or_test and drawn["config or test"] <= 0.7, drawn["config or test"]),
+        ("no keywords", found.no_keywords and drawn["no keywords"] <= 0.7, drawn["no keywords"]),
+        ("few assignments", found.assignments <= 4, found.assignments),
+    ]
+    return next(((name, value) for name, applies, value in rules if applies), None)
+
+
+def naive_tokens(text: str) -> set[str]:
+    return set(re.split("[^A-Za-z_0-9]", text)) - {""}
+
+
 def without_space(text: str) -> str:
     return re.sub(r"\s+", "", text)
+
+
+@cache
+def files_of_this_machine() -> list[Path]:
+    """All Python files of the standard library, the installed packages and the system's Python."""
+    roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/lib/python3"}
+    return sorted({file for root in roots for file in Path(root).rglob("*.py")})
+
+
+def texts_of(files: Iterable[Path]) -> Iterator[str]:
+    """Texts that are UTF-8, and not empty."""
+    for file in filter(Path.is_file, files):
+        with suppress(UnicodeDecodeError):
+            if text := file.read_bytes().decode():
+                yield text
 
 
 @given(st.text(st.sampled_from("aZ9=_ \t\n\r\x0b\x1c\x85\u2028\u00a0é中٣🦜İß"), min_size=1))
@@ -52,13 +101,56 @@ def test_measures_equal_the_original_on_what_the_rules_look_for(words: list[str]
     assert measure(text, RULES) == naive(text)
 
 
-def test_measures_equal_the_original_on_this_machines_files() -> None:
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:120]
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    assert len(texts) > 50
-    found = [measure(text, RULES) for text in texts if text]
-    assert found == [naive(text) for text in texts if text]
-    assert {each.config_or_test for each in found} == {each.no_keywords for each in found} == {False, True}
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("every", [100, pytest.param(1, marks=pytest.mark.nightly)])
+def test_measures_equal_the_original_on_this_machines_files(every: int) -> None:
+    """Every measure, the reason that follows from them, and the sets of tokens that are compared."""
+    seen: Counter[str] = Counter()
+    near, kinds = NearDuplicates(), []
+    for text in texts_of(files_of_this_machine()[::every]):
+        found = measure(text, RULES)
+        assert found == naive(text)
+        reason = find_reason(found, RULES, xxhash.xxh3_128_digest(text.encode()), python=True)
+        assert reason == naive_reason(text)
+        assert digest_without_space(text) == xxhash.xxh3_128(without_space(text).encode()).digest()
+        hashes = sign([text], near).sets.tolist()
+        compared = len(re.findall("[A-Za-z_0-9]+", text)) >= 10
+        assert sorted(hashes) == sorted(xxhash.xxh3_64(t.encode()).intdigest() for t in naive_tokens(text) if compared)
+        seen[reason[0] if reason else "kept"] += 1
+        kinds.append((found.config_or_test, found.no_keywords, found.generated))
+    assert sum(seen.values()) > 20_000 / every
+    assert {"kept", "few assignments", "config or test", "no keywords"} <= set(seen)
+    assert all(set(column) == {False, True} for column in list(zip(*kinds, strict=True))[:2])
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("every", [200, pytest.param(5, marks=pytest.mark.nightly)])
+def test_clean_removes_what_the_original_removes(every: int, tmp_path: Path, data: Path) -> None:
+    """Real files with some copies, through the command: each document's reason and value, and the kept documents."""
+    texts = [text for text in texts_of(files_of_this_machine()[::every]) if text.strip()]
+    texts += [text.replace("\n", "\n\n") for text in texts[::9]]
+    with open(tmp_path / "in.jsonl", "w") as out:
+        out.writelines(json.dumps({"content": text, "path": f"{i}.py"}) + "\n" for i, text in enumerate(texts))
+    rules = {"near_duplicates": None, "secrets": None, "decontamination": {"enabled": False}}
+    options = CleanOptions(cleaning=Cleaning.model_validate(rules), workers=1, tokenizer=data / "tokenizer")
+    clean([tmp_path / "in.jsonl"], tmp_path / "out", options)
+
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
+    kept_of: dict[str, list[tuple[str, int]]] = {}
+    for i, text in enumerate(texts):
+        kept_of.setdefault(without_space(text), []).append((xxhash.xxh3_128(text.encode()).hexdigest(), i))
+    first = {bare: min(copies)[1] for bare, copies in kept_of.items()}
+    expected = {}
+    for i, text in enumerate(texts):
+        if (kept := first[without_space(text)]) != i:
+            expected[f"{i}.py"] = ("exact duplicate", f"{kept}.py")
+        elif reason := naive_reason(text, len(tokenizer.encode(text, add_special_tokens=False).ids)):
+            expected[f"{i}.py"] = (reason[0], f"{reason[1]:.6g}")
+    rows = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert {row["path"]: (row["reason"], row["value"]) for row in rows} == expected
+    kept_texts = {document.path: document.text for document in Corpus.open(tmp_path / "out")}
+    assert kept_texts == {f"{i}.py": text for i, text in enumerate(texts) if f"{i}.py" not in expected}
+    assert {"exact duplicate", "config or test", "few assignments"} <= {reason for reason, _ in expected.values()}
 
 
 @given(st.text(st.sampled_from("ab \t\n\r\x0b\x0c\x1c\x1f\x85\u2028\u00a0\u3000é\u200b")))
@@ -67,23 +159,50 @@ def test_exact_duplicates_differ_in_white_space_only(text: str) -> None:
     assert digest_without_space(text + "c") != digest_without_space(text)
 
 
-@pytest.mark.parametrize(
-    ("change", "kept", "removed", "reason"),
-    [
-        ("line_max", 1000, 1001, "longest line"),
-        ("line_mean", 100.0, 100.01, "mean line"),
-        ("alphanumeric_share", 0.25, 0.2499, "alphanumeric share"),
-        ("generated", False, True, "generated"),
-        ("assignments", 5, 4, "few assignments"),
-    ],
-)
-def test_both_sides_of_each_threshold(change: str, kept: Any, removed: Any, reason: str) -> None:
-    def having(value: Any) -> Measures:
-        names = Measures.__slots__
-        return Measures(**{name: value if name == change else getattr(FINE, name) for name in names})
+CODE = "def f():\n" + "    name = 1\n" * 20  # what no rule removes
+# Of each threshold: a text that is kept, one that is removed, and why.
+TEXTS: dict[str, tuple[str, str, str]] = {
+    "line_max": (f"{CODE}{'a' * 1000}\n", f"{CODE}{'a' * 1001}\n", "longest line"),
+    "line_mean": ("x = 1 #" + "a" * 93, "x = 1 #" + "a" * 94, "mean line"),
+    "alphanumeric_share": ("a" * 25 + "=" * 75, "a" * 24 + "=" * 76, "alphanumeric share"),
+    "scanned_lines": ("\n" * 5 + "# auto-generated\n" + CODE, "\n" * 4 + "# auto-generated\n" + CODE, "generated"),
+    "config_or_test_per_line": (f"{CODE}# test", f"{CODE}# test test", "config or test"),  # 21 lines: int(1.05)
+    "assignments": ("for x in y: ab(x=1, y=2, z==3, u=4)", "for x in y: ab(x=1, y=2, z=3, u=4)", "few assignments"),
+}
 
-    assert find_reason(having(kept), RULES, DIGEST, python=True) is None
-    assert find_reason(having(removed), RULES, DIGEST, python=True) == (reason, float(removed))
+
+@pytest.mark.parametrize("threshold", TEXTS)
+def test_both_sides_of_each_threshold(threshold: str) -> None:
+    rules = Heuristics(removed_share=1.0, keywords=("def ", "for ", "x", "a"))
+    kept, removed, reason = TEXTS[threshold]
+    if threshold != "assignments":  # alone
+        rules = rules.model_copy(update={"assignments": 0})
+    assert find_reason(measure(kept, rules), rules, DIGEST, python=True) is None
+    found = find_reason(measure(removed, rules), rules, DIGEST, python=True)
+    assert found is not None and found[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("field", "measured"),
+    [("generated_phrases", "generated"), ("config_or_test_phrases", "config_or_test"), ("keywords", "no_keywords")],
+)
+def test_each_phrase_and_keyword_counts(field: str, measured: str) -> None:
+    without = "x = 1\n" * 100
+    for phrase in getattr(RULES, field):
+        for text in (f"# {phrase}\n{without}", f"# {phrase.upper()}\n{without}"):
+            assert getattr(measure(text, RULES), measured) is not getattr(measure(without, RULES), measured), phrase
+        assert measure(f"# {phrase[:-1]}\n{without}", RULES) == naive(f"# {phrase[:-1]}\n{without}")
+    for word in RULES.config_or_test_words:
+        assert measure(f"{without}{word * 6}", RULES).config_or_test
+        assert not measure(f"{without}{word * 5}", RULES).config_or_test
+
+
+@pytest.mark.parametrize(("field", "rule"), [("config_or_test", "config or test"), ("no_keywords", "no keywords")])
+def test_both_sides_of_the_removed_share(field: str, rule: str) -> None:
+    document = Measures(**{name: getattr(FINE, name) or name == field for name in Measures.__slots__})
+    drawn = draw(DIGEST, rule)
+    for share, expected in ((drawn, (rule, drawn)), (math.nextafter(drawn, 0), None)):
+        assert find_reason(document, Heuristics(removed_share=share), DIGEST, python=True) == expected
 
 
 def test_characters_per_token_need_a_tokenizer() -> None:
