@@ -54,6 +54,7 @@ class _Queue:
             while len(self._levels) <= level:
                 self._levels.append(deque())
             self._levels[level].append(program)
+            self._level = min(self._level, level)  # others may have gone on while this one ran
 
     def passed(self, program: int, cpu_seconds: float) -> None:
         """Note that a program solves its problem in this time."""
@@ -75,7 +76,7 @@ def run_programs(
     """Run every program in a sandbox and yield (its number, outcome), in order of completion.
 
     Args:
-        programs: Python sources; no one is trusted.
+        programs: Python sources, none of which is trusted.
         limits: of each; the defaults if None.
         workers: sandboxes, each of which uses a core; as many as there are cores if None.
         packages: names of installed packages that programs may import besides the standard library.
