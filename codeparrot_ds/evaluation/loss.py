@@ -65,7 +65,7 @@ def validation_loss(
     """
     model, _, device = load_pretrained(model_directory)
     sources = {shards: 1.0} if isinstance(shards, Path) else shards
-    valid = Dataset.open(sources, model.config.n_positions).valid
+    valid = Dataset.open(sources, model.config.n_positions).require_valid()
     for directory in sources if (model_directory / TOKENIZER_FILE).exists() else ():
         fix = "Ids mean something else to the model: use shards that were built with its tokenizer."
         require_same_encoding(directory / "tokenizer", model_directory, fix)

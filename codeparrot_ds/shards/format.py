@@ -269,8 +269,9 @@ class Manifest:
         vocab_size, eos_id, tokenizer_digest: of the tokenizer.
         dtype: of the ids, "uint16" or "int32".
         shards: manifest entries of the shards, in order.
-        inputs: as given to `shards build`, or the adopted prefix.
-        sources: the input files, `{"name", "bytes"}` each.
+        inputs: as given to `shards build`, or the adopted prefixes.
+        valid_inputs: input that is for validation alone, as given.
+        sources: the input files, `{"name", "bytes"}` each, and "split" if it is for one split alone.
         options: the build options that determine the output bytes.
         documents: counts; "read" = "written" + "quarantined" + "empty".
         skipped_files: input files that were not read, counted by reason; `rejected.jsonl` names them.
@@ -283,6 +284,7 @@ class Manifest:
     dtype: str
     shards: tuple[ShardInfo, ...]
     inputs: list[str] = field(default_factory=list)
+    valid_inputs: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
@@ -324,6 +326,7 @@ class Manifest:
             "skipped_files": self.skipped_files,
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "inputs": self.inputs,
+            **({"valid_inputs": self.valid_inputs} if self.valid_inputs else {}),
             "sources": self.sources,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -344,6 +347,7 @@ class Manifest:
                 directory=store.path if isinstance(store, LocalDirectory) else directory,
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
                 skipped_files=body.get("skipped_files", {}),  # absent from shards of earlier versions
+                valid_inputs=body.get("valid_inputs", []),
                 **{
                     key: body[key]
                     for key in (

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from codeparrot_ds.cli import app
 from codeparrot_ds.errors import DataError
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN
 from codeparrot_ds.tokenizer.kinds import KINDS, kinds_of
 from codeparrot_ds.tokenizer.report import report
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
 from tests.tokenizer_kinds import KINDS as TOKENIZERS
 from tests.tokenizer_kinds import save, sources
 
