@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,9 +52,21 @@ def complete(model_directory: Path, prompts: list[str], sampling: Sampling) -> l
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        completions.append([first_block(text) for text in texts])
+        completions.append([first_block(text) for text in _after(tokenizer, output, length)])
     return completions
+
+
+def _after(tokenizer: Any, ids: torch.Tensor, length: int) -> list[str]:
+    """The text after the first `length` tokens of each row of `ids`.
+
+    Decoded with the tokens before it where possible: on its own, SentencePiece's decoder drops a blank at its start.
+    """
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    (prompt,) = tokenizer.batch_decode(ids[:1, :length], **how)
+    return [
+        text.removeprefix(prompt) if text.startswith(prompt) else tokenizer.decode(row[length:], **how)
+        for text, row in zip(tokenizer.batch_decode(ids, **how), ids, strict=True)
+    ]
 
 
 def first_block(text: str) -> str:
