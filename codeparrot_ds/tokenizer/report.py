@@ -141,7 +141,7 @@ def load_any(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many types, by what is missing or damaged
         raise DataError(
             f"{name}: transformers finds no tokenizer here or on the Hub ({str(error).splitlines()[0]}). Name a "

@@ -22,6 +22,7 @@ from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.report import report
 from tests.conftest import RunRanks, train
 from tests.tokenizer_kinds import KINDS, save, sources, unigram
 
@@ -156,6 +157,16 @@ def test_a_tokenizer_that_loses_text_is_refused(make: Callable[[], Tokenizer], m
     with pytest.raises(DataError, match=message):
         adopt(tmp_path / "train", tmp_path / "tokenizer")
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_report_takes_what_transformers_takes(tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "def", "x", "(", ")", ":", "##s"]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "a.py").write_text("def xs(x): x\n")
+    (found,) = report(tmp_path / "bert", [str(tmp_path / "a.py")], suffix=".py").as_json()["tokenizers"]
+    assert (found["vocab_size"], found["tokens"], found["words"], found["fertility"]) == (11, 8, 4, 5 / 4)
 
 
 def test_training_without_validation(forked: RunRanks, tiny_recipe: dict[str, Any], data: Path, tmp_path: Path) -> None:
