@@ -48,8 +48,8 @@ def prose() -> Iterator[str]:
             yield text
 
 
-def train(corpus: Path, output: Path) -> Path:
-    command = [sys.executable, "-m", "codeparrot_ds.cli", "tokenizer", "train", str(corpus), "-o", str(output)]
+def train(source: Path, output: Path) -> Path:
+    command = [sys.executable, "-m", "codeparrot_ds.cli", "tokenizer", "train", str(source), "-o", str(output)]
     subprocess.run([*command, "--vocab-size", str(VOCAB_SIZE)], check=True)
     return output
 
@@ -80,13 +80,10 @@ def compare(directory: Path, megabytes: float) -> dict[str, Any]:
     if size == 0:
         raise SystemExit(f"{megabytes} MB are all Python files of this machine: none is left to count on. Choose less.")
     paragraphs = list(prose())
-    (directory / "documentation").mkdir()
-    for start in range(0, len(paragraphs), 1000):
-        text = "\n".join(paragraphs[start : start + 1000])
-        (directory / "documentation" / f"{start}.txt").write_text(text)
-    collect(directory / "english", [directory / "documentation"], suffix=".txt")
+    with open(directory / "english.jsonl", "w") as file:
+        file.writelines(json.dumps({"content": text}) + "\n" for text in paragraphs)
     own = train(sample, directory / "tokenizer-of-python")
-    others = [train(directory / "english", directory / "tokenizer-of-english"), gpt2(directory / "gpt2")]
+    others = [train(directory / "english.jsonl", directory / "tokenizer-of-english"), gpt2(directory / "gpt2")]
     found = report(own, [str(directory / "held-out.jsonl")], [other for other in others if other is not None])
     print(*found.table(), sep="\n")
     measured = found.as_json()

@@ -1,21 +1,17 @@
 """The encoder of a build and the reference encoder (referee) that checks it: chosen once, loaded once per process."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
-from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.read import Piece, read_documents
-from codeparrot_ds.errors import DataError, UserError
+from codeparrot_ds.documents.excerpts import read_excerpts, some_pieces
+from codeparrot_ds.documents.piece import Piece
+from codeparrot_ds.errors import DataError
 from codeparrot_ds.system.jobs import run_apart
 from codeparrot_ds.tokenizer.cases import uncovered
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder, fast_label
 from codeparrot_ds.tokenizer.proof import choose_encoder, known_outcome
-
-_SAMPLE_FILES, _SAMPLE_CHARACTERS = 8, 64_000  # number of sampled input files in the proof; characters per file
 
 
 def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: Sequence[Piece], text_field: str) -> str:
@@ -25,28 +21,14 @@ def choose_with_sample(tokenizer: Path, referee: Encoder, wanted: str, pieces: S
     """
     if known_outcome(referee) is not None or uncovered(referee.parts) is not None or wanted == "tokenizers":
         return choose_encoder(tokenizer, referee, wanted, [])
-    files = [piece for piece in pieces if piece.kind != "hub"]
-    sample = files[:: -(-len(files) // _SAMPLE_FILES) or 1]
+    sample = some_pieces([piece for piece in pieces if piece.kind != "hub"])
     return run_apart(_choose_apart, (tokenizer, wanted, sample, text_field))
 
 
 def _choose_apart(task: tuple[Path, str, list[Piece], str]) -> str:
     tokenizer, wanted, pieces, text_field = task
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # a process of its own: the reference encoder may use all cores
-    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, _sample(pieces, text_field))
-
-
-def _sample(pieces: Sequence[Piece], text_field: str) -> Iterator[str]:
-    """Documents from the start of some files. Unreadable ones are skipped here; the build reports them."""
-    for piece in pieces[:_SAMPLE_FILES]:
-        characters = 0
-        with suppress(UserError, OSError):
-            for read in islice(read_documents(piece, text_field), 1000):
-                if isinstance(read, Document):
-                    yield read.text[:_SAMPLE_CHARACTERS]
-                    characters += len(read.text)
-                if characters > _SAMPLE_CHARACTERS:
-                    break
+    return choose_encoder(tokenizer, Encoder(tokenizer), wanted, read_excerpts(pieces, text_field))
 
 
 def trusted_labels(chosen: str, referee: Encoder) -> set[str]:

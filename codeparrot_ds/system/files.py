@@ -83,6 +83,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, dump_json(value))
 
 
+def require_empty(path: Path) -> None:
+    """Raise ConfigError unless `path` is absent or an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
+
+
 @contextmanager
 def publish_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`; rename it to `path` on success, delete it on failure.
@@ -91,8 +97,7 @@ def publish_directory(path: Path) -> Iterator[Path]:
     creating it.
     """
     path = path.resolve()  # "." has no name from which to derive a sibling
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
+    require_empty(path)
     temporary = path.with_name(f".{path.name}.tmp")
     make_directory(temporary)
     busy = f"{path}: another process is creating it now. Wait for it, or name another directory."

@@ -1,7 +1,7 @@
 """Training a tokenizer, exact encoding, and agreement with transformers."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.tokenizer import train as training
+from codeparrot_ds.tokenizer import trainers
 from codeparrot_ds.tokenizer.directory import EOS_TOKEN, require_same_encoding
 from codeparrot_ds.tokenizer.encode import Encoder
-from codeparrot_ds.tokenizer.train import train
+from codeparrot_ds.tokenizer.train import TrainOptions, train
+from codeparrot_ds.tokenizer.trainers import RESERVED_TOKENS
 from tests.conftest import VOCAB_SIZE
+
+SLOW = TrainOptions(trainer="tokenizers", workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def test_transformers_reads_it_with_the_same_ids(encoder: Encoder, data: Path) -
 
 
 def test_training_twice_gives_the_same_merges(data: Path, tmp_path: Path) -> None:
-    again = train(data / "corpus", tmp_path / "tokenizer", VOCAB_SIZE, 32)
+    again = train(data / "corpus", tmp_path / "tokenizer", VOCAB_SIZE, 32, SLOW)
     assert again["digest"] == Encoder(data / "tokenizer").digest
 
 
@@ -97,29 +102,29 @@ def by_digest(corpus: Path) -> list[bytes]:
 
 
 def test_the_default_limit_is_below_every_possible_overflow() -> None:
-    assert training.MAX_TEXT_BYTES < 2**31
+    assert trainers.MAX_TEXT_BYTES < 2**31
 
 
 def test_a_small_corpus_is_used_whole(data: Path) -> None:
-    texts = by_digest(data / "corpus")
+    texts = [text for text in by_digest(data / "corpus") if text]
     manifest = json.loads((data / "tokenizer" / "manifest.json").read_text())
     assert manifest["trained_on"] == {"documents": len(texts), "bytes": sum(map(len, texts))}
 
 
 def test_of_a_larger_corpus_the_first_by_digest_are_used(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = by_digest(data / "corpus")
+    texts = [text for text in by_digest(data / "corpus") if text]
     limit = sum(map(len, texts)) // 3
-    fitting = [total for total in accumulate(len(text) for text in texts if len(text) <= limit) if total <= limit]
-    manifest = train(data / "corpus", tmp_path / "a", 300, max_text_bytes=limit)
+    monkeypatch.setattr(trainers, "MAX_TEXT_BYTES", limit)
+    fitting = [total for total in accumulate(map(len, texts)) if total <= limit]
+    manifest = train(data / "corpus", tmp_path / "a", 300, options=SLOW)
     assert manifest["trained_on"] == {"documents": len(fitting), "bytes": fitting[-1]}
     assert 0.8 * limit < fitting[-1] <= limit
     assert f"note: training on {len(fitting):,} of {len(texts):,} documents" in capsys.readouterr().err
-    assert train(data / "corpus", tmp_path / "b", 300, max_text_bytes=limit)["digest"] == manifest["digest"]
+    assert train(data / "corpus", tmp_path / "b", 300, options=SLOW)["digest"] == manifest["digest"]
 
-    chosen = [text for text in texts if len(text) <= limit][: len(fitting)]
-    reference = trained_on([text.decode() for text in chosen], 300)
+    reference = trained_on([text.decode() for text in texts[: len(fitting)]], 300)
     assert merges_of(tmp_path / "a") == json.loads(reference.to_str())["model"]["merges"]
 
 
@@ -131,30 +136,34 @@ def written_corpus(directory: Path, *texts: str) -> Path:
     return directory / "corpus"
 
 
-def test_the_limit_holds_to_the_byte_and_a_document_above_it_is_skipped(tmp_path: Path) -> None:
+def test_the_limit_holds_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = written_corpus(tmp_path, "ab " * 100, "é" * 150 + "é", "cd " * 400)  # 300, 302 and 1,200 bytes
-    sizes = {602: (2, 602), 601: (1, None), 302: (1, None), 1802: (3, 1802), 1801: (2, None)}
-    for limit, (documents, size) in sizes.items():
-        trained = train(corpus, tmp_path / str(limit), 258, max_text_bytes=limit)["trained_on"]
-        assert trained["documents"] == documents and trained["bytes"] <= limit
-        assert size in (None, trained["bytes"])
+    sizes = [*accumulate(map(len, by_digest(corpus)))]
+    assert sizes[-1] == 1802
+    for documents, size in enumerate(sizes, 1):
+        for limit, expected in ((size, documents), (size - 1, documents - 1), (size + 1, documents)):
+            if expected:
+                monkeypatch.setattr(trainers, "MAX_TEXT_BYTES", limit)
+                trained = train(corpus, tmp_path / str(limit), 262, options=SLOW)["trained_on"]
+                assert trained == {"documents": expected, "bytes": sizes[expected - 1]}
 
 
-def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+def test_nothing_to_train_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = written_corpus(tmp_path, "ab " * 100)
-    with pytest.raises(DataError, match="too small for 258 tokens"):
-        train(corpus, tmp_path / "tokenizer", 258, max_text_bytes=299)
-    assert not (tmp_path / "tokenizer").exists()
+    monkeypatch.setattr(trainers, "MAX_TEXT_BYTES", 299)
+    with pytest.raises(DataError, match="too small for 262 tokens; 0 documents yield 261"):
+        train(corpus, tmp_path / "tokenizer", 262, options=SLOW)
+    assert not list(tmp_path.glob("*tokenizer*"))
 
 
-def trained_on(texts: list[str], vocab_size: int) -> Tokenizer:
+def trained_on(texts: list[str], vocab_size: int, reserved: Sequence[str] = RESERVED_TOKENS) -> Tokenizer:
     """A tokenizer of the library itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(reserved), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -167,9 +176,9 @@ def test_a_frequent_pair_that_was_not_merged_is_found(data: Path) -> None:
     wrong = trained_on([text.replace("  ", " \n") for text in texts], VOCAB_SIZE)
     assert ["Ġ", "Ġ"] not in json.loads(wrong.to_str())["model"]["merges"]
     with pytest.raises(DataError, match=r"' ' \+ ' ' occurs at least [\d,]+ times and was never merged, but"):
-        training.require_frequent_pairs_merged(wrong, texts, texts)
+        trainers.require_frequent_pairs_merged(wrong, texts, texts)
     right = trained_on(texts, VOCAB_SIZE)
-    training.require_frequent_pairs_merged(right, texts, texts)
+    trainers.require_frequent_pairs_merged(right, texts, texts)
 
 
 def test_a_tokenizer_that_fails_the_check_is_not_stored(
@@ -177,21 +186,24 @@ def test_a_tokenizer_that_fails_the_check_is_not_stored(
 ) -> None:
     def refuse(tokenizer: Tokenizer, texts: Iterable[str], some: Iterable[str]) -> None:
         assert tokenizer.get_vocab_size() == 300
-        assert list(texts) == list(some) == [document.text for document in Corpus.open(data / "corpus")]
+        expected = [document.text for document in Corpus.open(data / "corpus") if document.text]
+        assert list(texts) == list(some) == expected
         raise DataError("a pair was not merged")
 
     monkeypatch.setattr(training, "require_frequent_pairs_merged", refuse)
     with pytest.raises(DataError, match="a pair was not merged"):
-        train(data / "corpus", tmp_path / "tokenizer", 300)
+        train(data / "corpus", tmp_path / "tokenizer", 300, options=SLOW)
     assert not (tmp_path / "tokenizer").exists()
 
 
-@pytest.mark.parametrize("vocab_size", [257, 258, 300, 1000])
+@pytest.mark.parametrize("vocab_size", [261, 262, 300, 1000])
 def test_a_right_tokenizer_passes_the_check(tmp_path: Path, vocab_size: int) -> None:
     """Also where all text is one long word, blanks, or of the same characters."""
     words = " ".join(f"w{n}x{n * n}" for n in range(4000))
     corpus = written_corpus(tmp_path, " " * 5000, "a" * 5000, "ab" * 2000, "'s 'd " * 300, "é🦜" * 500, words)
-    assert train(corpus, tmp_path / "tokenizer", vocab_size)["vocab_size"] == vocab_size
+    slow = train(corpus, tmp_path / "slow", vocab_size, options=SLOW)
+    assert slow["vocab_size"] == vocab_size
+    assert train(corpus, tmp_path / "default", vocab_size, options=TrainOptions(workers=1))["digest"] == slow["digest"]
 
 
 @pytest.mark.nightly
@@ -200,10 +212,10 @@ def test_pair_counts_of_tokenizers_overflow_at_2_to_the_31_and_the_check_finds_i
     """8,591 words of 249,999 pairs of blanks are 2,147,741,409 pairs, 0.012 % more than 2**31. 8,589 are fewer."""
     word, rest = " " * 250_000, "abab " * 50_000
     assert 8589 * 249_999 < 2**31 < 8591 * 249_999
-    tokenizer = trained_on([word] * 8591 + [rest], 260)
+    tokenizer = trained_on([word] * 8591 + [rest], 260, [EOS_TOKEN])
     assert ["Ġ", "Ġ"] not in json.loads(tokenizer.to_str())["model"]["merges"]  # if it is, the library counts further
     with pytest.raises(DataError, match=r"' ' \+ ' ' occurs at least 249,999 times and was never merged"):
-        training.require_frequent_pairs_merged(tokenizer, [word, rest], [word, rest])
+        trainers.require_frequent_pairs_merged(tokenizer, [word, rest], [word, rest])
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_every_figure_equals_a_plain_computation(data: Path, tmp_path: Path) -> 
     size = tokenizer.get_vocab_size()
     assert measured["unused_tokens"]["count"] == size - len(set(ids))
     assert list(measured["unused_tokens"]["tokens"]) == [str(i) for i in range(size) if i not in set(ids)]
-    shown = [tokenizer.decode([i]) for i in range(257, size)]  # id 0 is the end token, then come the bytes
+    special = len(json.loads(tokenizer.to_str())["added_tokens"])  # the first ids; then come the bytes
+    shown = [tokenizer.decode([i]) for i in range(special + 256, size)]
     assert measured["first_tokens"] == shown[:12]
     assert measured["last_tokens"] == shown[-12:]
     assert measured["longest_tokens"] == sorted(shown, key=lambda token: -len(token))[:12]
