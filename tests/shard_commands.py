@@ -11,7 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from codeparrot_ds.shards.build import BYTES_PER_TOKEN
+from codeparrot_ds.shards.tasks import BYTES_PER_TOKEN
 from tests.conftest import ROOT
 
 TIMEOUT = 120  # seconds

@@ -60,7 +60,7 @@ def report(
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe)
-    loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences)
+    loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences_afterwards)
     summary = summarize(directory, model, tokenizer, loss, seconds)
     if summary_file is not None:
         write_json(summary_file, summary.to_dict())

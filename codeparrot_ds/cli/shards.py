@@ -52,7 +52,15 @@ def shards_build(
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
     ] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Fraction of documents in the validation split.")] = 0.005,
+    valid_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of documents in the validation split; 0: none. Default: 0.005, with --valid-input 0."
+        ),
+    ] = None,
+    valid_input: Annotated[
+        list[str] | None, typer.Option(help="Input like INPUTS that is for validation alone; repeatable.")
+    ] = None,
     shard_tokens: Annotated[
         int | None,
         typer.Option(help="Approximate tokens per shard. Default: 1/64 of all tokens, within 4 to 128 million.", min=1),
@@ -105,6 +113,7 @@ def shards_build(
             },
             suffix=suffix,
             valid_fraction=valid_fraction,
+            valid_inputs=tuple(valid_input or ()),
             shard_tokens=shard_tokens,
             on_bad_document=on_bad_document,
             encoder=encoder,
@@ -131,13 +140,17 @@ def shards_verify(
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="Current location of the input, if it has moved.")
     ] = None,
+    valid_input: Annotated[
+        list[str] | None, typer.Option(help="Current location of the input for validation, if it has moved.")
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Verify shards against their manifest."""
     from codeparrot_ds.shards.verify import verify, verify_against_corpus
 
     manifest = verify(shards, deep=deep)
-    compared = verify_against_corpus(manifest, inputs or []) if against_corpus or inputs else None
+    compare = against_corpus or inputs or valid_input
+    compared = verify_against_corpus(manifest, inputs or [], valid_input or []) if compare else None
     _print_shards(manifest, json_output, {} if compared is None else {"compared with the input": compared})
 
 
@@ -182,17 +195,22 @@ def shards_inspect(
 
 @app.command("adopt")
 def shards_adopt(
-    prefix: Annotated[Path, typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")],
+    prefix: Annotated[
+        list[Path], typer.Argument(help="PREFIX of .bin and .idx (Megatron-LM), or of .bin alone (nanoGPT).")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer that produced the ids.")],
     eos: Annotated[
         str | None, typer.Option(help="Token that ends each document. Default: the tokenizer's eos_token.")
     ] = None,
     valid_prefix: Annotated[
-        Path | None, typer.Option(help="PREFIX of the validation split, in the same directory.")
+        list[Path] | None, typer.Option(help="PREFIX of validation data, in the same directory; repeatable.")
     ] = None,
     valid_fraction: Annotated[
-        float, typer.Option(help="Without --valid-prefix: fraction of the tokens, taken from the end.")
-    ] = 0.005,
+        float | None,
+        typer.Option(
+            help="Without --valid-prefix: fraction of the tokens, taken from the end; 0: none. Default: 0.005."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type of a .bin without .idx: uint16, int32, uint32 or int64. Default: tested.")
     ] = None,
@@ -212,7 +230,7 @@ def shards_adopt(
         prefix,
         tokenizer,
         eos=eos,
-        valid_prefix=valid_prefix,
+        valid_prefix=valid_prefix or (),
         valid_fraction=valid_fraction,
         dtype=dtype,
         append_eos=append_eos,

@@ -53,10 +53,12 @@ class Inputs:
     Attributes:
         pieces: one per file (per part of a Hub dataset, per member of an archive), not split further.
         skipped: files that are not read and directories that are not searched, each with the reason.
+        counts: number of pieces of each argument; they are in the order of the arguments.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
 
 def find_inputs(arguments: Sequence[str], suffix: str | None = None) -> list[Piece]:
@@ -98,6 +100,7 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
                 "read source files as documents with --suffix .py."
             )
         inputs.pieces += found.pieces
+        inputs.counts.append(len(found.pieces))
         inputs.skipped += [
             msgspec.structs.replace(each, input=number, path=printable_name(each.path)) for each in found.skipped
         ]
@@ -107,7 +110,7 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
         address = piece.address if is_remote(piece.address) else text_of(os.path.realpath(path_of(piece.address)))
         key = (address, piece.member, piece.start)
         if key in seen:
-            raise DataError(f"{piece.location}: named twice among the inputs. Remove one, or it is trained on twice.")
+            raise DataError(f"{piece.location}: named twice among the inputs. Name it once, or it is read twice.")
         seen.add(key)
     return inputs
 

@@ -8,10 +8,11 @@ VALID_FRACTION = 0.005  # of documents, unless the user says otherwise
 _DIGEST_SPACE = 1 << 32
 
 
-def require_fraction(valid_fraction: float) -> None:
-    """Raise ConfigError unless both splits can get documents."""
-    if not 0.0 < valid_fraction < 1.0:
-        raise ConfigError(f"--valid-fraction {valid_fraction}: must be between 0 and 1, e.g. {VALID_FRACTION}.")
+def require_fraction(valid_fraction: float, none: bool = False) -> None:
+    """Raise ConfigError unless both splits can get documents; with `none`, validation may get none."""
+    if not (0.0 < valid_fraction < 1.0 or (none and valid_fraction == 0.0)):
+        least = "at least 0 and less than 1" if none else "between 0 and 1"
+        raise ConfigError(f"--valid-fraction {valid_fraction}: must be {least}, e.g. {VALID_FRACTION}.")
 
 
 def split_of(document: Document, valid_fraction: float) -> str:

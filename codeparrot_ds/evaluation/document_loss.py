@@ -86,6 +86,7 @@ def measure(
     if found.context is not None and length > found.context:
         raise ConfigError(f"--seq-len {length:,}: exceeds the model's context of {found.context:,} tokens.")
     data = Dataset.open(sources, length)
+    data.require_valid()
     fix = "Ids mean something else to the model: use shards that were built with its tokenizer."
     for directory in sources:
         found.encoder.require_same_ids(directory / "tokenizer", fix)

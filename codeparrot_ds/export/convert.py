@@ -261,11 +261,12 @@ def _compare(
     The comparison is None without shards. Without `weights`, only the converted model is run: it is the same.
     """
     try:
-        valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).valid
+        valid = Dataset.open(recipe.data.sources, recipe.model.seq_len).require_valid()
     except DataError as error:
         say(f"note: no validation sequences to evaluate ({error}).")
         return None, 0
-    total = len(validation_sequences(len(valid), recipe.evaluation.sequences))
+    numbers = validation_sequences(len(valid), recipe.evaluation.sequences_afterwards)
+    total = len(numbers)
     count = min(total, wanted) if wanted is not None else total
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted is None and device.type == "cpu":
@@ -280,7 +281,7 @@ def _compare(
     if not count:
         return None, total
     # The sequences of the evaluation, or an evenly spaced subset of them.
-    chosen = validation_sequences(len(valid), recipe.evaluation.sequences)[validation_sequences(total, count)]
+    chosen = numbers[validation_sequences(total, count)]
     free = memory_cap_bytes - memory.resident_bytes() - largest_weight_bytes(model)
     found = compare_models(
         None if weights is None else (GPT2.of_recipe(recipe.model), _reader(weights)),

@@ -39,7 +39,8 @@ class RunStatus:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) pairs for a table."""
-        rows = [("state", self.state), *((key, str(value)) for key, value in self.facts.items() if key != "state")]
+        facts = {key: str(value) for key, value in self.facts.items() if key != "state" and value is not None}
+        rows = [("state", self.state), *facts.items()]
         for number, attempt in list(enumerate(self.attempts, start=1))[-_SHOWN_ATTEMPTS:]:
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt["began"]))
             steps = f"steps {attempt['from_step']} to {attempt['to_step']}"

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -261,7 +261,7 @@ class Evaluation(Section):
 
     Attributes:
         every_steps: optimizer steps between evaluations.
-        sequences: number of validation sequences; the same ones at every evaluation.
+        sequences: number of validation sequences, the same ones at every evaluation; 0 for no evaluation.
         samples: number of texts to generate for the log at each evaluation, at temperature 0; 0 for none.
         sample_tokens: length of each generated text (tokens).
         humaneval: samples per problem of HumanEval, at temperature 0.2, to score each export with; 0 for none. Uses one
@@ -269,10 +269,21 @@ class Evaluation(Section):
     """
 
     every_steps: Positive = 1000
-    sequences: Positive = 512
+    sequences: int = Field(512, ge=0)
     samples: int = Field(0, ge=0)
     sample_tokens: Positive = 64
     humaneval: int = Field(0, ge=0)
+
+    @property
+    def sequences_afterwards(self) -> int:
+        """`sequences`, or its default if training does not evaluate: for checks of the finished model."""
+        return self.sequences or 512
+
+    @model_validator(mode="after")
+    def _samples_need_sequences(self) -> Self:
+        if self.samples and not self.sequences:
+            raise ValueError("samples continue validation sequences: set sequences above 0, or samples to 0")
+        return self
 
 
 class Checkpoints(Section):

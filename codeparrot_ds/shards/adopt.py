@@ -4,6 +4,8 @@ In place, nothing is copied or modified: a manifest and the tokenizer are writte
 training cannot read, or whose documents lack end tokens, are copied into shards on request.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.splits import require_fraction
+from codeparrot_ds.documents.splits import VALID_FRACTION, require_fraction
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.foreign import TokenFile, batches, open_tokens
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
 from codeparrot_ds.system.files import MANIFEST, publish_directory, require_free_space
+from codeparrot_ds.system.jobs import say
 from codeparrot_ds.system.storage import LocalDirectory
-from codeparrot_ds.tokenizer.directory import tokenizer_files
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, tokenizer_files
 from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.tokenizer.lossless import require_lossless
 
 _COPIED_TOKENS = 1 << 20  # at a time
 _BYTES_PER_DOCUMENT = 64  # of a copy: 20 in the index, and its provenance
@@ -45,55 +49,63 @@ class _Part:
 
 
 def adopt(
-    prefix: Path,
+    prefix: Path | Sequence[Path],
     tokenizer: Path,
     *,
     eos: str | None = None,
-    valid_prefix: Path | None = None,
-    valid_fraction: float = 0.005,
+    valid_prefix: Path | Sequence[Path] = (),
+    valid_fraction: float | None = None,
     dtype: str | None = None,
     append_eos: bool = False,
     output: Path | None = None,
 ) -> Manifest:
-    """Make an existing dataset fit to train on, and return its manifest.
+    """Make existing datasets fit to train on, as one, and return the manifest.
 
     Args:
         prefix: `PREFIX.bin` with `PREFIX.idx` is a Megatron-LM dataset; without, a bare array of ids, as of nanoGPT.
+            Several must be in one directory, unless they are copied.
         tokenizer: directory of the tokenizer that produced the ids.
         eos: its token that ends a document; by default as `tokenizer.directory.end_token` says.
-        valid_prefix: another dataset to use as the validation split; in the same directory, unless both are copied.
-        valid_fraction: without `valid_prefix`, the last documents with about this fraction of the tokens become the
-            validation split. It may contain copies of training documents, because the split is not by content.
+        valid_prefix: other datasets to use as the validation split; in the same directory, unless all are copied.
+        valid_fraction: without `valid_prefix`, of each dataset the last documents with about this fraction of the
+            tokens become the validation split; 0 for none, None for 0.005. It may contain copies of training
+            documents, because the split is not by content. A dataset of one document is not split.
         dtype: type of the ids of a bare array, "uint16", "int32", "uint32" or "int64"; tested by default.
-        append_eos: copy the dataset into shards, and end each document that does not end with the end token with one.
-        output: copy the dataset into this new shard directory. By default, shards with end tokens are written next to
-            the dataset.
+        append_eos: copy the datasets into shards, and end each document that does not end with the end token with one.
+        output: copy the datasets into this new shard directory. By default, shards with end tokens are written next to
+            them.
 
     Raises:
         ConfigError: there is a manifest already, or an option is invalid.
         DataError: files are missing or damaged, their ids are not from this tokenizer, or are of a type that cannot be
-            used in place, or documents lack end tokens.
+            used in place, or documents lack end tokens; or the tokenizer loses text.
     """
-    prefixes = [_strip(each) for each in (prefix, valid_prefix) if each is not None]
-    _check_options(prefixes, valid_fraction, output)
+    train, valid = _prefixes(prefix), _prefixes(valid_prefix)
+    if valid_fraction is None:
+        valid_fraction = 0.0 if valid else VALID_FRACTION
+    _check_options(train, valid, valid_fraction, output)
     encoder = Encoder(tokenizer, eos)
-    opened = [open_tokens(each, encoder, dtype) for each in prefixes]
+    if changes := require_lossless(encoder, tokenizer):
+        say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
+    opened = [open_tokens(each, encoder, dtype) for each in (*train, *valid)]
     problems = [] if append_eos else [_missing_end_tokens(each, encoder) for each in opened]
     if output is None and not append_eos:
         problems += [_obstacle(each, opened[0]) for each in opened]
     if any(problems):
         raise DataError("\n".join(filter(None, problems)))
-    parts = _split(opened, valid_fraction, append_eos)
+    parts = _split(opened[: len(train)], opened[len(train) :], valid_fraction, append_eos)
     facts = {
-        "inputs": [str(each) for each in prefixes],
+        "inputs": list(map(str, train)),
+        "valid_inputs": list(map(str, valid)),
         "options": {
             "adopted": True,
-            "valid_fraction": valid_fraction if valid_prefix is None else None,
+            "valid_fraction": None if valid else valid_fraction,
             "append_eos": append_eos,
+            **({"text_changes": changes} if changes else {}),
         },
         "documents": _counts(opened, parts),
     }
-    directory = prefixes[0].parent
+    directory = train[0].parent
     if output is not None:
         with publish_directory(output) as unfinished:
             _write(_copy_all(parts, unfinished, encoder, facts), tokenizer, encoder.eos_token)
@@ -106,20 +118,48 @@ def adopt(
     return manifest
 
 
-def _strip(prefix: Path) -> Path:
-    """`prefix` without the suffix that shell completion adds."""
-    return prefix.with_suffix("") if prefix.suffix in (".bin", ".idx") else prefix
+def _prefixes(given: Path | Sequence[Path]) -> list[Path]:
+    """Each without the suffix that shell completion adds."""
+    prefixes = [given] if isinstance(given, Path) else given
+    return [each.with_suffix("") if each.suffix in (".bin", ".idx") else each for each in prefixes]
 
 
-def _check_options(prefixes: list[Path], valid_fraction: float, output: Path | None) -> None:
-    directory = prefixes[0].parent
+def _check_options(train: list[Path], valid: list[Path], valid_fraction: float, output: Path | None) -> None:
+    directory = train[0].parent
     if output is None and (directory / MANIFEST).exists():
-        raise ConfigError(f"{directory / MANIFEST}: already exists. Remove it to adopt the dataset again.")
-    if output is None and any(each.parent.resolve() != directory.resolve() for each in prefixes):
-        raise ConfigError(f"{prefixes[1]}: must be in {directory}, next to {prefixes[0].name}, or use --output DIR.")
-    if len({each.resolve() for each in prefixes}) < len(prefixes):
-        raise ConfigError(f"{prefixes[1]}: is the training data itself. Name other data, or omit --valid-prefix.")
-    require_fraction(valid_fraction)
+        raise ConfigError(_already_adopted(directory, [*train, *valid]))
+    for each in (*train[1:], *valid):
+        if output is None and each.parent.resolve() != directory.resolve():
+            raise ConfigError(f"{each}: must be in {directory}, next to {train[0].name}, or use --output DIR.")
+    places = [each.resolve() for each in (*train, *valid)]
+    for number, each in enumerate((*train, *valid)):
+        if number >= len(train) and places[number] in places[: len(train)]:
+            raise ConfigError(f"{each}: is the training data itself. Name other data, or omit --valid-prefix.")
+        if places[number] in places[:number]:
+            raise ConfigError(f"{each}: named twice. Name it once.")
+    require_fraction(valid_fraction, none=True)
+    if valid and valid_fraction:
+        raise ConfigError(
+            f"--valid-fraction {valid_fraction} and --valid-prefix both say what is validated on: omit one of them."
+        )
+
+
+def _already_adopted(directory: Path, wanted: list[Path]) -> str:
+    """What to do where there is a manifest: of these datasets, or of others in the same directory."""
+    path = directory / MANIFEST
+    try:
+        found = Manifest.read(directory)
+    except DataError:
+        return f"{path}: already exists. Remove it to adopt the dataset again."
+    stored = {Path(each).name for each in (*found.inputs, *found.valid_inputs)}
+    if not found.options.get("adopted") or stored & {each.name for each in wanted}:
+        return f"{path}: already exists. Remove it to adopt the dataset again."
+    listed = ", ".join(sorted(stored))
+    return (
+        f"{path}: is of other data in this directory ({listed}), and a directory has one manifest. To train on all of "
+        "it as one dataset, remove the manifest and name all prefixes in one command; to weigh them against each "
+        "other, copy this one: --output DIR."
+    )
 
 
 def _missing_end_tokens(tokens: TokenFile, encoder: Encoder) -> str:
@@ -159,31 +199,35 @@ def _obstacle(tokens: TokenFile, first: TokenFile) -> str:
     return ""
 
 
-def _split(opened: list[TokenFile], valid_fraction: float, append_eos: bool) -> list[_Part]:
-    """The splits: one dataset each, or both of the only one."""
-    parts = []
-    for split, tokens in zip(("train", "valid"), opened, strict=False):
+def _split(train: list[TokenFile], valid: list[TokenFile], valid_fraction: float, append_eos: bool) -> list[_Part]:
+    """The splits: datasets of their own, or of each dataset the end."""
+
+    def whole(split: str, tokens: TokenFile) -> _Part:
         appended = ~tokens.ended & append_eos
-        parts.append(_Part(split, tokens, tokens.lengths + appended, appended, 0, len(tokens.lengths)))
-    if len(parts) == 1:
-        whole = parts[0]
-        cut = _cut(whole, valid_fraction)
-        common = (whole.tokens, whole.lengths, whole.appended)
-        parts = [_Part("train", *common, 0, cut), _Part("valid", *common, cut, whole.stop)]
-    return parts
+        return _Part(split, tokens, tokens.lengths + appended, appended, 0, len(tokens.lengths))
+
+    parts = [whole("train", tokens) for tokens in train] + [whole("valid", tokens) for tokens in valid]
+    if valid or not valid_fraction:
+        return parts
+    ends = []
+    for number, part in enumerate(parts):
+        if part.stop > 1:
+            cut = _cut(part, valid_fraction)
+            parts[number] = dataclasses.replace(part, stop=cut)
+            ends.append(dataclasses.replace(part, split="valid", start=cut))
+    if not ends:
+        raise DataError(
+            f"{', '.join(str(tokens.data) for tokens in train)}: contains a single document, which cannot be split. "
+            "Name a validation set with --valid-prefix, or do without one: --valid-fraction 0."
+        )
+    return parts + ends
 
 
 def _cut(whole: _Part, valid_fraction: float) -> int:
-    """Index of the first document of the validation split."""
+    """Index of the first document of the validation split, of at least two documents."""
     ends = np.cumsum(whole.lengths, dtype=np.int64)
     cut = int(np.searchsorted(ends, ends[-1] * (1 - valid_fraction), side="right"))
-    cut = min(max(cut, 1), len(ends) - 1)
-    if len(ends) < 2:
-        raise DataError(
-            f"{whole.tokens.data}: contains a single document, which cannot be split. Name a validation set with "
-            "--valid-prefix."
-        )
-    return cut
+    return min(max(cut, 1), len(ends) - 1)
 
 
 def _counts(opened: list[TokenFile], parts: list[_Part]) -> dict[str, int]:
@@ -213,27 +257,30 @@ def _in_place(part: _Part) -> ShardInfo:
 def _copy_all(parts: list[_Part], directory: Path, encoder: Encoder, facts: dict[str, Any]) -> Manifest:
     """Write all parts into `directory` as shards, and return their manifest."""
     id_type = dtype_for(encoder.vocab_size)
-    for part in parts:
-        for path in sorted(directory.glob(f"{_shard_name(part)}.*")):
+    names = _shard_names(parts)
+    for name in names:
+        for path in sorted(directory.glob(f"{name}.*")):
             raise ConfigError(f"{path}: already exists. Remove it if it is of an earlier try, or use --output DIR.")
     each_bytes = [part.lengths[part.start : part.stop] * id_type.itemsize + _BYTES_PER_DOCUMENT for part in parts]
     require_free_space(directory, sum(int(each.sum()) for each in each_bytes), "the copy")
-    shards = tuple(_copy(part, directory, encoder, id_type) for part in parts)
+    shards = tuple(_copy(part, name, directory, encoder, id_type) for part, name in zip(parts, names, strict=True))
     return _manifest(directory, encoder, id_type.name, shards, facts)
 
 
-def _shard_name(part: _Part) -> str:
-    return f"{part.split}-00000"
+def _shard_names(parts: list[_Part]) -> list[str]:
+    """One for each part, numbered within its split."""
+    splits = [part.split for part in parts]
+    return [f"{split}-{splits[:number].count(split):05d}" for number, split in enumerate(splits)]
 
 
-def _copy(part: _Part, directory: Path, encoder: Encoder, id_type: np.dtype) -> ShardInfo:
+def _copy(part: _Part, name: str, directory: Path, encoder: Encoder, id_type: np.dtype) -> ShardInfo:
     """Write a part into `directory` as a shard of its own."""
     if int(part.lengths.max()) > _MAX_DOCUMENT_TOKENS:
         raise DataError(f"{part.tokens.data}: has a document of more than {_MAX_DOCUMENT_TOKENS:,} tokens. Split it.")
     store, source, repository = LocalDirectory(directory), part.tokens.ids(), part.tokens.prefix.name
     stored = np.cumsum(part.tokens.lengths, dtype=np.int64)  # one past the last id of each document
     with store.scratch() as scratch:
-        writer = ShardWriter(scratch, _shard_name(part), part.split, id_type)
+        writer = ShardWriter(scratch, name, part.split, id_type)
         try:
             for batch in batches(part.lengths[part.start : part.stop], _COPIED_TOKENS):
                 start, stop = part.start + batch.start, part.start + batch.stop

@@ -18,19 +18,18 @@ import numpy as np
 import xxhash
 
 from codeparrot_ds.documents.document import BadDocument, Document
-from codeparrot_ds.documents.fields import Fields
-from codeparrot_ds.documents.inputs import deal, search_inputs, text_bytes
-from codeparrot_ds.documents.piece import Piece
+from codeparrot_ds.documents.inputs import search_inputs, text_bytes
 from codeparrot_ds.documents.read import read_documents, require_document
-from codeparrot_ds.documents.splits import SPLITS, split_of_digest
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.documents.versions import sources_of, versions_of
 from codeparrot_ds.documents.walk import QUARANTINE, REJECTED, count_reasons, encode_skipped
 from codeparrot_ds.errors import ClusterError, DataError
 from codeparrot_ds.shards.encoders import choose_with_sample, load_encoders, load_referee, trusted_labels
-from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.format import Manifest, ShardWriter, dtype_for
 from codeparrot_ds.shards.identity import finished_shards
 from codeparrot_ds.shards.options import BuildOptions
-from codeparrot_ds.system.files import MANIFEST, digest_json, exclusive_lock, require_free_space
+from codeparrot_ds.shards.tasks import BYTES_PER_TOKEN, Job, Receipt, Task, divide, plan, read_receipt
+from codeparrot_ds.system.files import MANIFEST, exclusive_lock, require_free_space
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record
 from codeparrot_ds.system.jobs import Slice, progress, run_tasks, say
 from codeparrot_ds.system.paths import Address, expand_address, is_remote
@@ -44,53 +43,11 @@ from codeparrot_ds.tokenizer.proof import record_proof
 _SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx|docs\.parquet)")
 _STALE_SECONDS = 3600.0  # scratch files untouched for an hour were left by a killed process
 _BATCH_CHARACTERS = 1 << 18  # encoded at a time: large enough for few calls, small enough for the CPU caches
-BYTES_PER_TOKEN = 3  # of Python source; 3.5 with 8,192 tokens, more with larger vocabularies
 _TASKS = 64  # target number of tasks when the shard size is not given
 _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 4_000_000, 128_000_000
 _REFEREE_EVERY = 1000  # about one in 1000 documents is also encoded by the reference encoder
 _REFEREE_CHARACTERS = 1 << 16  # largest document it checks: each character takes 150 bytes and half a microsecond
 _PRELOAD = "codeparrot_ds.shards.preload"
-
-
-class _Job(msgspec.Struct, frozen=True):
-    """Settings shared by all tasks of a build."""
-
-    output: Directory
-    tokenizer: Path
-    tokenizer_digest: str
-    eos_token: str
-    fields: Fields
-    valid_fraction: float
-    skip_bad: bool
-    encoder: str  # "fastokens" or "tokenizers"
-
-
-class _Task(msgspec.Struct, frozen=True):
-    number: int
-    pieces: list[Piece]
-    job: _Job
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that determines the output bytes, and of the input files' modification times."""
-        pieces = [(p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.pieces]
-        job = self.job
-        fields = dataclasses.astuple(job.fields)
-        return digest_json([pieces, job.tokenizer_digest, job.eos_token, fields, job.valid_fraction, job.skip_bad])
-
-    @property
-    def receipt(self) -> str:
-        """Name of the file that records the task's output; removed once the manifest is written."""
-        return f".task-{self.number:05d}.json"
-
-
-class _Receipt(msgspec.Struct):
-    fingerprint: str
-    encoder: str  # label, including the version
-    shards: list[ShardInfo]
-    read: int
-    empty: int
-    quarantined: list[BadDocument]
 
 
 def build(
@@ -100,6 +57,7 @@ def build(
 
     Args:
         inputs: what `documents.inputs.find_inputs` takes: corpus directories, data files, globs, URLs, Hub datasets.
+            With `options.valid_inputs`, they are all for training.
         tokenizer: directory of `tokenizer.json`, or `vocab.json` and `merges.txt`; copied into `output`/tokenizer.
         output: path or fsspec URL, created if missing. Finished shards of the same inputs are kept.
         options: None for the defaults.
@@ -113,9 +71,9 @@ def build(
     output = expand_address(output)
     arguments = [str(inputs)] if isinstance(inputs, str | Path) else [str(argument) for argument in inputs]
     fields = options.fields
-    found = search_inputs(arguments, options.suffix)
-    pieces = found.pieces
-    text = sum(map(text_bytes, pieces))
+    found = search_inputs([*arguments, *options.valid_inputs], options.suffix)
+    train, valid = divide(found, len(arguments))
+    text = sum(map(text_bytes, found.pieces))
     referee = load_referee(tokenizer.resolve(), tokenizer_digest(tokenizer), options.eos)
     changes = require_lossless(referee, tokenizer)
     if changes:
@@ -128,19 +86,20 @@ def build(
         dtype=dtype_for(referee.vocab_size).name,
         shards=(),
         inputs=arguments,
-        sources=sources_of(pieces),
+        valid_inputs=list(options.valid_inputs),
+        sources=[*sources_of(train), *({**source, "split": "valid"} for source in sources_of(valid))],
         options={
             "text_field": options.text_field,
             **({"provenance": fields.named} if fields.named else {}),
             "suffix": options.suffix,
-            "valid_fraction": options.valid_fraction,
+            "valid_fraction": options.fraction,
             "shard_tokens": options.shard_tokens or _shard_tokens(text),
             "on_bad_document": options.on_bad_document,
             **({"text_changes": changes} if changes else {}),
         },
         skipped_files=count_reasons(found.skipped),
     )
-    files = versions_of(pieces)
+    files = versions_of(found.pieces)
     # An absolute path, because workers may run in another directory.
     target = open_directory(output if is_remote(output) else Path(output).resolve())
     if finished := finished_shards(target, manifest, files):
@@ -155,23 +114,22 @@ def build(
         if finished := finished_shards(target, manifest, files):  # by the process that held the lock
             return finished
         target.remove_leftovers(older_than_seconds=_STALE_SECONDS)
-        chosen = choose_with_sample(tokenizer, referee, options.encoder, pieces, fields)
+        chosen = choose_with_sample(tokenizer, referee, options.encoder, found.pieces, fields)
         skip_bad = options.on_bad_document == "skip"
-        job = _Job(
+        job = Job(
             target,
             tokenizer.resolve(),
             referee.digest,
             referee.eos_token,
             fields,
-            options.valid_fraction,
+            options.fraction,
             skip_bad,
             chosen,
         )
-        dealt = deal(pieces, manifest.options["shard_tokens"] * BYTES_PER_TOKEN)
-        tasks = [_Task(number, its_pieces, job) for number, its_pieces in enumerate(dealt)]
+        tasks = [Task(share, job) for share in plan(train, valid, manifest.options["shard_tokens"])]
         labels = trusted_labels(chosen, referee)
         mine = options.part.of(tasks) if options.part else tasks
-        unfinished = [task for task in mine if _read_receipt(task, labels) is None]
+        unfinished = [task for task in mine if read_receipt(task, labels) is None]
         share_encoders = partial(load_encoders, job.tokenizer, referee.digest, chosen, job.eos_token)
         results = run_tasks(
             _build_one,
@@ -205,31 +163,19 @@ def _lock(target: Directory, part: Slice | None) -> Any:
     return exclusive_lock(target.path / name, busy)
 
 
-def _read_receipt(task: _Task, labels: set[str]) -> _Receipt | None:
-    """The task's receipt; None if it is missing, for other inputs, or from an untrusted encoder."""
-    output = task.job.output
-    if not output.exists(task.receipt):
-        return None
-    try:
-        receipt = msgspec.json.decode(output.read(task.receipt), type=_Receipt)
-    except (DataError, msgspec.DecodeError):
-        return None
-    return receipt if receipt.fingerprint == task.fingerprint and receipt.encoder in labels else None
-
-
-def _build_one(task: _Task) -> int:
+def _build_one(task: Task) -> int:
     """Build a task's shards, then write its receipt. Returns the task's number."""
-    job = task.job
+    job, number = task.job, task.share.number
     referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder, job.eos_token)
     job.output.remove(task.receipt)  # a stale receipt must not outlive the shards that it describes
-    receipt = _Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
+    receipt = Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
     dtype = dtype_for(referee.vocab_size)
     with job.output.scratch() as scratch, ExitStack() as stack:
-        writers = {split: ShardWriter(scratch, f"{split}-{task.number:05d}", split, dtype) for split in SPLITS}
+        writers = {split: ShardWriter(scratch, f"{split}-{number:05d}", split, dtype) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.close)
         splits = {split: _Split(encoder, referee, writer) for split, writer in writers.items()}
-        for piece in task.pieces:
+        for piece in task.share.pieces:
             for read in read_documents(piece, job.fields):
                 if isinstance(read, BadDocument):
                     if not job.skip_bad:
@@ -242,7 +188,7 @@ def _build_one(task: _Task) -> int:
                     receipt.empty += 1
                 else:
                     digest = xxhash.xxh3_128_intdigest(read.text.encode())
-                    splits[split_of_digest(digest, job.valid_fraction)].append(read, digest)
+                    splits[task.share.split_of(digest, job.valid_fraction)].append(read, digest)
         for each in splits.values():
             each.flush()
         receipt.shards += [info for writer in writers.values() if (info := writer.finish())]
@@ -251,10 +197,10 @@ def _build_one(task: _Task) -> int:
         except FileNotFoundError:  # another copy of this task was faster, and the build is finished and cleaned up
             if not job.output.exists(MANIFEST):
                 raise
-            return task.number
+            return number
     # Losing the receipt only costs rerunning the task, so do not wait for the disk.
     job.output.write(task.receipt, msgspec.json.encode(receipt), durable=False)
-    return task.number
+    return number
 
 
 class _Split:
@@ -308,7 +254,7 @@ class _Split:
 
 
 def _finish(
-    tasks: Sequence[_Task],
+    tasks: Sequence[Task],
     labels: set[str],
     target: Directory,
     manifest: Manifest,
@@ -320,7 +266,7 @@ def _finish(
 
     `beside` is the content of the other files, by name; those without content are removed.
     """
-    receipts = [_read_receipt(task, labels) for task in tasks]
+    receipts = [read_receipt(task, labels) for task in tasks]
     if target.exists(MANIFEST):  # another slice was faster, and has removed receipts
         return Manifest.read(manifest.directory)
     missing = sum(receipt is None for receipt in receipts)
@@ -343,14 +289,8 @@ def _finish(
     }
     assert documents["read"] == documents["written"] + documents["empty"] + documents["quarantined"], documents
     manifest = dataclasses.replace(manifest, shards=tuple(shards), documents=documents)
-    for split in SPLITS:
-        if not manifest.split(split):
-            of_hub = any(each.startswith("hub:") and "split=" not in each for each in manifest.inputs)
-            hint = " A corpus on the Hub has two splits: hub:NAME?split=train+validation." if of_hub else ""
-            raise DataError(
-                f"{', '.join(manifest.inputs)}: the {split} split is empty at a valid fraction of "
-                f"{manifest.options['valid_fraction']}. Add documents, or change --valid-fraction.{hint}"
-            )
+    if problem := _empty_split(manifest):
+        raise DataError(problem)
     try:
         lines = b"".join(msgspec.json.encode(bad) + b"\n" for bad in quarantined)
         _publish(target, manifest, {**beside, QUARANTINE: lines})
@@ -359,6 +299,32 @@ def _finish(
             raise
     _clean(target)
     return manifest
+
+
+def _empty_split(manifest: Manifest) -> str:
+    """What is wrong with a corpus that leaves a split empty; empty if nothing is."""
+    fraction, counts = manifest.options["valid_fraction"], manifest.documents
+    where, written = ", ".join(manifest.inputs), counts["written"]
+    left_out = ", ".join(f"{counts[why]:,} {why}" for why in ("empty", "quarantined") if counts[why])
+    what = f"{written:,} document{'' if written == 1 else 's'} with text{f' ({left_out})' if left_out else ''}"
+    of_hub = any(each.startswith("hub:") and "split=" not in each for each in manifest.inputs)
+    hint = " A corpus on the Hub has two splits: hub:NAME?split=train+validation." if of_hub else ""
+    if manifest.valid_inputs and not manifest.split("valid"):
+        return f"{', '.join(manifest.valid_inputs)}: no document with text for validation. Name other files."
+    if not written or (manifest.valid_inputs and not manifest.split("train")):
+        return f"{where}: no document with text{f' ({left_out})' if left_out else ''}, so nothing to train on."
+    if not manifest.split("train"):
+        return (
+            f"{where}: {what}, and --valid-fraction {fraction:g} put all of them into the validation split. Add "
+            "documents, or lower --valid-fraction."
+        )
+    if fraction and not manifest.split("valid"):
+        return (
+            f"{where}: {what}, too few for --valid-fraction {fraction:g}, which takes about one in "
+            f"{1 / fraction:,.0f} for validation: none was taken. Add documents, raise --valid-fraction, name "
+            f"validation documents with --valid-input, or do without them: --valid-fraction 0.{hint}"
+        )
+    return ""
 
 
 def _publish(target: Directory, manifest: Manifest, beside: dict[str, bytes]) -> None:

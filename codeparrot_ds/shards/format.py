@@ -270,9 +270,10 @@ class Manifest:
         vocab_size, eos_id, tokenizer_digest: of the tokenizer.
         dtype: of the ids, "uint16" or "int32".
         shards: manifest entries of the shards, in order.
-        inputs: as given to `shards build`, or the adopted prefix; in the file, a relative path is relative to the
+        inputs: as given to `shards build`, or the adopted prefixes; in the file, a relative path is relative to the
             shard directory.
-        sources: the input files, `{"name", "bytes"}` each.
+        valid_inputs: input that is for validation alone, likewise.
+        sources: the input files, `{"name", "bytes"}` each, and "split" if it is for one split alone.
         options: the build options that determine the output bytes.
         documents: counts; "read" = "written" + "quarantined" + "empty".
         skipped_files: input files that were not read, counted by reason; `rejected.jsonl` names them.
@@ -285,6 +286,7 @@ class Manifest:
     dtype: str
     shards: tuple[ShardInfo, ...]
     inputs: list[str] = field(default_factory=list)
+    valid_inputs: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
@@ -314,6 +316,7 @@ class Manifest:
 
     def write(self) -> None:
         """Write the manifest. Call this last: its presence marks the directory as finished."""
+        valid_inputs = [stored_address(each, self.directory) for each in self.valid_inputs]
         body = {
             "format_version": FORMAT_VERSION,
             "kind": "shards",
@@ -326,6 +329,7 @@ class Manifest:
             "skipped_files": self.skipped_files,
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "inputs": [stored_address(each, self.directory) for each in self.inputs],
+            **({"valid_inputs": valid_inputs} if valid_inputs else {}),
             "sources": self.sources,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -347,6 +351,7 @@ class Manifest:
                 shards=tuple(ShardInfo(**shard) for shard in body["shards"]),
                 inputs=[found_address(each, directory) for each in body["inputs"]],
                 skipped_files=body.get("skipped_files", {}),  # absent from shards of earlier versions
+                valid_inputs=[found_address(each, directory) for each in body.get("valid_inputs", [])],
                 **{
                     key: body[key]
                     for key in (

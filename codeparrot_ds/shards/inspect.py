@@ -81,7 +81,7 @@ def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, nu
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: must be {' or '.join(SPLITS)}.")
     data = Dataset.open(sources, seq_len)
-    sequences = data.train if split == "train" else data.valid
+    sequences = data.train if split == "train" else data.require_valid()
     if not 0 <= number < len(sequences):
         raise ConfigError(
             f"{', '.join(map(str, sources))}: sequence {number:,} of {len(sequences):,} in the {split} split at "
@@ -91,7 +91,7 @@ def inspect_sequence(sources: Mapping[Path, float], split: str, seq_len: int, nu
     while number >= len(sequences.parts[which]):
         number -= len(sequences.parts[which])
         which += 1
-    manifest = data.manifests[which]
+    manifest = sequences.parts[which].manifest
     encoder = Encoder(Path(manifest.directory) / "tokenizer")
     first = number * seq_len
     return list(_excerpts(manifest, split, first, first + seq_len + 1, encoder, {}))

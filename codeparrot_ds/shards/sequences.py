@@ -30,7 +30,7 @@ class PackedSequences:
     def __init__(self, manifest: Manifest, split: str, seq_len: int) -> None:
         """Memory-map the shards of `split`. Raises DataError when they contain less than one sequence."""
         shards = manifest.split(split)
-        self.seq_len = seq_len
+        self.manifest, self.seq_len = manifest, seq_len
         _allow_open_files(len(shards))
         self._ids = [
             np.memmap(manifest.path(shard, ".bin"), manifest.id_type, "r").view(np.ndarray)[
@@ -44,7 +44,7 @@ class PackedSequences:
             raise DataError(
                 f"{manifest.directory}: the {split} split has {int(self._starts[-1]):,} tokens, fewer than one "
                 f"sequence of {seq_len:,} + 1. Build shards from more documents"
-                + (", or raise --valid-fraction." if split == "valid" else ".")
+                + (", or raise --valid-fraction; 0 is for no validation." if split == "valid" else ".")
             )
         self._windows, self._origins = _windows_over(self._ids, seq_len + 1)
 
@@ -98,13 +98,13 @@ class PackedSequences:
 class ConcatenatedSequences:
     """The packed sequences of one or more shard directories, numbered consecutively across directories."""
 
-    def __init__(self, parts: Sequence[PackedSequences]) -> None:
+    def __init__(self, parts: Sequence[PackedSequences], seq_len: int) -> None:
         self.parts = list(parts)
-        self.seq_len = self.parts[0].seq_len
-        self._ends = np.cumsum([len(part) for part in self.parts])
+        self.seq_len = seq_len
+        self._ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self.parts else 0
 
     def batch(self, numbers: np.ndarray) -> np.ndarray:
         """Sequences `numbers`, [n], as [n, seq_len + 1] int64. Raises IndexError past the last one."""
@@ -128,7 +128,7 @@ class Dataset:
     Attributes:
         manifests: manifest of each directory.
         weights: training weight of each directory; any positive numbers.
-        train, valid: sequences of all directories; validation ignores the weights.
+        train, valid: sequences of all directories; validation ignores the weights, and may have none.
     """
 
     manifests: list[Manifest]
@@ -150,9 +150,22 @@ class Dataset:
                     "Build both with the same one."
                 )
         train, valid = (
-            ConcatenatedSequences([PackedSequences(m, split, seq_len) for m in manifests]) for split in SPLITS
+            ConcatenatedSequences(
+                [PackedSequences(m, split, seq_len) for m in manifests if split == "train" or m.split(split)], seq_len
+            )
+            for split in SPLITS
         )
         return cls(manifests, list(sources.values()), train, valid)
+
+    def require_valid(self) -> ConcatenatedSequences:
+        """The validation sequences. Raises DataError when there are none."""
+        if not len(self.valid):
+            listed = ", ".join(str(manifest.directory) for manifest in self.manifests)
+            raise DataError(
+                f"{listed}: has no validation split. Build shards with --valid-input or a --valid-fraction above 0; "
+                "to train without validation, set evaluation.sequences=0."
+            )
+        return self.valid
 
     @property
     def digest(self) -> str:

@@ -9,12 +9,12 @@ import xxhash
 
 from codeparrot_ds.documents.document import BadDocument, Document
 from codeparrot_ds.documents.fields import Fields
-from codeparrot_ds.documents.inputs import deal, find_inputs
+from codeparrot_ds.documents.inputs import search_inputs
 from codeparrot_ds.documents.read import Piece, read_documents
-from codeparrot_ds.documents.splits import SPLITS, split_of
+from codeparrot_ds.documents.splits import SPLITS
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
-from codeparrot_ds.shards.build import BYTES_PER_TOKEN
 from codeparrot_ds.shards.format import Manifest, ShardInfo, parse_index, read_index, read_provenance
+from codeparrot_ds.shards.tasks import divide, plan
 from codeparrot_ds.system.files import digest_bytes
 from codeparrot_ds.system.paths import Address, is_remote
 from codeparrot_ds.system.storage import Directory, open_directory
@@ -87,7 +87,7 @@ def _check_bytes(store: Directory, manifest: Manifest, shard: ShardInfo) -> list
     return []
 
 
-def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int:
+def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = (), valid_inputs: Sequence[str] = ()) -> int:
     """Re-encode a sample of the input documents with `tokenizers` and compare ids and provenance.
 
     Compares the first 64 documents of up to 32 tasks spread over the input.
@@ -95,6 +95,7 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     Args:
         manifest: of local shards built by `shards build`.
         inputs: current location of the input; by default the original one.
+        valid_inputs: that of the input for validation alone.
 
     Returns:
         Number of documents compared.
@@ -108,20 +109,23 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = ()) -> int
     options = manifest.options
     if "shard_tokens" not in options:
         raise DataError(f"{manifest.directory}: was adopted, not built, so there is no input to compare it with.")
-    pieces = find_inputs(list(inputs) or manifest.inputs, options["suffix"])
+    if valid_inputs and not manifest.valid_inputs:
+        raise ConfigError(f"{manifest.directory}: was built without --valid-input. Omit it.")
+    train = list(inputs) or manifest.inputs
+    found = search_inputs([*train, *(valid_inputs or manifest.valid_inputs)], options["suffix"])
     fields = Fields(options["text_field"], **options.get("provenance", {}))
-    tasks = list(enumerate(deal(pieces, options["shard_tokens"] * BYTES_PER_TOKEN)))
+    tasks = plan(*divide(found, len(train)), options["shard_tokens"])
     encoder = Encoder(Path(manifest.directory) / "tokenizer")
     shards = {shard.name: shard for shard in manifest.shards}
     compared = 0
-    for number, dealt in tasks[:: -(-len(tasks) // _COMPARED_TASKS)]:
-        readers = {split: _documents_of(manifest, shards.get(f"{split}-{number:05d}")) for split in SPLITS}
-        for document in islice(_readable(dealt, fields), _COMPARED_DOCUMENTS):
-            split = split_of(document, options["valid_fraction"])
+    for share in tasks[:: -(-len(tasks) // _COMPARED_TASKS)]:
+        readers = {split: _documents_of(manifest, shards.get(f"{split}-{share.number:05d}")) for split in SPLITS}
+        for document in islice(_readable(share.pieces, fields), _COMPARED_DOCUMENTS):
+            split = share.split_of(int(document.digest(), 16), options["valid_fraction"])
             stored = next(readers[split], None)
             if stored is None or not _same(stored, document, encoder):
                 raise DataError(
-                    f"{manifest.directory}/{split}-{number:05d}: does not contain {document.repository} "
+                    f"{manifest.directory}/{split}-{share.number:05d}: does not contain {document.repository} "
                     f"{document.path} of the input at the expected position. The input or the shards have changed: "
                     "build them again."
                 )

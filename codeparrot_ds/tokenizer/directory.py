@@ -19,6 +19,11 @@ _READ_WITH_VOCABULARY = (*_VOCABULARY_FILES, CONFIG_FILE, SPECIAL_TOKENS_FILE, "
 _LISTED = 8  # special tokens named in a message
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `tokenizer_json` finds files in `directory`."""
+    return (directory / TOKENIZER_FILE).is_file() or all((directory / name).is_file() for name in _VOCABULARY_FILES)
+
+
 def tokenizer_json(directory: Path) -> bytes:
     """Content of `directory`/tokenizer.json; without one, what transformers makes of vocab.json and merges.txt.
 
@@ -27,7 +32,7 @@ def tokenizer_json(directory: Path) -> bytes:
     path = directory / TOKENIZER_FILE
     if path.is_file():
         return path.read_bytes()
-    if not all((directory / name).is_file() for name in _VOCABULARY_FILES):
+    if not has_tokenizer(directory):
         raise DataError(
             f"{path}: no such file, and no {' and '.join(_VOCABULARY_FILES)}. Create it with "
             "`codeparrot-ds tokenizer train`."

@@ -28,6 +28,7 @@ _LAYOUT = (
     "x \n",
     "UPPER lower 0123456789 caf\u00e9 \U0001f99c\n",
 )
+_MEND = "Correct it, use another tokenizer, or train one: `codeparrot-ds tokenizer train`."
 _SHOWN = 8  # characters named in a message
 
 
@@ -48,9 +49,7 @@ def require_lossless(encoder: Encoder, directory: Path) -> list[str]:
     if (config := directory / CONFIG_FILE).is_file():
         problems += config_conflicts(encoder.parts, read_json(config, "tokenizer config"))
     if problems:
-        raise DataError(
-            list_problems(str(directory / TOKENIZER_FILE), problems, "Correct it, or use another tokenizer.")
-        )
+        raise DataError(list_problems(str(directory / TOKENIZER_FILE), problems, _MEND))
     return accepted_changes(encoder.parts)
 
 

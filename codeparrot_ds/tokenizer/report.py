@@ -15,10 +15,9 @@ from codeparrot_ds.documents.inputs import search_inputs
 from codeparrot_ds.documents.read import read_documents
 from codeparrot_ds.documents.walk import count_reasons
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.tokenizer.encode import load_tokenizer
+from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, has_tokenizer, load_tokenizer
 from codeparrot_ds.tokenizer.kinds import KINDS, kinds_of
 from codeparrot_ds.tokenizer.measures import Subject, Text
-from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
 
 _BATCH_CHARACTERS = 1 << 20
 _SHOWN = 12  # tokens of each list
@@ -137,12 +136,12 @@ def report(
 
 def load_any(name: str) -> Tokenizer:
     """The tokenizer of a directory, or of a model on the Hub as transformers loads it. Raises DataError."""
-    if (Path(name) / TOKENIZER_FILE).is_file():
+    if has_tokenizer(Path(name)):
         return load_tokenizer(Path(name))
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many types, by what is missing or damaged
         raise DataError(
             f"{name}: transformers finds no tokenizer here or on the Hub ({str(error).splitlines()[0]}). Name a "

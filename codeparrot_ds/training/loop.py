@@ -280,6 +280,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the fixed validation sequences, the same at any world size. Collective: all ranks must call."""
+        if not self.recipe.evaluation.sequences:
+            return
         numbers = validation_sequences(len(self.data.valid), self.recipe.evaluation.sequences)
         micro, _ = self.recipe.batch.micro_batch_and_accumulation(self.ranks.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # sum of losses, sequences

@@ -59,6 +59,8 @@ def check_shards(recipe: Recipe) -> Dataset:
     """Open the recipe's shards and check their sizes. Raises DataError or ConfigError."""
     data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     data.order(recipe.seed)  # fails now if the blend weights are invalid
+    if recipe.evaluation.sequences:
+        data.require_valid()
     manifest = data.manifests[0]
     if manifest.vocab_size != recipe.model.vocab_size:
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.adopt import adopt
@@ -20,6 +20,8 @@ from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.inspect import inspect_sequence
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.verify import verify
+from codeparrot_ds.system.files import MANIFEST
+from tests.tokenizer_kinds import added_token, only_bytes, save
 
 # Three documents, ended by id 0: 4 + 2 + 5 = 11 tokens. A validation fraction of 0.3 is 3.3 of them: the last document.
 STREAM = [5, 6, 7, 0, 8, 0, 9, 10, 11, 12, 0]
@@ -67,9 +69,10 @@ def ids_of(directory: Path) -> tuple[list[int], list[int]]:
 def large_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 70,000 ids; the last is the end token."""
     directory = tmp_path_factory.mktemp("large")
-    vocabulary = {f"w{i}": i for i in range(69_999)} | {"<|endoftext|>": 69_999}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(directory / "tokenizer.json"))
-    return directory
+    content = json.loads(only_bytes().to_str())
+    content["model"]["vocab"] |= {f"<w{i}>": i for i in range(257, 69_999)} | {"<|endoftext|>": 69_999}
+    content["added_tokens"] = [added_token("<|endoftext|>", 69_999, special=True)]
+    return save(Tokenizer.from_str(json.dumps(content)), directory)
 
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i4"])
@@ -384,3 +387,55 @@ def test_by_default_the_copy_is_next_to_the_dataset(data: Path, tmp_path: Path) 
     own = write_megatron(other / "train-00000", [[d] for d in BARE])
     with pytest.raises(ConfigError, match=r"train-00000.bin: already exists.*--output"):
         adopt(own, data / "tokenizer", append_eos=True)
+
+
+def test_several_datasets_of_one_directory_are_adopted_as_one(data: Path, tmp_path: Path) -> None:
+    tokenizer = data / "tokenizer"
+    streams = {name: ended([[i, i + 1] for i in range(first, first + 9)]) for name, first in (("a", 20), ("b", 40))}
+    for name, documents in streams.items():
+        write_megatron(tmp_path / name, documents)
+    write_megatron(tmp_path / "v", ended([[7, 8], [9]]))
+    flat = {name: [i for document in documents for i in document[0]] for name, documents in streams.items()}
+    prefixes = [tmp_path / "a.bin", tmp_path / "b"]
+    manifest = adopt(prefixes, tokenizer, valid_fraction=0.3, output=tmp_path / "both")
+    assert [shard.name for shard in manifest.shards] == ["train-00000", "train-00001", "valid-00000", "valid-00001"]
+    train, valid = ids_of(tmp_path / "both")
+    assert train[: len(train) // 2] + valid[: len(valid) // 2] == flat["a"], "of each, the end"
+    assert train[len(train) // 2 :] + valid[len(valid) // 2 :] == flat["b"]
+    manifest = adopt(prefixes, tokenizer, valid_prefix=tmp_path / "v")
+    verify(tmp_path, deep=True)
+    assert ids_of(tmp_path) == (flat["a"] + flat["b"], [7, 8, 0, 9, 0])
+    assert manifest.inputs == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert manifest.valid_inputs == [str(tmp_path / "v")]
+    write_megatron(tmp_path / "other", ended([[5], [6]]))
+    with pytest.raises(ConfigError, match=r"is of other data in this directory \(a, b, v\).*--output DIR"):
+        adopt(tmp_path / "other", tokenizer)
+    with pytest.raises(ConfigError, match=r"already exists\. Remove it to adopt"):
+        adopt(tmp_path / "b", tokenizer)
+    with pytest.raises(ConfigError, match=r"other: named twice"):
+        adopt([tmp_path / "other", tmp_path / "other.idx"], tokenizer, output=tmp_path / "c")
+    with pytest.raises(ConfigError, match="both say what is validated on"):
+        adopt(prefixes, tokenizer, valid_prefix=tmp_path / "v", valid_fraction=0.1, output=tmp_path / "c")
+
+
+def test_a_dataset_of_one_document_is_not_split(data: Path, tmp_path: Path) -> None:
+    write_megatron(tmp_path / "one", ended([[5, 6, 7]]))
+    with pytest.raises(DataError, match=r"single document.*--valid-prefix, or do without one: --valid-fraction 0"):
+        adopt(tmp_path / "one", data / "tokenizer")
+    manifest = adopt(tmp_path / "one", data / "tokenizer", valid_fraction=0)
+    assert (manifest.tokens("train"), manifest.split("valid"), manifest.options["valid_fraction"]) == (4, (), 0)
+    write_megatron(tmp_path / "more", ended([[5], [6], [7]]))
+    both = [tmp_path / "one", tmp_path / "more"]
+    manifest = adopt(both, data / "tokenizer", valid_fraction=0.3, output=tmp_path / "out")
+    assert (manifest.tokens("train"), manifest.tokens("valid")) == (8, 2)
+
+
+def test_the_tokenizer_must_not_lose_text(tmp_path: Path) -> None:
+    tokenizer = only_bytes(normalizer={"type": "Lowercase"})
+    write_megatron(tmp_path / "its", ended([[5], [6], [7]]))
+    with pytest.raises(DataError, match=r"normalizer Lowercase: makes capital letters small"):
+        adopt(tmp_path / "its", save(tokenizer, tmp_path / "lossy"))
+    assert not (tmp_path / MANIFEST).exists()
+    changing = only_bytes(normalizer={"type": "NFC"})
+    manifest = adopt(tmp_path / "its", save(changing, tmp_path / "nfc"), valid_fraction=0.3)
+    assert manifest.options["text_changes"] == ["texts are normalized to NFC"]

@@ -18,6 +18,7 @@ from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
+from codeparrot_ds.shards.tasks import split_of
 from codeparrot_ds.shards.verify import _check_bytes, verify
 from codeparrot_ds.system.files import MANIFEST, exclusive_lock
 from codeparrot_ds.system.storage import LocalDirectory
@@ -187,7 +188,7 @@ def test_finished_shards_are_kept_and_others_are_refused(data: Path, tmp_path: P
     assert (tmp_path / "s" / MANIFEST).stat().st_mtime_ns == before
     with pytest.raises(DataError, match="built with different options"):
         build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=0.2, workers=1))
-    with pytest.raises(ConfigError, match="between 0 and 1"):
+    with pytest.raises(ConfigError, match="must be at least 0 and less than 1"):
         build(data / "corpus", data / "tokenizer", tmp_path / "s", BuildOptions(valid_fraction=1.5))
 
 

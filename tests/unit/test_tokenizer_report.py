@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from codeparrot_ds.cli import app
 from codeparrot_ds.errors import DataError
+from codeparrot_ds.tokenizer.directory import EOS_TOKEN
 from codeparrot_ds.tokenizer.kinds import KINDS, kinds_of
 from codeparrot_ds.tokenizer.report import report
-from codeparrot_ds.tokenizer.train import EOS_TOKEN
 from tests.tokenizer_kinds import KINDS as TOKENIZERS
 from tests.tokenizer_kinds import save, sources
 
@@ -123,7 +123,8 @@ def test_every_figure_equals_a_plain_computation(data: Path, tmp_path: Path) -> 
     size = tokenizer.get_vocab_size()
     assert measured["unused_tokens"]["count"] == size - len(set(ids))
     assert list(measured["unused_tokens"]["tokens"]) == [str(i) for i in range(size) if i not in set(ids)]
-    shown = [tokenizer.decode([i]) for i in range(257, size)]  # id 0 is the end token, then come the bytes
+    special = len(json.loads(tokenizer.to_str())["added_tokens"])  # the first ids; then come the bytes
+    shown = [tokenizer.decode([i]) for i in range(special + 256, size)]
     assert measured["first_tokens"] == shown[:12]
     assert measured["last_tokens"] == shown[-12:]
     assert measured["longest_tokens"] == sorted(shown, key=lambda token: -len(token))[:12]
