@@ -61,7 +61,7 @@ def examine(
         ops += required_ops(ds_config)
         needs = disk_needs(recipe, ds_config, slots)
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
-        wanted["runs"] = str(recipe.run_directory.resolve())
+        wanted["runs"] = str(RunDirectory(recipe.run_directory).checkpoints.resolve())  # may be a link to another disk
         wanted["swap"] = str(recipe.swap_directory) if recipe.swap_directory else None
         recipe.run_directory.mkdir(parents=True, exist_ok=True)
         token = recipe.run_directory.resolve() / f".doctor-{secrets.token_hex(8)}"

@@ -77,7 +77,7 @@ def train(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    make_directory(output.parent)
+    make_directory(output.resolve().parent)
     sample = _Sample(corpus, max_text_bytes)
     if sample.documents < len(sample.sizes):
         say(
