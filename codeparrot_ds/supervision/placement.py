@@ -151,8 +151,10 @@ class ManyHosts:
         try:
             active = self._choose({**self._unfit, **silent})
         except ClusterError as error:
+            if silent:
+                raise UnreachableError(str(error)) from None
             self._answered = set()  # examine them again: they may have been fixed in the meantime
-            raise UnreachableError(str(error)) if silent else error from None
+            raise
         # Ranks of the previous attempt may still hold its port.
         port = _DEEPSPEED_PORT + number % 100
         program, extra = self._access.command(self._run, active, self._master_address(active), port)
