@@ -29,6 +29,7 @@ from codeparrot_ds.system.files import make_directory, require_free_space
 from codeparrot_ds.system.launched import local_world_size
 from codeparrot_ds.tokenizer.encode import require_same_encoding
 from codeparrot_ds.tokenizer.train import TOKENIZER_FILE
+from codeparrot_ds.training.wandb_run import check_wandb
 
 if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is rejected before it is loaded
     from codeparrot_ds.training.ranks import Ranks
@@ -50,6 +51,8 @@ def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Check
     recipe = load_recipe(recipe_path, overrides)
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
     check_compiler(ds_config)
+    if recipe.logging.wandb and os.environ.get("RANK", "0") == "0":
+        check_wandb()
     data = check_shards(recipe)
     run = RunDirectory(recipe.run_directory)
     for directory in (run.path, run.checkpoints, run.logs, *([run.exports] if recipe.export.every_steps else [])):
