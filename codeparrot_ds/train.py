@@ -44,7 +44,7 @@ from codeparrot_ds.system.files import (
 )
 from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
 from codeparrot_ds.tokenizer.directory import copy_tokenizer
-from codeparrot_ds.training.preflight import CheckedRun, check, check_precision, check_space
+from codeparrot_ds.training.preflight import CheckedRun, check, check_precision, check_space, scarce_data
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def train(
     from codeparrot_ds.training.settings import require_same_on_all_ranks
 
     rank_module.die_with_launcher()
-    ranks = rank_module.join()
+    ranks = rank_module.join(supervised=lifeline.connected)
     ranks.agree(failure, _CANNOT_START)
     assert checked is not None
     if directory is None and _spans_hosts(world_size):
@@ -286,6 +286,8 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
         f"{len(data.train):,}",
         recipe.model.seq_len,
     )
+    if scarcity := scarce_data(data, recipe):
+        log.warning("%s", scarcity)
     if untested := untested_keys(ds_config):
         log.warning("DeepSpeed keys that are not tested with this package: %s", ", ".join(untested))
     try:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -33,6 +34,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except UserError as error:
@@ -50,6 +53,15 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C. During an import end the process: what runs then may catch KeyboardInterrupt and go on."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> NoReturn:

@@ -29,6 +29,10 @@ def launch(
         int, typer.Option(help="Number of hosts at the end of the hostfile to use as spares.", min=0)
     ] = 0,
     regrow_seconds: Annotated[float, typer.Option(help="Seconds between checks for recovered hosts.", min=1)] = 300.0,
+    wait_for_hosts: Annotated[
+        float,
+        typer.Option(help="Seconds to wait for hosts that do not answer before a restart; not counted as one.", min=0),
+    ] = 600.0,
     address: Annotated[str | None, typer.Option(help="Address at which the hosts reach this machine.")] = None,
     master_addr: Annotated[str | None, typer.Option(help="Address at which the other hosts reach the first.")] = None,
     doctor: Annotated[bool, typer.Option(help="Check all hosts first.")] = True,
@@ -48,7 +52,18 @@ def launch(
         raise ConfigError("--launcher srun uses the hosts of its Slurm allocation; other launchers need --hostfile.")
     hosts = None
     if hostfile is not None or launcher == "srun":
-        hosts = Hosts(hostfile, min_hosts, spare_hosts, regrow_seconds, address, master_addr, doctor, launcher, ranks)
+        hosts = Hosts(
+            hostfile,
+            min_hosts,
+            spare_hosts,
+            regrow_seconds,
+            address,
+            master_addr,
+            doctor,
+            launcher,
+            ranks,
+            wait_for_hosts,
+        )
     raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
 
 

@@ -20,16 +20,21 @@ from typing import Any
 
 from codeparrot_ds.doctor import probe
 from codeparrot_ds.doctor.judge import Expected, Report, judge
+from codeparrot_ds.errors import DataError
 from codeparrot_ds.hosts.ssh import ssh_command
 from codeparrot_ds.run.directory import RunDirectory, step_of
 from codeparrot_ds.run.ds_config import load_ds_config, required_ops, resolve, swap_bytes_per_parameter
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.run.space import checkpoint_room_bytes, checkpoints_to_come
+from codeparrot_ds.shards.format import Manifest
 
 _FACTS_SECONDS = 15.0
 _MEASURE_SECONDS = 10.0
-_ALL_REDUCE_SECONDS = 60  # includes imports from a cold disk
+_IMPORT_SECONDS = 120.0  # from a cold disk
+_ALL_REDUCE_SECONDS = 60
 _ALL_REDUCE_BYTES = 1 << 24
+# What a rank imports; of a package of ours, all its modules.
+_IMPORTS = ("codeparrot_ds.train", "codeparrot_ds.training", "codeparrot_ds.export.background", "deepspeed")
 _MAX_ROUNDS = 15  # of link measurements: all pairs of 16 hosts, a subset for more
 _SLOW_LINK = 0.4  # fraction of the median bandwidth
 
@@ -56,12 +61,15 @@ def examine(
     wanted: dict[str, Any] = {"names": list(slots), "shards": [], "ops": ops, "port": port, "runs": str(Path.cwd())}
     needs: dict[str, int] = {}
     token = None
+    imports = list(_IMPORTS)
     if recipe is not None:
         ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, sum(slots.values()))
         ops += required_ops(ds_config)
         needs = disk_needs(recipe, ds_config, slots)
         wanted["shards"] = [str(path.resolve()) for path in recipe.data.sources]
-        wanted["runs"] = str(recipe.run_directory.resolve())
+        wanted["files"] = _files(recipe)
+        imports += ["torch.utils.tensorboard"] if recipe.logging.tensorboard else []
+        wanted["runs"] = str(RunDirectory(recipe.run_directory).checkpoints.resolve())  # may be a link to another disk
         wanted["swap"] = str(recipe.swap_directory) if recipe.swap_directory else None
         recipe.run_directory.mkdir(parents=True, exist_ok=True)
         token = recipe.run_directory.resolve() / f".doctor-{secrets.token_hex(8)}"
@@ -76,9 +84,11 @@ def examine(
                 answers = list(pool.map(lambda each: each.ask("facts", wanted, _FACTS_SECONDS), probes))
             here = probe.facts(wanted)
             shared_disk = recipe is None or recipe.checkpoints.shared_disk
-            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, cpu, shared_disk)
+            files = wanted.get("files", {})
+            expected = Expected(here, slots, wanted["shards"], ops, needs, token is not None, cpu, shared_disk, files)
             report = Report([judge(each.host, answer, expected) for each, answer in zip(probes, answers, strict=True)])
             alive = [each for each, answer in zip(probes, answers, strict=True) if "error" not in answer]
+            _import(report, alive, imports)
             _measure_links(report, alive)
             if len(alive) > 1 and len(alive) == len(probes) and not report.red:
                 _measure_all_reduce(report, alive, port + 1)
@@ -87,6 +97,34 @@ def examine(
             token.unlink(missing_ok=True)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _files(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Size (bytes) of each file that every rank reads, by directory; those of the shards are in their manifests."""
+    found: dict[str, dict[str, int]] = {}
+    directories = [recipe.model.init_from] if recipe.model.init_from is not None else []
+    for source in recipe.data.sources:
+        with contextlib.suppress(DataError):  # not on this machine: reported as such
+            shards = Manifest.read(source).shards
+            sizes = {f"{each.name}{suffix}": file["bytes"] for each in shards for suffix, file in each.files.items()}
+            found[str(source.resolve())] = sizes
+        directories.append(source / "tokenizer")
+    for directory in directories:
+        files = sorted(directory.iterdir()) if directory.is_dir() else []
+        found[str(directory.resolve())] = {each.name: each.stat().st_size for each in files if each.is_file()}
+    return found
+
+
+def _import(report: Report, probes: Sequence["_Probe"], modules: Sequence[str]) -> None:
+    """Import on every host what its ranks import."""
+    by_host = {each.host: each for each in report.hosts}
+    with ThreadPoolExecutor(max(1, len(probes))) as pool:
+        answers = pool.map(lambda each: each.ask("imports", list(modules), _IMPORT_SECONDS), probes)
+        for each, answer in zip(probes, answers, strict=True):
+            host = by_host[each.host]
+            if "error" in answer and "software" not in host.red:
+                fix = "install the packages of constraints.txt there again"
+                host.bad("software", "no import", f"its ranks cannot start ({answer['error']}): {fix}.")
 
 
 def disk_needs(recipe: Recipe, ds_config: Mapping[str, Any], slots: Mapping[str, int]) -> dict[str, int]:

@@ -17,6 +17,9 @@ _MIN_TEMPORARY_BYTES = 1 << 30
 _MIN_MEMORY_BYTES = 4 << 30
 
 
+_SHOWN_FILES = 5  # of those that differ in a directory
+
+
 @dataclass
 class HostReport:
     """Check results of one host.
@@ -109,6 +112,7 @@ class Expected:
         token: whether a file was written to the run directory to test which hosts see it.
         cpu: whether ranks compute on CPU cores.
         shared_disk: whether the hosts must see that file.
+        files: size (bytes) of each file that every rank reads, by directory and name.
     """
 
     here: Mapping[str, Any]
@@ -119,6 +123,7 @@ class Expected:
     token: bool = False
     cpu: bool = False
     shared_disk: bool = True
+    files: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def judge(host: str, facts: Mapping[str, Any], expected: Expected) -> HostReport:
@@ -164,7 +169,8 @@ def _judge_software(report: HostReport, facts: Mapping[str, Any], here: Mapping[
     theirs = {"python": facts["python"], **facts["packages"], "driver": _driver(facts)}
     if ours["driver"] is None:  # started from a machine without GPUs
         ours["driver"] = theirs["driver"]
-    different = [f"{name} {theirs[name]}, here {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    names = dict.fromkeys([*ours, *theirs])
+    different = [f"{n} {theirs.get(n)}, here {ours.get(n)}" for n in names if theirs.get(n) != ours.get(n)]
     if different:
         report.bad("software", "differs", f"{'; '.join(different)}: install the same versions there (constraints.txt).")
     elif facts["source"] != here["source"]:
@@ -222,6 +228,15 @@ def _judge_data(report: HostReport, facts: Mapping[str, Any], expected: Expected
         for path in expected.shards
         if facts["shards"][path] is None or facts["shards"][path] != expected.here["shards"][path]
     ]
+    for directory, files in facts.get("files", {}).items():
+        sizes = expected.files[directory]
+        wrong = [
+            f"{name} is missing" if size is None else f"{name} has {size:,} bytes, not {sizes[name]:,}"
+            for name, size in files
+        ]
+        if wrong:
+            more = f" and {len(wrong) - _SHOWN_FILES:,} more" if len(wrong) > _SHOWN_FILES else ""
+            problems.append(f"{directory}: {', '.join(wrong[:_SHOWN_FILES])}{more}")
     if problems:
         report.bad("data", "differs", f"{'; '.join(problems)}: place the same shards at the same path.")
     else:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -30,8 +31,9 @@ _CONNECT_SECONDS = 5
 def facts(wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the facts that `doctor` checks.
 
-    wanted: {"names": host names, "shards": directories, "runs": directory, "see": a file that should be visible,
-    "ops": names of DeepSpeed operators, "swap": directory or None, "port": master port}
+    wanted: {"names": host names, "shards": directories, "files": directory -> file name -> bytes, "runs": directory,
+    "see": a file that should be visible, "ops": names of DeepSpeed operators, "swap": directory or None, "port": master
+    port}
     """
     return {
         "time": time.time(),
@@ -39,13 +41,14 @@ def facts(wanted: dict[str, Any]) -> dict[str, Any]:
         "addresses": {name: _address(name) for name in wanted["names"]},
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": _packages(),
         "source": _source_digest(),
         "gpus": _gpus(),
         "memory_bytes": _available_memory(),
         "disk_bytes": {name: _free(wanted[name]) for name in ("runs", "swap") if wanted.get(name)},
         "temporary_bytes": _free(tempfile.gettempdir()),
         "shards": {path: _digest(os.path.join(path, "manifest.json")) for path in wanted["shards"]},
+        "files": {path: _different(path, files) for path, files in wanted.get("files", {}).items()},
         "sees": os.path.exists(wanted["see"]) if wanted.get("see") else None,
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
         "ninja": shutil.which("ninja", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")),
@@ -66,6 +69,23 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _packages() -> dict[str, str | None]:
+    """Return the versions of this package and of all that it needs, as installed here."""
+    found, pending = dict.fromkeys(PACKAGES), list(PACKAGES)
+    while pending:
+        name = pending.pop()
+        found[name] = _version(name)
+        for line in importlib.metadata.requires(name) or [] if found[name] is not None else []:
+            needed = re.match(r"[\w.-]+", line)
+            if needed is None or "extra ==" in line:
+                continue
+            other = re.sub(r"[-_.]+", "-", needed[0]).lower()
+            if other not in found and _version(other) is not None:  # some are for other systems or Python versions
+                found[other] = None
+                pending.append(other)
+    return dict(sorted(found.items()))
 
 
 def _source_digest() -> str | None:
@@ -121,6 +141,19 @@ def _digest(path: str) -> str | None:
             return hashlib.sha256(file.read()).hexdigest()[:12]
     except OSError:
         return None
+
+
+def _different(directory: str, files: dict[str, int]) -> list[list[Any]]:
+    """Return [name, bytes or None if missing] of the files whose size is not that in `files`."""
+    found = []
+    for name, size in files.items():
+        try:
+            here: int | None = os.stat(os.path.join(directory, name)).st_size
+        except OSError:
+            here = None
+        if here != size:
+            found.append([name, here])
+    return found
 
 
 def _is_built(name: str) -> bool:
@@ -182,12 +215,20 @@ def measure(address: str, port: int) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def all_reduce(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Run an all-reduce over all hosts, one process each. Returns {"bytes_per_second"} reduced, or {"error"}."""
-    program = """
-import datetime, json, sys, time
-import torch, torch.distributed as dist
-wanted = json.loads(sys.argv[1])
+_RANK = """
+import importlib, json, os, pkgutil, sys, time
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print is no answer
+for name in json.loads(sys.stdin.readline()):
+    module = importlib.import_module(name)
+    ours = getattr(module, "__path__", []) if name.startswith("codeparrot_ds.") else []
+    for each in pkgutil.iter_modules(ours):
+        importlib.import_module(name + "." + each.name)
+print("{}", file=answers, flush=True)
+wanted = json.loads(sys.stdin.readline() or "null")
+if wanted is None:
+    os._exit(0)
+import datetime, torch, torch.distributed as dist
 cuda = torch.cuda.is_available()
 dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://{wanted['address']}:{wanted['port']}",
     rank=wanted["rank"], world_size=wanted["world_size"], timeout=datetime.timedelta(seconds=wanted["seconds"]))
@@ -197,29 +238,62 @@ if cuda: torch.cuda.synchronize()
 started = time.perf_counter()
 for _ in range(3): dist.all_reduce(data)
 if cuda: torch.cuda.synchronize()
-print(json.dumps({"bytes_per_second": 3 * wanted["bytes"] / (time.perf_counter() - started)}), flush=True)
-import os; os._exit(0)
+print(json.dumps({"bytes_per_second": 3 * wanted["bytes"] / (time.perf_counter() - started)}), file=answers, flush=True)
+os._exit(0)
 """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(wanted)],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=wanted["seconds"],
-            check=False,
+
+
+class Rank:
+    """A process like a rank: it imports what a rank imports, and then takes part in an all-reduce over all hosts."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def imports(self, modules: list[str]) -> dict[str, Any]:
+        """Import `modules` and those below them. Returns {}, or {"error"}."""
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
-    except subprocess.TimeoutExpired:
-        return {"error": "timed out after %d s" % wanted["seconds"]}
-    if done.returncode != 0:
-        return {"error": (done.stderr.strip().splitlines() or ["exit code %d" % done.returncode])[-1]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        return self._ask(modules)
+
+    def all_reduce(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Run an all-reduce, after `imports`. Returns {"bytes_per_second"} reduced, or {"error"}."""
+        timer = threading.Timer(wanted["seconds"], self._process.kill if self._process else lambda: None)
+        timer.start()
+        try:
+            return self._ask(wanted)
+        finally:
+            timer.cancel()
+
+    def _ask(self, wanted: Any) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            return {"error": "not started"}
+        try:
+            process.stdin.write(json.dumps(wanted).encode() + b"\n")
+            process.stdin.flush()
+        except OSError:
+            pass  # it has ended: see its errors
+        line = process.stdout.readline()
+        if line:
+            return dict(json.loads(line))
+        code = process.wait()
+        self._errors.seek(0)
+        errors = self._errors.read().decode(errors="replace").strip().splitlines()
+        return {"error": "timed out" if code == -9 else (errors or ["exit code %d" % code])[-1]}
 
 
 def main() -> None:
     """Answer commands until end of standard input."""
     port = listen()
-    calls: dict[str, Any] = {"facts": facts, "measure": lambda wanted: measure(*wanted), "all_reduce": all_reduce}
+    rank = Rank()
+    calls: dict[str, Any] = {
+        "facts": facts,
+        "measure": lambda wanted: measure(*wanted),
+        "imports": rank.imports,
+        "all_reduce": rank.all_reduce,
+    }
     for line in sys.stdin.buffer:
         command, argument = json.loads(line)
         try:

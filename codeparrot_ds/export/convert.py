@@ -102,6 +102,7 @@ def convert(
             return done
     weights = _open(checkpoints)
     parameters = sum(shape.numel() for shape in weights.shapes.values())
+    output = output.resolve()  # may be a link to another disk
     make_directory(output.parent)
     require_free_space(output.parent, parameters * DTYPES[dtype].itemsize, "the converted model")
     written = weights if scale != FOLDED else _Folded(weights, recipe.model.n_embd)

@@ -53,6 +53,7 @@ def to_universal(checkpoint: Checkpoint, output: Path, memory_cap_bytes: int) ->
     largest_bytes = 4 * max(shape.numel() for shape in saved.shapes.values())
     # The tensor, the ranks' pieces of it, and its copy read back.
     _require_memory(memory.resident_bytes() + 3 * largest_bytes, memory_cap_bytes)
+    output = output.resolve()  # may be a link to another disk
     make_directory(output.parent)
     require_free_space(output.parent, 3 * 4 * checkpoint.parameters, "the universal checkpoint")
     memory.manage_freed_memory(scarce=True)

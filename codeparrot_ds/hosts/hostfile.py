@@ -31,6 +31,13 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = _LINE.fullmatch(text)
         if match is None or int(match[2]) == 0:
             problems.append(f"line {number}: {text!r} is not `host slots=N` (no spaces around =, N at least 1)")
+        elif "@" in match[1]:
+            user, _, host = match[1].rpartition("@")
+            fix = f"list {host}, and put `Host {host}` and `User {user}` into ~/.ssh/config"
+            problems.append(f"line {number}: {match[1]}: a user cannot be given here; {fix}")
+        elif ":" in match[1] or match[1].startswith("["):
+            fix = "list a name (from /etc/hosts on all hosts) or an IPv4 address, and put a port into ~/.ssh/config"
+            problems.append(f"line {number}: {match[1]}: an IPv6 address or a port cannot be given here; {fix}")
         elif match[1] in hosts:
             problems.append(f"line {number}: host {match[1]} is listed twice; give the sum of its slots once")
         else:

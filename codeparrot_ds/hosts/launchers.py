@@ -211,7 +211,7 @@ def resolve_name(host: str) -> str:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise ClusterError(
-            f"{host}: this host name cannot be resolved here ({error}). Add it to DNS or /etc/hosts."
+            f"{host}: this host name cannot be resolved to an IPv4 address here ({error}). Add it to DNS or /etc/hosts."
         ) from None
 
 

@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from codeparrot_ds.errors import EXIT_CRASHED, ClusterError, ConfigError
+from codeparrot_ds.errors import EXIT_CRASHED, EXIT_USER_ERROR, ClusterError, ConfigError
 from codeparrot_ds.hosts.working_directory import WorkingDirectory
 from codeparrot_ds.run.directory import RunDirectory, step_of
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop, sleep_unless
-from codeparrot_ds.supervision.placement import Hosts, ManyHosts, ThisMachine
+from codeparrot_ds.supervision.placement import Hosts, ManyHosts, Start, ThisMachine, UnreachableError
 from codeparrot_ds.system.files import exclusive_lock, make_directory
 from codeparrot_ds.system.jobs import say
 
 _LOCK_SECONDS = 30.0  # for ranks of a killed supervisor to exit
+_BETWEEN_CHECKS_SECONDS = 5.0  # of hosts that do not answer
 _LEASE_SECONDS = 180.0  # for a file server to release the locks of a lost host
 
 
@@ -34,10 +35,11 @@ def launch(
         raise ConfigError("--ranks cannot be combined with --hostfile, whose slots set the ranks per host.")
     run = RunDirectory(loaded.run_directory)
     place = ThisMachine(ranks, loaded.batch) if hosts is None else ManyHosts(hosts, loaded)
+    wait_seconds = 0.0 if hosts is None else hosts.wait_seconds
     make_directory(run.path)
     busy = f"{run.path}: another `codeparrot-ds launch` is already supervising this run. Stop it, or use --set name=…"
     with exclusive_lock(run.path / ".launch.lock", busy), Stop() as stop:
-        return _Job(recipe, overrides, run, place, restarts or Restarts()).run(stop)
+        return _Job(recipe, overrides, run, place, restarts or Restarts(), wait_seconds).run(stop)
 
 
 @dataclass
@@ -49,6 +51,7 @@ class _Job:
     directory: RunDirectory
     place: "ThisMachine | ManyHosts"
     restarts: Restarts
+    wait_seconds: float  # of a restart, for hosts that do not answer
     in_a_row: int = 0  # attempts without a new checkpoint
     number: int = 0
 
@@ -75,7 +78,11 @@ class _Job:
         self.number += 1
         try:
             _wait_for_old_ranks(self.directory, stop, _LOCK_SECONDS if self.number == 1 else _LEASE_SECONDS)
-            start = self.place.prepare(self.number)
+            start = self._prepare(stop)
+        except UnreachableError as error:
+            if self.number == 1 and not stop.count:  # a name may be wrong
+                raise
+            return Outcome("unreachable", str(error), EXIT_USER_ERROR), []
         except (ClusterError, ConfigError) as error:
             if self.number == 1 and not stop.count:
                 raise
@@ -90,12 +97,29 @@ class _Job:
         supervised = [*command, "--supervisor", str(attempt.supervisor), "--directory", directory]
         return attempt.run(supervised, {**os.environ, **start.extra}, stop, start.restart_reason), list(start.slots)
 
+    def _prepare(self, stop: Stop) -> Start:
+        """Return what the attempt needs to start. A restart waits for hosts that do not answer."""
+        deadline, told = time.monotonic() + self.wait_seconds, False
+        while True:
+            try:
+                return self.place.prepare(self.number)
+            except UnreachableError as error:
+                if self.number == 1 or stop.count or time.monotonic() >= deadline:
+                    raise
+                if not told:
+                    say(f"{error} Waiting up to {self.wait_seconds:,.0f} s for them (--wait-for-hosts).")
+                    told = True
+                sleep_unless(stop, _BETWEEN_CHECKS_SECONDS)
+
     def _delay_seconds(self, outcome: Outcome, reached: int) -> float | None:
         """Return the delay before the next attempt, or None for none, and print the reason."""
+        if outcome.state == "unreachable":
+            waited = f"Waited {self.wait_seconds:,.0f} s for them (--wait-for-hosts)."
+            say(f"error: {outcome.reason} {waited} {_kept(reached)}")
         if outcome.state != "failed":
             return None
         where = f" ({outcome.doing})" if outcome.doing else ""
-        kept = f"Checkpoints up to step {reached} are kept." if reached else "There is no checkpoint yet."
+        kept = _kept(reached)
         if self.in_a_row > self.restarts.most:
             count = f"{self.restarts.most} restart{'' if self.restarts.most == 1 else 's'}"
             say(
@@ -114,6 +138,10 @@ class _Job:
         # A full disk has already been reported by the ranks.
         with contextlib.suppress(OSError), open(self.directory.launches, "a", encoding="utf-8") as file:
             file.write(json.dumps({**facts, "hosts": list(hosts), **vars(outcome)}) + "\n")
+
+
+def _kept(reached: int) -> str:
+    return f"Checkpoints up to step {reached} are kept." if reached else "There is no checkpoint yet."
 
 
 def _newest_step(run: RunDirectory) -> int:

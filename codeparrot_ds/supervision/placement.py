@@ -31,6 +31,10 @@ from codeparrot_ds.system.jobs import say
 _DEEPSPEED_PORT = 29500  # its default `--master_port`
 
 
+class UnreachableError(ClusterError):
+    """Too few hosts answer. They may do so again: a restart waits for them."""
+
+
 @dataclass(frozen=True)
 class Hosts:
     """Where to train, and what to do when a host is lost.
@@ -45,6 +49,7 @@ class Hosts:
         doctor: check all hosts first, over ssh; unfit hosts are skipped, or refused if too few remain.
         launcher: "pdsh", "ssh", "mpirun" or "srun"; by default pdsh if it is installed, else ssh.
         ranks: ranks per host, with srun.
+        wait_seconds: how long a restart waits for hosts that do not answer.
     """
 
     hostfile: Path | None
@@ -56,6 +61,7 @@ class Hosts:
     doctor: bool = True
     launcher: str | None = None
     ranks: int | None = None
+    wait_seconds: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,10 @@ class ManyHosts:
         self._regrow: _Regrow | None = None
 
     def prepare(self, number: int) -> Start:
-        """Return what attempt `number` needs to start. Raises ClusterError if too few hosts are fit."""
+        """Return what attempt `number` needs to start.
+
+        Raises ClusterError if too few hosts are fit, UnreachableError if some of the others do not answer.
+        """
         if self._regrow is not None:
             self._regrow.stop()
         silent = self._access.unreachable(self._slots)
@@ -139,7 +148,13 @@ class ManyHosts:
         if self._hosts.doctor and isinstance(self._access, Ssh) and answer - self._answered:
             self._unfit = self._examine()
         self._answered = answer
-        active = self._choose({**self._unfit, **silent})
+        try:
+            active = self._choose({**self._unfit, **silent})
+        except ClusterError as error:
+            if silent:
+                raise UnreachableError(str(error)) from None
+            self._answered = set()  # examine them again: they may have been fixed in the meantime
+            raise
         # Ranks of the previous attempt may still hold its port.
         port = _DEEPSPEED_PORT + number % 100
         program, extra = self._access.command(self._run, active, self._master_address(active), port)

@@ -214,6 +214,8 @@ def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> d
 
 def make_directory(path: Path) -> Path:
     """Create `path` and its parents, and check that it is writable. Raises ConfigError."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: a link to {path.resolve()}, which does not exist. Create that, or remove the link.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe-{secrets.token_hex(8)}.tmp"  # unique: several hosts may do this at the same time

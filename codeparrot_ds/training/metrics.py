@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.metrics import read_metrics
 from codeparrot_ds.run.recipe import Recipe
-from codeparrot_ds.system.files import digest_json, write_atomically
+from codeparrot_ds.system.files import write_atomically
 from codeparrot_ds.system.gpus import peak_flops_of
 from codeparrot_ds.system.memory import peak_resident_bytes
+from codeparrot_ds.training.wandb_run import start_wandb
 
 if TYPE_CHECKING:
     import torch
@@ -96,11 +95,15 @@ class Metrics:
     """Writes metrics to metrics.jsonl, TensorBoard, Weights & Biases and the log. Exists on rank 0 only."""
 
     def __init__(self, run: RunDirectory, recipe: Recipe, first_step: int) -> None:
-        """Append to existing files, after dropping the rows of steps that will be repeated. Raises ConfigError."""
+        """Append to existing files, after dropping the rows of steps that will be repeated."""
         self._run, self._recipe = run, recipe
         self._peak_flops: float | None = None
         self._open(first_step)
-        self._wandb: Any = _start_wandb(run, recipe) if recipe.logging.wandb else None
+        self._wandb: Any = None
+        if recipe.logging.wandb:
+            self._wandb, problem = start_wandb(run, recipe)
+            if problem:
+                log.warning("Weights & Biases: %s", problem)
 
     def _open(self, first_step: int) -> None:
         _drop_rows_from(self._run.metrics, first_step)
@@ -230,25 +233,6 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, each in value.items():
         flat.update(_flatten(each, f"{prefix}{key}.") if isinstance(each, dict) else {f"{prefix}{key}": each})
     return flat
-
-
-def _start_wandb(run: RunDirectory, recipe: Recipe) -> Any:
-    """Start a Weights & Biases run, or continue it in a resumed run. Settings come from WANDB_* variables."""
-    try:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise ConfigError("logging.wandb needs wandb. Install it: pip install 'codeparrot-ds[wandb]'") from None
-    started = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "codeparrot-ds"),
-        name=recipe.name,
-        id=digest_json(str(run.path.resolve()))[:16],
-        resume="allow",
-        dir=str(run.path),
-        config=recipe.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True),  # our own log has the same information
-    )
-    started.define_metric("*", step_metric="step")  # repeated steps are logged again
-    return started
 
 
 def known_peak_flops(device: "torch.device", precision: str) -> float | None:

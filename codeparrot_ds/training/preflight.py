@@ -28,6 +28,7 @@ from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.system.files import make_directory, require_free_space
 from codeparrot_ds.system.launched import local_world_size
 from codeparrot_ds.tokenizer.directory import TOKENIZER_FILE, require_same_encoding
+from codeparrot_ds.training.wandb_run import check_wandb
 
 if TYPE_CHECKING:  # nothing here needs torch at import time, so bad input is rejected before it is loaded
     from codeparrot_ds.training.ranks import Ranks
@@ -49,9 +50,12 @@ def check(recipe_path: Path, overrides: Sequence[str], world_size: int) -> Check
     recipe = load_recipe(recipe_path, overrides)
     ds_config = resolve(load_ds_config(recipe.engine.deepspeed), recipe, world_size)
     check_compiler(ds_config)
+    if recipe.logging.wandb and os.environ.get("RANK", "0") == "0":
+        check_wandb()
     data = check_shards(recipe)
     run = RunDirectory(recipe.run_directory)
-    make_directory(run.path)
+    for directory in (run.path, run.checkpoints, run.logs, *([run.exports] if recipe.export.every_steps else [])):
+        make_directory(directory)  # each may be a link to another disk
     return CheckedRun(recipe, ds_config, data, run)
 
 
@@ -74,6 +78,18 @@ def check_shards(recipe: Recipe) -> Dataset:
     return data
 
 
+def scarce_data(data: Dataset, recipe: Recipe) -> str:
+    """A warning if there are fewer training sequences than a step reads; else empty."""
+    sequences, wanted = len(data.train), recipe.batch.global_batch_size
+    if sequences >= wanted:
+        return ""
+    one = "sequence is" if sequences == 1 else "sequences are"
+    return (
+        f"{sequences:,} training {one} fewer than the {wanted:,} of one step (batch.global_batch_size), so that each "
+        "step reads them more than once. Add data, or lower batch.global_batch_size or model.seq_len."
+    )
+
+
 def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int) -> None:
     """Raise ConfigError unless this host's disks have enough space for the files that the run writes from `step` on."""
     recipe = checked.recipe
@@ -84,24 +100,29 @@ def check_space(checked: CheckedRun, ranks: "Ranks", parameters: int, step: int)
         is_last = step + to_come * recipe.checkpoints.every_steps >= recipe.schedule.last_step
         if is_last and recipe.checkpoints.every_minutes is None and offload_device(checked.ds_config) == "nvme":
             # The last checkpoint is moved from NVMe, which takes no extra space on the same disk.
-            to_come -= swap is not None and swap.stat().st_dev == checked.run.path.stat().st_dev
+            to_come -= swap is not None and disk_of(swap) == disk_of(checked.run.checkpoints)
         writers = Fraction(sum(map(ranks.shares_disk, range(ranks.world_size))), ranks.world_size)
         zero_stage = checked.ds_config["zero_optimization"]["stage"]
         room = checkpoint_room_bytes(recipe, zero_stage, parameters, to_come, writers, ranks.shares_disk(0))
-        needs.append((checked.run.path, room, f"{to_come} more checkpoints"))
+        needs.append((checked.run.checkpoints, room, f"{to_come} more checkpoints"))
         if recipe.export.every_steps is not None:
             left = recipe.schedule.last_step - step
             exports = min(left // recipe.export.every_steps, recipe.export.keep_last + 1)
             bytes_each = parameters * (4 if recipe.export.dtype == "float32" else 2)
-            needs.append((checked.run.path, exports * bytes_each, f"{exports} exported models"))
+            needs.append((checked.run.exports, exports * bytes_each, f"{exports} exported models"))
     if swap is not None and ranks.local_rank == 0:
         share = parameters * local_world_size(ranks.world_size) // ranks.world_size
         needs.append((swap, share * swap_bytes_per_parameter(checked.ds_config), "the offloaded state"))
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for need in needs:
-        by_disk.setdefault(need[0].stat().st_dev, []).append(need)
+        by_disk.setdefault(disk_of(need[0]), []).append(need)
     for directories, needed, purposes in (zip(*group, strict=True) for group in by_disk.values()):
         require_free_space(directories[0], sum(needed), " and ".join(purposes))
+
+
+def disk_of(directory: Path) -> int:
+    """The number of the file system that a directory, or the one that it links to, is on."""
+    return directory.stat().st_dev
 
 
 def check_compiler(ds_config: Mapping[str, Any]) -> None:

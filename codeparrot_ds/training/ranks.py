@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from codeparrot_ds.errors import ClusterError, UserError, list_problems
+from codeparrot_ds.errors import ClusterError, ConfigError, UserError, list_problems
 from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.system.files import as_user_error
 from codeparrot_ds.system.launched import local_world_size
@@ -130,8 +130,11 @@ def die_with_launcher() -> None:
         kill_with_parent(parent.pid)
 
 
-def join() -> Ranks:
-    """Join the process group through DeepSpeed, and silence harmless messages of DeepSpeed and transformers."""
+def join(*, supervised: bool = False) -> Ranks:
+    """Join the process group through DeepSpeed, and silence harmless messages of DeepSpeed and transformers.
+
+    Raises ConfigError when the port is in use, unless `supervised`: then the next attempt uses another port.
+    """
     _quieten_libraries()
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -155,7 +158,16 @@ def join() -> Ranks:
         device = torch.device(accelerator.device_name(local_rank))
     if on_this_host < int(os.environ["WORLD_SIZE"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
         _choose_interface()
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) or supervised:
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} of {socket.gethostname()} is in use, perhaps by another run. Name a free one: "
+            f"`deepspeed --master_port {int(port) + 1} ...`. `codeparrot-ds launch` finds one by itself."
+        ) from None
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, dist.new_group(backend="gloo"))
 
 

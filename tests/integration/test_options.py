@@ -2,6 +2,9 @@
 
 import json
 import math
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,3 +120,23 @@ def test_samples_retention_schedule_and_records(train_tiny: Train, baseline: Tra
     assert all("[...]" in text for text in texts)
     assert list((trained.run.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "sample 1:" in trained.run.log(0).read_text()
+
+
+def test_a_taken_port_is_one_message(
+    rank_environment: dict[str, str], tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "codeparrot_ds.train", str(recipe)],
+            env={**rank_environment, "MASTER_PORT": str(port)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1, done.stderr
+    assert f"error: port {port} of " in done.stderr
+    assert f"`deepspeed --master_port {port + 1} ...`" in done.stderr
+    assert "Traceback" not in done.stderr

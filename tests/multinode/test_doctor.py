@@ -80,6 +80,17 @@ def test_what_is_wrong_with_one_host_is_named(
     ):
         done = real_hosts.run(command, timeout=10, host=1)
         assert done.returncode == 0, done.output
+    # On the third host: a shard cut short, another missing, and a package that cannot be imported.
+    cut = shutil.copytree(data / "shards", tmp_path / "cut-shards")
+    first, other_bin = sorted(cut.glob("train-*.bin"))[0], sorted(cut.glob("valid-*.bin"))[0]
+    first.write_bytes(first.read_bytes()[:-2])
+    other_bin.unlink()
+    module = Path(str(information)) / "safetensors" / "torch.py"
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ImportError('cannot be loaded here')\n")
+    for command in (["mount", "--bind", cut, data / "shards"], ["mount", "--bind", broken, module]):
+        done = real_hosts.run(command, timeout=10, host=2)
+        assert done.returncode == 0, done.output
     listener = real_hosts.start(
         [sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29500)); time.sleep(99)"], host=1
     )
@@ -90,9 +101,14 @@ def test_what_is_wrong_with_one_host_is_named(
         real_hosts.end_commands(listener)
         for path in (metadata, data / "shards", "/etc/hosts", runs):
             assert real_hosts.run(["umount", path], timeout=10, host=1).returncode == 0
+        for path in (data / "shards", module):
+            assert real_hosts.run(["umount", path], timeout=10, host=2).returncode == 0
     assert code == 1
     found = red(report)
-    assert set(found) == {1}
+    assert set(found) == {1, 2}
+    assert f"{first.name} has {first.stat().st_size:,} bytes, not {first.stat().st_size + 2:,}" in found[2]["data"]
+    assert f"{other_bin.name} is missing" in found[2]["data"]
+    assert "its ranks cannot start (ImportError: cannot be loaded here)" in found[2]["software"]
     problems = found[1]
     assert f"deepspeed 0.18.0, here {importlib.metadata.version('deepspeed')}" in problems["software"]
     assert "manifest.json differs from the one here" in problems["data"]

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,3 +229,22 @@ def test_hosts_that_do_not_answer_are_named_before_anything_starts(launch: Launc
     assert not job.directory.checkpoints.exists()
     back = ["ssh", "-F", real_hosts.ssh_config, real_hosts.hosts[1], "true"]
     assert until(lambda: real_hosts.run(back, timeout=20).returncode == 0, 20), "the test's own sshd is not back"
+
+
+@pytest.mark.nightly
+def test_a_link_that_is_down_for_a_minute_is_waited_for(
+    launch: Launch, real_hosts: RealHosts, baseline: Trained
+) -> None:
+    """It is no restart: none is allowed beyond the one for the ranks that were lost."""
+    job = launch("waits", 2, "--max-restarts", "1", faults=["hold:0:4"], settings=[AT_ONCE])
+    job.wait_for("held-4")
+    real_hosts.set_link(1, "down")
+    job.wait_to_say("was killed, or its host was lost")
+    (job.marks / "go-4").touch()
+    job.wait_to_say("Waiting up to 600 s for them (--wait-for-hosts)")
+    time.sleep(60)
+    assert job.process.poll() is None, job.output()
+    real_hosts.set_link(1, "up")
+    assert job.end() == 0, job.output()
+    assert [each["state"] for each in job.attempts()] == ["failed", "finished"]
+    assert read_run(job.directory.path).losses() == baseline.losses()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,28 @@ def test_a_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPa
         ["corpus", "collect", "~/x", "--output=o"],
     ):
         assert "/nonexistent/me/" in str(CliRunner().invoke(app, arguments).exception), arguments
+
+
+@pytest.mark.parametrize("importing", [True, False])
+def test_ctrl_c_ends_the_command(importing: bool, tmp_path: Path) -> None:
+    """Also during an import of a module that catches KeyboardInterrupt and goes on."""
+    body = "import time\nprint('ready', flush=True)\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    pass\n"
+    (tmp_path / "stubborn.py").write_text(body, encoding="utf-8")
+    work = "import stubborn" if importing else "import time; print('ready', flush=True); time.sleep(30)"
+    program = (
+        f"from codeparrot_ds import cli\n@cli.app.command('x')\ndef x():\n    {work}\n    print('went on')\n"
+        "import sys; sys.argv = ['x', 'x']; cli.main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output) == (130, b""), errors
+    assert b"Traceback" not in errors

@@ -1,16 +1,20 @@
 """How `doctor` judges the facts that a host reports."""
 
 import copy
+import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from codeparrot_ds.doctor import probe
-from codeparrot_ds.doctor.examine import blame, rounds
+from codeparrot_ds.doctor.examine import _files, _import, blame, rounds
 from codeparrot_ds.doctor.judge import COLUMNS, Expected, Report, judge
+from codeparrot_ds.run.recipe import Recipe
 
 HERE: dict[str, Any] = {
     "asked_seconds": 0.4,
@@ -26,6 +30,7 @@ HERE: dict[str, Any] = {
     "disk_bytes": {"runs": 10**13},
     "temporary_bytes": 10**11,
     "shards": {"/d": "x"},
+    "files": {"/d": []},
     "sees": True,
     "compiler": "/usr/bin/g++",
     "ninja": "/venv/bin/ninja",
@@ -34,9 +39,12 @@ HERE: dict[str, Any] = {
 }
 
 
+FILES = {"/d": dict.fromkeys(["a.bin", *map(str, range(9))], 1000)}
+
+
 def row(cpu: bool = False, shared_disk: bool = True, **facts: Any) -> Any:
     """Return the report of a host that differs from this machine in `facts`."""
-    expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu, shared_disk)
+    expected = Expected(HERE, {"a": 8}, ["/d"], ["cpu_adam"], {"runs": 10**12}, True, cpu, shared_disk, FILES)
     return judge("a", {**copy.deepcopy(HERE), **facts}, expected)
 
 
@@ -61,6 +69,14 @@ def test_a_host_like_this_one_passes() -> None:
         ({"memory_bytes": 10**9}, "memory", "1.0 GB of memory available"),
         ({"shards": {"/d": None}}, "data", "/d/manifest.json is missing"),
         ({"shards": {"/d": "y"}}, "data", "/d/manifest.json differs from the one here"),
+        ({"files": {"/d": [["a.bin", None]]}}, "data", "/d: a.bin is missing: place the same shards"),
+        ({"files": {"/d": [["a.bin", 5]]}}, "data", "/d: a.bin has 5 bytes, not 1,000"),
+        ({"files": {"/d": [[str(n), 5] for n in range(8)]}}, "data", "4 has 5 bytes, not 1,000 and 3 more"),
+        (
+            {"packages": {"torch": "2.13.0", "deepspeed": "0.19.8", "regex": "1.0"}},
+            "software",
+            "regex 1.0, here None",
+        ),
         ({"sees": False}, "shared", "put `runs` on a shared disk"),
         ({"compiler": None}, "compiler", "DeepSpeed compiles cpu_adam: install g++ and ninja there"),
         ({"port_free": False}, "port", "in use there"),
@@ -131,3 +147,51 @@ def test_the_probe_answers_on_a_python_that_has_nothing_else() -> None:
     port = probe.listen()
     link = probe.measure("127.0.0.1", port)
     assert link["bandwidth"] > 1e6
+
+
+def test_all_packages_that_ours_needs_are_compared() -> None:
+    found = probe._packages()
+    assert set(probe.PACKAGES) <= set(found)
+    assert {"safetensors", "pyyaml", "regex", "pydantic-core"} <= set(found)  # also those that those need
+    assert "wandb" not in found and "ruff" not in found  # of extras
+    assert found["numpy"] == importlib.metadata.version("numpy")
+
+
+def test_files_of_another_size_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"123")
+    assert probe._different(str(tmp_path), {"a": 3}) == []
+    assert probe._different(str(tmp_path), {"a": 4, "b": 0}) == [["a", 3], ["b", None]]
+
+
+def test_the_files_that_ranks_read_are_compared(tiny_recipe: dict[str, Any], data: Path) -> None:
+    model = data / "tokenizer"  # stands for a directory of weights
+    tiny_recipe["model"]["init_from"] = str(model)
+    found = _files(Recipe.model_validate(tiny_recipe))
+    assert set(found) == {str(data / "shards"), str(data / "shards" / "tokenizer"), str(model)}
+    for directory, files in found.items():
+        assert files == {name: (Path(directory) / name).stat().st_size for name in files}
+    shards = {path.name for path in (data / "shards").iterdir() if path.suffix in (".bin", ".idx", ".parquet")}
+    assert set(found[str(data / "shards")]) == shards
+    assert "tokenizer.json" in found[str(data / "shards" / "tokenizer")]
+
+
+@pytest.mark.parametrize(
+    ("modules", "problem"),
+    [
+        (["json"], ""),
+        (["no_such_module"], "ModuleNotFoundError: No module named 'no_such_module'"),
+        (["codeparrot_ds.run", "this_dies"], "No module named 'this_dies'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(modules: list[str], problem: str) -> None:
+    rank = probe.Rank()
+    assert rank.all_reduce({"seconds": 1}) == {"error": "not started"}
+    found = rank.imports(modules)
+    assert problem in found.get("error", "") and bool(problem) == bool(found)
+
+
+def test_a_rank_that_cannot_import_fails_the_software_check() -> None:
+    report = Report([row()])
+    broken: Any = SimpleNamespace(host="a", ask=lambda *arguments: {"error": "ImportError: libcudart.so.13"})
+    _import(report, [broken], ["torch"])
+    assert "its ranks cannot start (ImportError: libcudart.so.13)" in report.hosts[0].red["software"]

@@ -25,6 +25,10 @@ def test_the_example_is_valid() -> None:
         ("a", "not `host slots=N`"),
         ("# nothing\n\n", "lists no host"),
         ("a slots=x\nb\n", "2 problems"),
+        ("me@gpu-1 slots=8", "list gpu-1, and put `Host gpu-1` and `User me` into ~/.ssh/config"),
+        ("fe80::1 slots=8", "line 1: fe80::1: an IPv6 address or a port cannot be given here; list a name"),
+        ("[::1] slots=8", "an IPv6 address or a port"),
+        ("gpu-1:2222 slots=8", "put a port into ~/.ssh/config"),
     ],
 )
 def test_a_bad_hostfile_is_refused_line_by_line(tmp_path: Path, content: str, expected: str) -> None:
@@ -57,3 +61,8 @@ def test_launch_uses_as_many_gpus_as_the_batch_can_be_divided_among() -> None:
 def test_the_command_that_launch_runs() -> None:
     command = deepspeed_command(Path("r.yaml"), ["deepspeed", "--hostfile", "hosts"], ["a.b=1"])
     assert " ".join(command) == "deepspeed --hostfile hosts --module codeparrot_ds.train r.yaml --set a.b=1"
+
+
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes("\ufeffgpu-1 slots=8\r\ngpu-2 slots=8\r\n".encode())
+    assert read_hostfile(tmp_path / "hosts") == {"gpu-1": 8, "gpu-2": 8}

@@ -19,12 +19,13 @@ from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR, 
 from codeparrot_ds.hosts import launchers
 from codeparrot_ds.hosts.launchers import forwarded
 from codeparrot_ds.hosts.lifeline import Lines, Supervisor
+from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.run.sections import Batch
 from codeparrot_ds.supervision import attempt as attempts
-from codeparrot_ds.supervision import placement
+from codeparrot_ds.supervision import launch, placement
 from codeparrot_ds.supervision.attempt import Attempt, Outcome, Restarts, Stop
-from codeparrot_ds.supervision.placement import Hosts, ManyHosts
+from codeparrot_ds.supervision.placement import Hosts, ManyHosts, Start, UnreachableError
 from codeparrot_ds.system.launched import rank_of_scheduler
 
 FOUR = "a slots=2\nb slots=2\nc slots=2\nd slots=2\n"
@@ -63,6 +64,69 @@ def test_fewer_hosts_only_if_allowed_and_the_batch_can_be_divided(many_hosts: Ca
         many_hosts(["a", "b", "c"], min_hosts=2).prepare(2)
     with pytest.raises(ConfigError, match="at least 9 required"):
         many_hosts(min_hosts=9)
+
+
+class Place:
+    """Stands for `ManyHosts`: the first attempt fails, and then hosts do not answer for some checks."""
+
+    def __init__(self, silent: int) -> None:
+        self.silent, self.checks = silent, 0
+
+    def prepare(self, number: int) -> Start:
+        """See `ManyHosts`."""
+        self.checks += number > 1
+        if 0 < self.checks <= self.silent:
+            raise UnreachableError("1 of 2 hosts can train, but 2 are needed (b: gone).")
+        program = ["false" if number == 1 else "true"]
+        return Start(program, {}, "127.0.0.1", {"a": 1}, lambda: "", lambda host, pids: None)
+
+    def lost(self, host: str | None, in_a_row: int) -> None:
+        """See `ManyHosts`."""
+
+
+@pytest.mark.parametrize(("wait", "checks"), [(60.0, 5), (0.0, 1)])
+def test_a_restart_waits_for_hosts_that_do_not_answer(
+    wait: float,
+    checks: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a limit of its own: the restart that is allowed is left for a crash."""
+    monkeypatch.setattr(launch, "_BETWEEN_CHECKS_SECONDS", 0.0)
+    place: Any = Place(4)
+    run = RunDirectory(tmp_path)
+    with Stop() as stop:
+        code = launch._Job(tmp_path / "r", [], run, place, Restarts(1, 0.0), wait).run(stop)
+    said = capsys.readouterr().err
+    recorded = [json.loads(line) for line in run.launches.read_text(encoding="utf-8").splitlines()]
+    assert place.checks == checks
+    if wait:
+        assert said.count("Waiting up to 60 s for them (--wait-for-hosts)") == 1
+        assert [each["state"] for each in recorded] == ["failed", "failed"]  # `true` starts no rank
+        assert code == EXIT_CRASHED
+    else:
+        assert "error: 1 of 2 hosts can train" in said and "Waited 0 s for them" in said
+        assert [each["state"] for each in recorded] == ["failed", "unreachable"]
+        assert code == EXIT_USER_ERROR
+
+
+def test_a_first_start_does_not_wait_for_hosts(tmp_path: Path) -> None:
+    """A name in the hostfile may be wrong."""
+    place: Any = Place(0)
+    place.prepare = lambda number: (_ for _ in ()).throw(UnreachableError("gone"))
+    with Stop() as stop, pytest.raises(ClusterError, match="gone"):
+        launch._Job(tmp_path / "r", [], RunDirectory(tmp_path), place, Restarts(), 600.0).run(stop)
+
+
+def test_hosts_that_do_not_answer_are_told_apart_from_unfit_ones(many_hosts: Callable[..., Any]) -> None:
+    with pytest.raises(UnreachableError):
+        many_hosts(["b"]).prepare(2)
+    hosts = many_hosts()
+    hosts._unfit = {"a": "its disk is full"}
+    with pytest.raises(ClusterError) as refused:
+        hosts.prepare(2)
+    assert not isinstance(refused.value, UnreachableError)
 
 
 def test_a_host_that_fails_twice_in_a_row_is_skipped(many_hosts: Callable[..., Any]) -> None:

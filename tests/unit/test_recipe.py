@@ -307,3 +307,16 @@ def test_a_run_resumes_only_with_its_model_seed_batch_and_data(tiny_recipe: dict
     for key, change, digest in changes:
         other = Recipe.model_validate({**tiny_recipe, **change}).identity(digest)
         assert {name for name in identity if other[name] != identity[name]} == {key}
+
+
+def test_a_byte_order_mark_is_ignored(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Some editors write one. In a file of `corpus clean` and in a hostfile, see their tests."""
+    mark = "\ufeff".encode()
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_bytes(mark + Path(tiny_recipe["engine"]["deepspeed"]).read_bytes())
+    tiny_recipe["engine"]["deepspeed"] = str(ds_config)
+    path = save_recipe(tiny_recipe, tmp_path / "r.yaml")
+    plain = load_recipe(path)
+    path.write_bytes(mark + path.read_bytes())
+    assert load_recipe(path) == plain
+    assert load_ds_config(ds_config)["zero_optimization"]["stage"] == 3
