@@ -64,10 +64,13 @@ def read_rows(file: Path, parse: Callable[[Any], Row], what: str, fields: str) -
     return rows
 
 
-def text_fields(row: Any, names: tuple[str, ...], may_be_empty: tuple[str, ...] = ()) -> list[str]:
-    """The task id of a row, and its fields `names`, which must be strings of valid Unicode.
+def text_fields(
+    row: Any, names: tuple[str, ...], may_be_empty: tuple[str, ...] = (), any_text: bool = False
+) -> list[str]:
+    """The task id of a row, and its fields `names`, which must be strings.
 
-    MBPP's task ids are numbers: 11 becomes "MBPP/11". Raises ValueError with the reason.
+    MBPP's task ids are numbers: 11 becomes "MBPP/11". Raises ValueError with the reason, which is also a lone surrogate
+    unless `any_text` is true.
     """
     if not isinstance(row, dict):
         raise ValueError("not an object")  # noqa: TRY004 (a reason for the list of bad lines)
@@ -84,7 +87,7 @@ def text_fields(row: Any, names: tuple[str, ...], may_be_empty: tuple[str, ...] 
     if wrong:
         raise ValueError(f"{' and '.join(wrong)} must be text")
     try:
-        "".join(texts).encode()
+        "".join(texts).encode(errors="surrogatepass" if any_text else "strict")
     except UnicodeEncodeError:
         raise ValueError("a lone surrogate is not a valid character") from None
     return texts

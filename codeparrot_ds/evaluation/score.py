@@ -124,7 +124,7 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
 
 
 def _parse_sample(task_ids: set[str], row: Any) -> Sample:
-    task_id, completion = text_fields(row, ("completion",), may_be_empty=("completion",))
+    task_id, completion = text_fields(row, ("completion",), may_be_empty=("completion",), any_text=True)
     if task_id not in task_ids:
         raise ValueError(f"no problem has task_id {task_id[:80]!r}")
     return Sample(task_id, completion, row)
@@ -161,7 +161,7 @@ def score(
     different = list(dict.fromkeys(programs))
     running = run_programs(different, limits, workers, packages)
     outcomes = {different[i]: outcome for i, outcome in progress(running, "scoring", len(different), "program")}
-    return _summarize(samples, [outcomes[program] for program in programs], problems, ks, limits)
+    return _summarize(samples, [outcomes[program] for program in programs], problems, ks, limits, packages)
 
 
 def _summarize(
@@ -170,6 +170,7 @@ def _summarize(
     problems: Sequence[Problem],
     ks: Sequence[int],
     limits: Limits,
+    packages: Sequence[str],
 ) -> Scores:
     attempted: dict[str, list[bool]] = {problem.task_id: [] for problem in problems}
     for sample, outcome in zip(samples, outcomes, strict=True):
@@ -186,7 +187,12 @@ def _summarize(
         unattempted=[task_id for task_id in attempted if task_id not in counts],
         outcomes=outcomes,
         truncated_outputs=sum(outcome.output_bytes > limits.output for outcome in outcomes),
-        settings={"limits": asdict(limits), "python": platform.python_version(), "bubblewrap": bubblewrap_version()},
+        settings={
+            "limits": asdict(limits),
+            "python": platform.python_version(),
+            "bubblewrap": bubblewrap_version(),
+            "packages": list(packages),
+        },
     )
 
 

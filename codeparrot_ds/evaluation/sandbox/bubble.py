@@ -136,6 +136,7 @@ class Bubble:
 
     def __init__(self, limits: Limits, packages: Sequence[str] = ()) -> None:
         self._limits, self._packages = limits, tuple(packages)
+        self._killed = False
         self._start()
 
     def _start(self) -> None:
@@ -211,6 +212,7 @@ class Bubble:
 
         Raises:
             ConfigError: this machine cannot run the sandbox.
+            SandboxEndedError: another thread called `kill`.
         """
         limits = self._limits
         first = self._run_once(program, seconds or limits.timeout)
@@ -230,6 +232,8 @@ class Bubble:
             try:
                 answer = self._ask(job, max(10 * seconds, 2.0) + _ANSWER_SECONDS)
             except SandboxEndedError:
+                if self._killed:
+                    raise
                 self.close()
                 self._start()
                 continue
@@ -238,6 +242,11 @@ class Bubble:
                 raise ConfigError(f"The sandbox cannot confine a program ({answer['message']}). It needs Linux 5.8.")
             return Outcome(Verdict(kind), **answer)
         return Outcome(Verdict.DIED, "its sandbox ended")
+
+    def kill(self) -> None:
+        """End the sandbox now, from any thread; it is still to be closed."""
+        self._killed = True
+        self._process.kill()
 
     def close(self) -> None:
         """End the sandbox and everything in it."""

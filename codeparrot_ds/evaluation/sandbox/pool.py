@@ -1,5 +1,6 @@
 """Run many programs, as many at a time as there are cores."""
 
+import math
 import queue
 import threading
 from collections import deque
@@ -10,9 +11,9 @@ from codeparrot_ds.evaluation.sandbox.bubble import Bubble
 from codeparrot_ds.evaluation.sandbox.outcome import Limits, Outcome, Verdict
 from codeparrot_ds.system.processes import available_cores
 
-# CPU time (seconds) after which a program that still runs has to wait until all others have had as much. Of HumanEval's
-# 164 solutions one needs more than the first.
-_SLICES = (0.025, 0.25)
+# CPU time (seconds) after which a program that still runs has to start again when all others have had as much. Of
+# HumanEval's 164 solutions one needs more than the first.
+_SLICES = (0.02, 0.25)
 
 
 class Program(NamedTuple):
@@ -23,13 +24,17 @@ class Program(NamedTuple):
 
 
 class _Queue:
-    """Programs that wait, by the number of slices they had. Later slices start with problems that nobody has solved."""
+    """Programs that wait, by the number of slices they had.
+
+    Later slices start with the problems whose solutions take longest, those without a solution first: their programs
+    are the least likely to be endless loops.
+    """
 
     def __init__(self, programs: Sequence[Program]) -> None:
         self._programs = programs
         self._levels = [deque(range(len(programs)))]
         self._level = 0
-        self._solved: set[str] = set()
+        self._needed: dict[str, float] = {}  # problem -> CPU seconds of its slowest solution so far
         self._lock = threading.Lock()
 
     def take(self) -> tuple[int, int] | None:
@@ -40,9 +45,7 @@ class _Queue:
                     return self._levels[self._level].popleft(), self._level
                 self._level += 1
                 if self._level < len(self._levels):
-                    waiting = self._levels[self._level]
-                    waiting = deque(sorted(waiting, key=lambda i: self._programs[i].problem in self._solved))
-                    self._levels[self._level] = waiting
+                    self._levels[self._level] = deque(sorted(self._levels[self._level], key=self._needs, reverse=True))
             return None
 
     def put_back(self, program: int, level: int) -> None:
@@ -51,11 +54,16 @@ class _Queue:
             while len(self._levels) <= level:
                 self._levels.append(deque())
             self._levels[level].append(program)
+            self._level = min(self._level, level)  # others may have gone on while this one ran
 
-    def solved(self, program: int) -> None:
-        """Note that a program passed."""
+    def passed(self, program: int, cpu_seconds: float) -> None:
+        """Note that a program solves its problem in this time."""
         with self._lock:
-            self._solved.add(self._programs[program].problem)
+            problem = self._programs[program].problem
+            self._needed[problem] = max(cpu_seconds, self._needed.get(problem, 0.0))
+
+    def _needs(self, program: int) -> float:
+        return self._needed.get(self._programs[program].problem, math.inf)
 
 
 def run_programs(
@@ -68,7 +76,7 @@ def run_programs(
     """Run every program in a sandbox and yield (its number, outcome), in order of completion.
 
     Args:
-        programs: Python sources; no one is trusted.
+        programs: Python sources, none of which is trusted.
         limits: of each; the defaults if None.
         workers: sandboxes, each of which uses a core; as many as there are cores if None.
         packages: names of installed packages that programs may import besides the standard library.
@@ -82,9 +90,12 @@ def run_programs(
     waiting, stop = _Queue(programs), threading.Event()
     done: queue.SimpleQueue[tuple[int, Outcome] | BaseException] = queue.SimpleQueue()
 
+    bubbles: list[Bubble] = []
+
     def work() -> None:
         try:
             bubble = Bubble(limits, packages)
+            bubbles.append(bubble)
             try:
                 while not stop.is_set() and (taken := waiting.take()) is not None:
                     program, level = taken
@@ -93,7 +104,7 @@ def run_programs(
                         waiting.put_back(program, level + 1)
                         continue
                     if outcome.passed:
-                        waiting.solved(program)
+                        waiting.passed(program, outcome.cpu_seconds)
                     done.put((program, outcome))
             finally:
                 bubble.close()
@@ -112,5 +123,7 @@ def run_programs(
             yield item
     finally:
         stop.set()
+        for bubble in bubbles:  # they still run something only if not all outcomes are wanted
+            bubble.kill()
         for thread in threads:
             thread.join()

@@ -103,7 +103,7 @@ def _run_program(program: str, secret: str, report: int, output: int, config: di
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time that a process, with all its threads, has used so far."""
+    """CPU time that a process has used so far."""
     return time.clock_gettime((~pid << 3) | 2)  # linux/posix-timers.h: CPUCLOCK_SCHED of a process
 
 
