@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -24,6 +25,7 @@ FORMAT_VERSION = 1  # of every manifest
 _READ_SIZE = 1 << 20
 _LOCK_TRIES = 10
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")  # what `Path` leaves of "s3://"
 
 
 def flush_to_disk(path: Path) -> None:
@@ -213,7 +215,9 @@ def finished_manifest(directory: Path, kind: str, expected: dict[str, Any]) -> d
 
 
 def make_directory(path: Path) -> Path:
-    """Create `path` and its parents, and check that it is writable. Raises ConfigError."""
+    """Create `path` and its parents, and check that it is writable. Raises ConfigError, also for a URL."""
+    if any(_SCHEME.fullmatch(part) for part in path.parts):
+        raise ConfigError(f"{path}: is a URL, but must be a local directory. Name one, and copy the result from there.")
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{path}: a link to {path.resolve()}, which does not exist. Create that, or remove the link.")
     try:

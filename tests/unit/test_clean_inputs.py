@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codeparrot_ds.corpus.clean import CleanOptions, clean
+from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.corpus.options import Cleaning, NearDuplicates
 from codeparrot_ds.corpus.stats import summarize
 from codeparrot_ds.documents.inputs import Corpus, find_inputs
@@ -209,6 +211,16 @@ def test_a_directory_that_holds_something_else_is_not_written_to(tmp_path: Path)
     assert [each.name for each in (tmp_path / "project").iterdir()] == ["README.md"]
     (tmp_path / "empty").mkdir()
     assert run([path], tmp_path / "empty")["documents"] == 40
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/corpus", "gs://bucket", "memory://x"])
+def test_a_url_is_no_directory_to_write_to(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.jsonl", lines(many()))
+    for write_it in (partial(run, [path]), partial(collect, directories=[tmp_path], suffix=".jsonl")):
+        with pytest.raises(ConfigError, match="is a URL, but must be a local directory"):
+            write_it(output=Path(url))
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("output", [".", "out", "below/out"])
