@@ -1,5 +1,6 @@
 """How `doctor` judges the facts that a host reports."""
 
+import ast
 import copy
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.doctor import probe
-from codeparrot_ds.doctor.examine import _files, _import, blame, rounds
+from codeparrot_ds.doctor.examine import _IMPORTS, _files, _import, blame, rounds
 from codeparrot_ds.doctor.judge import COLUMNS, Expected, Report, judge
 from codeparrot_ds.run.recipe import Recipe
 
@@ -195,3 +196,20 @@ def test_a_rank_that_cannot_import_fails_the_software_check() -> None:
     broken: Any = SimpleNamespace(host="a", ask=lambda *arguments: {"error": "ImportError: libcudart.so.13"})
     _import(report, [broken], ["torch"])
     assert "its ranks cannot start (ImportError: libcudart.so.13)" in report.hosts[0].red["software"]
+
+
+def test_what_a_rank_imports_later_is_imported() -> None:
+    """Modules that functions import are not imported with the modules that hold them."""
+    package = Path(probe.__file__).parents[1]
+    later = set()
+    for path in [package / "train.py", *(package / "training").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+            for node in ast.walk(function):
+                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                later |= {name.partition(".")[0] for name in names}
+    known = {name.partition(".")[0] for name in _IMPORTS} | set(sys.stdlib_module_names)
+    # torch comes with the modules of training, and wandb is for rank 0 alone.
+    assert later - known == {"torch", "wandb"}
+    assert "transformers" in later and "safetensors" in later
