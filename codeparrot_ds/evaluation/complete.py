@@ -119,7 +119,7 @@ def complete(
         sampling: settings.
         show: receives the pieces of all candidates in the order in which they are generated.
     """
-    candidates = [_Candidate(found, sampling.stops, prompt.new_tokens) for _ in range(sampling.candidates)]
+    candidates = [_Candidate(found, sampling.stops, prompt) for _ in range(sampling.candidates)]
 
     def take(numbers: Sequence[int], tokens: Sequence[int]) -> set[int]:
         for number, token in zip(numbers, tokens, strict=True):
@@ -139,9 +139,9 @@ def complete(
 class _Candidate:
     """A completion in progress."""
 
-    def __init__(self, found: Pretrained, stops: Stops, room: int) -> None:
+    def __init__(self, found: Pretrained, stops: Stops, prompt: Prompt) -> None:
         self.completion = Completion()
-        self._continuation = Continuation(found, stops, room)
+        self._continuation = Continuation(found, stops, prompt.new_tokens, int(prompt.ids[-1]))
         self._blank = ""  # white space that is shown only if more text follows
 
     def add(self, token: int) -> str:

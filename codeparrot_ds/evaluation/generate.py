@@ -93,10 +93,12 @@ class TextStream:
     that `Encoder.decode` gives for all ids.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, before: int | None = None) -> None:
+        """Begin a stream; `before` is the last id before it. SentencePiece drops a blank at the start of a text."""
         self._encoder = encoder
-        self._ids: list[int] = []  # the last id of the text so far, which decoders may need, and those after it
-        self._shown = 0  # characters of the first of these
+        # The last id of the text so far, which decoders may need, and those after it.
+        self._ids = [] if before is None else [before]
+        self._shown = len(self._decode())  # characters of the first of these
 
     def add(self, token: int) -> str:
         """Add an id, and return the text that it completes."""
@@ -125,12 +127,12 @@ class Continuation:
         ended: why it ended: `END_TOKEN`, `STOP` or `LENGTH`; None while it has not.
     """
 
-    def __init__(self, found: Pretrained, stops: Stops, room: int) -> None:
-        """Begin a continuation of at most `room` tokens."""
+    def __init__(self, found: Pretrained, stops: Stops, room: int, before: int) -> None:
+        """Begin a continuation of at most `room` tokens; `before` is the last id of the prompt."""
         self.ids: list[int] = []
         self.ended: str | None = None
         self._end_ids, self._room = found.end_ids, room
-        self._stream, self._arriving = TextStream(found.encoder), Arriving(stops)
+        self._stream, self._arriving = TextStream(found.encoder, before), Arriving(stops)
 
     @property
     def text(self) -> str:

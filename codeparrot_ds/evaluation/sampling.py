@@ -145,7 +145,7 @@ class Run:
                 )
             lines: dict[tuple[int, int], str] = {}
             for batch in its:
-                found = self._part(batch).read_text().splitlines(keepends=True)
+                found = self._part(batch).read_text(encoding="utf-8").splitlines(keepends=True)
                 lines.update(zip(batch.samples, found, strict=True))
             write_atomically(self.samples_file(temperature), "".join(lines[key] for key in sorted(lines)))
         shutil.rmtree(self._parts)
@@ -153,7 +153,7 @@ class Run:
 
     def counts(self, temperature: float) -> dict[str, Any]:
         """What happened to prompts and samples, counted, of a finished temperature."""
-        rows = [json.loads(line) for line in self.samples_file(temperature).read_text().splitlines()]
+        rows = [json.loads(line) for line in self.samples_file(temperature).read_text(encoding="utf-8").splitlines()]
         room = {task.problem.task_id: task.new_tokens for task in self.tasks}
         short = [row for row in rows if row["ended"] == LENGTH and row["tokens"] < self.settings.max_new_tokens]
         assert all(row["tokens"] == room[row["task_id"]] for row in short)
@@ -176,8 +176,9 @@ class Run:
 
     def _generate(self, batch: Batch) -> list[dict[str, Any]]:
         tasks = sorted({task for task, _ in batch.samples})
-        rooms = [self.tasks[task].new_tokens for task, _ in batch.samples]
-        continuations = [Continuation(self._found, self.settings.stops, room) for room in rooms]
+        its_tasks = [self.tasks[task] for task, _ in batch.samples]
+        stops, rooms = self.settings.stops, [task.new_tokens for task in its_tasks]
+        continuations = [Continuation(self._found, stops, task.new_tokens, int(task.ids[-1])) for task in its_tasks]
         drawn = torch.from_numpy(
             np.stack(
                 [

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.evaluation.complete import Sampling, _after, complete
+from codeparrot_ds.evaluation.complete import Sampling, complete
+from codeparrot_ds.evaluation.generate import TextStream
 from codeparrot_ds.export.certificate import check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.export.tokenizer import write_tokenizer
@@ -105,7 +105,9 @@ def test_a_converted_tokenizer_adds_no_token_and_loses_no_blank(make: Callable[[
     assert tokenizer(PROMPT)["input_ids"] == prompt
     ids = prompt + encoder.encode("a + b").tolist()  # with the blank that is put in front
     assert encoder.decode(np.array(ids)) == f"{PROMPT} a + b"
-    assert _after(tokenizer, torch.tensor([ids]), len(prompt)) == [" a + b"]
+    stream = TextStream(encoder, prompt[-1])
+    pieces = [stream.add(token) for token in ids[len(prompt) :]]
+    assert "".join(pieces) + stream.finish() == " a + b"
 
 
 def documents_of(manifest: Manifest) -> list[list[int]]:

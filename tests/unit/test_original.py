@@ -1,14 +1,10 @@
 """Every defect of the original scripts has a test that catches it, and every threshold a test of both its sides."""
 
 import inspect
-import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
@@ -16,9 +12,13 @@ from codeparrot_ds.cli.tokenizer import tokenizer_train
 from codeparrot_ds.corpus.decontamination import Problem, Problems
 from codeparrot_ds.corpus.near_duplicates import find_removed, sign
 from codeparrot_ds.corpus.options import Cleaning, NearDuplicates
-from codeparrot_ds.evaluation import complete as completing
-from codeparrot_ds.tokenizer.train import MAX_TEXT_BYTES
+from codeparrot_ds.evaluation.generate import Continuation
+from codeparrot_ds.evaluation.pretrained import load_pretrained
+from codeparrot_ds.evaluation.stops import Stops
+from codeparrot_ds.system.files import read_json, write_json
+from codeparrot_ds.tokenizer.trainers import MAX_TEXT_BYTES
 from tests.conftest import ROOT
+from tests.tiny_models import plain_gpt2
 from tests.unit.test_faults import functions, is_nightly
 
 # What was wrong in the original -> tests that fail when it is wrong here.
@@ -107,39 +107,16 @@ def test_the_defaults_of_the_tokenizer_are_not_swapped() -> None:
 TEXT = "x = f ( 'a' , b ) . c ; y = not z ? do n't : I 'm , we 've  \n\tif a != b : print ( \"a , b .\" ) !"
 
 
-class CleaningTokenizer:
-    """A tokenizer that cleans spaces up unless it is told not to, as in the versions of the original's time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, model_max_length=1000)
-        self.eos_token_id = self._tokenizer.eos_token_id
-
-    def __call__(self, text: str, **how: Any) -> Any:
-        return self._tokenizer(text, **how)
-
-    def batch_decode(self, ids: Any, *, clean_up_tokenization_spaces: bool = True, **how: Any) -> list[str]:
-        texts = self._tokenizer.batch_decode(ids, **how)
-        return [re.sub(r" ([.,?!]|n't|'\w)", r"\1", each) if clean_up_tokenization_spaces else each for each in texts]
-
-
-class Repeating:
-    """A model that continues each prompt with the same tokens."""
-
-    config = SimpleNamespace(n_positions=1000)
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self._ids = ids
-
-    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, self._ids], 1)
-
-
-def test_completions_are_decoded_to_the_character(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = CleaningTokenizer(data / "tokenizer")
-    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-    assert tokenizer.batch_decode(ids) != [TEXT]
-    monkeypatch.setattr(completing, "load_pretrained", lambda directory: (Repeating(ids), tokenizer, "cpu"))
-    assert completing.complete(data, ["# prompt\n"], completing.Sampling(num=1)) == [[TEXT]]
+def test_completions_are_decoded_to_the_character(data: Path, tmp_path: Path) -> None:
+    """Transformers' `decode` cleans up spaces if tokenizer_config.json says so."""
+    directory = plain_gpt2(tmp_path, data / "tokenizer", n_positions=256)
+    config = read_json(directory / "tokenizer_config.json", "tokenizer config")
+    write_json(directory / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": True})
+    found = load_pretrained(directory)
+    ids = found.encoder.encode(TEXT).tolist()
+    assert AutoTokenizer.from_pretrained(directory).decode(ids) != TEXT
+    continuation = Continuation(found, Stops(()), len(ids), found.encoder.eos_id)
+    assert "".join(map(continuation.add, ids)) == TEXT == continuation.text
 
 
 @pytest.mark.parametrize(("common", "of_one", "of_other", "removed"), [(17, 0, 3, True), (17, 1, 3, False)])

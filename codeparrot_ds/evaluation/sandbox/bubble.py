@@ -118,7 +118,7 @@ def _why_not(stderr: str) -> str:
     mends = []
     for name, (value, command) in _SETTINGS.items():
         file = Path("/proc/sys", name)
-        if file.exists() and file.read_text().strip() == value:
+        if file.exists() and file.read_text(encoding="utf-8").strip() == value:
             mends.append(command)
     if mends:
         mend = f"The kernel's settings forbid user namespaces. Run as root: {' && '.join(mends)}"
