@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.errors import DataError
-from codeparrot_ds.evaluation.complete import Sampling, complete
+from codeparrot_ds.evaluation.complete import Sampling, complete, encode_prompt
 from codeparrot_ds.evaluation.generate import TextStream
+from codeparrot_ds.evaluation.pretrained import load_pretrained
 from codeparrot_ds.export.certificate import check
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.export.tokenizer import write_tokenizer
@@ -89,8 +90,10 @@ def test_a_tokenizer_with_bytes_is_used_as_in_training(
     tokenizer, model = (kind.from_pretrained(tmp_path / "hf") for kind in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer(PROMPT)["input_ids"] == encoder.encode(PROMPT).tolist()
     assert tokenizer.eos_token_id == model.config.eos_token_id == manifest.eos_id
-    found = complete(tmp_path / "hf", [PROMPT, ""], Sampling(num=2, max_new_tokens=6))
-    assert [len(each) for each in found] == [2, 2]
+    found = load_pretrained(tmp_path / "hf")
+    for text in (PROMPT, ""):
+        completions = complete(found, encode_prompt(found, text, 6), Sampling(num=2, max_new_tokens=6))
+        assert [completion.ended is not None for completion in completions] == [True, True]
 
 
 @pytest.mark.parametrize("make", [llama, unigram_with_bytes])

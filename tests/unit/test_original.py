@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import BaseModel
-from transformers import AutoTokenizer
 
 from codeparrot_ds.cli.tokenizer import tokenizer_train
 from codeparrot_ds.corpus.decontamination import Problem, Problems
@@ -108,13 +107,12 @@ TEXT = "x = f ( 'a' , b ) . c ; y = not z ? do n't : I 'm , we 've  \n\tif a != 
 
 
 def test_completions_are_decoded_to_the_character(data: Path, tmp_path: Path) -> None:
-    """Transformers' `decode` cleans up spaces if tokenizer_config.json says so."""
+    """The original's version of transformers removed blanks before punctuation, and in front of `n't`."""
     directory = plain_gpt2(tmp_path, data / "tokenizer", n_positions=256)
     config = read_json(directory / "tokenizer_config.json", "tokenizer config")
     write_json(directory / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": True})
     found = load_pretrained(directory)
     ids = found.encoder.encode(TEXT).tolist()
-    assert AutoTokenizer.from_pretrained(directory).decode(ids) != TEXT
     continuation = Continuation(found, Stops(()), len(ids), found.encoder.eos_id)
     assert "".join(map(continuation.add, ids)) == TEXT == continuation.text
 

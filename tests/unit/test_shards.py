@@ -18,7 +18,6 @@ from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
-from codeparrot_ds.shards.tasks import split_of
 from codeparrot_ds.shards.verify import _check_bytes, verify
 from codeparrot_ds.system.files import MANIFEST, exclusive_lock
 from codeparrot_ds.system.storage import LocalDirectory
