@@ -77,7 +77,8 @@ from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.proof import choose_encoder
 
 AnyTask = TypeVar("AnyTask")
-_TASK_BYTES = 64_000_000  # of text per task of the first step
+_TASK_BYTES = 64_000_000  # of text per task of the first step, unless there are more tasks than
+_MAX_TASKS = 4096  # every later task opens the results of all of them
 _DISK_SHARE = 0.5  # of the text: measured on Python, the result takes 0.24 and the work in progress 0.13
 _FILE_BYTES = 64_000_000  # of text per file of the result
 
@@ -217,7 +218,8 @@ class _Cleaner:
     def __init__(self, output: Path, work: Path, inputs: Inputs, options: CleanOptions, wanted: dict[str, Any]) -> None:
         self._output, self._work, self._inputs, self._options, self._wanted = output, work, inputs, options, wanted
         self._fields = options.cleaning.fields.resolve()
-        self._pieces = deal(inputs.pieces, _TASK_BYTES)
+        text = sum(map(text_bytes, inputs.pieces))
+        self._pieces = deal(inputs.pieces, max(_TASK_BYTES, text // _MAX_TASKS))
         self._directories = [work / f"measured-{number:05d}" for number in range(len(self._pieces))]
 
     def run(self) -> dict[str, Any] | None:

@@ -4,12 +4,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from codeparrot_ds.corpus.measured import AllMeasured, SetsOf
+from codeparrot_ds.corpus.measured import AllMeasured, SignaturesOf
 from codeparrot_ds.corpus.near_duplicates import find_edges, find_removed, join
 
 _GROUP_DOCUMENTS = 20_000  # about this many documents of components are compared in one task
@@ -20,21 +21,26 @@ def keep_one_of_equals(measured: AllMeasured) -> np.ndarray:
 
     Of documents that are equal but for white space, the one with the smallest digest is kept, and of copies the first.
     """
-    bare, digest = measured.column("bare_digest"), measured.column("digest")
+    representative = np.arange(len(measured), dtype=np.int64)
+    halves = measured.column("bare_digest", 0)
+    order = np.argsort(halves)
+    equal = np.flatnonzero(halves[order[1:]] == halves[order[:-1]])
+    copies = np.unique(np.concatenate([order[equal], order[equal + 1]]))  # in input order; perhaps all but few are not
+    bare, digest = measured.column("bare_digest")[copies], measured.column("digest")[copies]
     order = np.lexsort((digest[:, 1], digest[:, 0], bare[:, 1], bare[:, 0]))  # stable: copies stay in input order
     ordered = bare[order]
     first = np.ones(len(order), bool)
     first[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    representative = np.empty(len(order), np.int64)
-    representative[order] = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+    firsts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    representative[copies[order]] = copies[order[firsts]]
     return representative
 
 
 def compared_documents(measured: AllMeasured, representative: np.ndarray) -> np.ndarray:
     """Documents that no other rule removes, in canonical order: by digest."""
     kept = np.flatnonzero(measured.column("kept") & (representative == np.arange(len(representative))))
-    digest = measured.column("digest")[kept]
-    return kept[np.lexsort((digest[:, 1], digest[:, 0]))]
+    first, second = (measured.column("digest", half)[kept] for half in range(2))
+    return kept[np.lexsort((second, first))]
 
 
 class BandTask(msgspec.Struct, frozen=True):
@@ -103,14 +109,12 @@ def remove_similar(task: GroupTask) -> int:
     measured = AllMeasured(task.measured)
     compared, members = np.load(task.compared, mmap_mode="r"), np.load(task.members, mmap_mode="r")
     starts = np.load(task.starts)[task.first : task.last + 1]
+    documents = compared[members[starts[0] : starts[-1]]]
+    signatures = SignaturesOf(measured, documents)
     rows: list[tuple[int, int, float]] = []
-    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        documents = compared[members[start:stop]]
-        sets = SetsOf(measured, documents)
-        rows += [
-            (int(documents[removed]), int(documents[kept]), index)
-            for removed, kept, index in find_removed(sets, sets.keys(), task.jaccard)
-        ]
+    for start, stop in pairwise((starts - starts[0]).tolist()):
+        found = find_removed(signatures.sets(start, stop), signatures.keys[start:stop], task.jaccard)
+        rows += [(int(documents[start + one]), int(documents[start + other]), index) for one, other, index in found]
     save(task.output, np.array(rows, np.float64).reshape(-1, 3))
     return task.number
 

@@ -8,8 +8,9 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from codeparrot_ds.corpus.near_duplicates import Signatures
 
 EMPTY = "empty"
 _INFO, _NAMES = "info.json", "names.arrow"
+_KEYS, _SETS = "keys.u64", "sets.u64"  # without a header: parts of them are read
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,17 @@ def write_measured(directory: Path, found: Sequence[Found], signatures: Signatur
         "kept": kept,
         "empty": np.array([each.reason == EMPTY for each in found], bool),
         "row": np.cumsum(kept, dtype=np.int64) - 1,  # in the signatures
-        "keys": signatures.keys,
-        "sets": signatures.sets,
         "ends": signatures.ends,
     }
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
+    signatures.keys.tofile(temporary / _KEYS)
+    signatures.sets.tofile(temporary / _SETS)
     columns = ("path", "repository", "reason", "value")
     table = pa.table({name: [getattr(each, name) for each in found] for name in columns})
     with pa.OSFile(str(temporary / _NAMES), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    (temporary / _INFO).write_text(json.dumps(info), encoding="utf-8")
+    (temporary / _INFO).write_text(json.dumps(info | {"signatures": len(signatures.ends)}), encoding="utf-8")
     try:
         temporary.rename(directory)
     except OSError:
@@ -88,16 +90,28 @@ def write_measured(directory: Path, found: Sequence[Found], signatures: Signatur
 
 @dataclass(frozen=True)
 class Measured:
-    """The directory of one task, read on demand."""
+    """The directory of one task. Its files are opened when they are read: there may be more tasks than open files."""
 
     directory: Path
-    _open: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def array(self, name: str) -> np.ndarray:
-        """One of the arrays, memory-mapped."""
-        if name not in self._open:
-            self._open[name] = np.load(self.directory / f"{name}.npy", mmap_mode="r")
-        return self._open[name]
+        """One of the arrays with a row per document, or `ends`."""
+        found: np.ndarray = np.load(self.directory / f"{name}.npy")
+        return found
+
+    def band(self, band: int) -> np.ndarray:
+        """Keys of a band, [documents with a signature] uint64."""
+        count = int(self.info["signatures"])
+        return np.fromfile(self.directory / _KEYS, np.uint64, count, offset=8 * count * band)
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """Keys of all bands for some signatures, [len(rows), bands] uint64."""
+        keys = np.memmap(self.directory / _KEYS, np.uint64, "r").reshape(-1, int(self.info["signatures"]))
+        return np.array(keys[:, rows].T)  # a copy, so that the file is closed
+
+    def set(self, start: int, stop: int) -> np.ndarray:
+        """Token hashes `start` to `stop` - 1 of the task, uint64."""
+        return np.fromfile(self.directory / _SETS, np.uint64, stop - start, offset=8 * start)
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -131,16 +145,22 @@ class AllMeasured:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def column(self, name: str) -> np.ndarray:
-        """An array with a row per document, over all tasks."""
-        return np.concatenate([part.array(name) for part in self.parts])
+    def column(self, name: str, half: int | None = None) -> np.ndarray:
+        """An array with a row per document, over all tasks; with `half`, only the first or second half of a digest."""
+        column = np.empty(0)
+        for part, (start, stop) in zip(self.parts, pairwise(self.starts.tolist()), strict=True):
+            array = part.array(name) if half is None else part.array(name)[:, half]
+            if start == 0 and not len(column):
+                column = np.empty((len(self), *array.shape[1:]), array.dtype)
+            column[start:stop] = array  # one task at a time, instead of all beside the result
+        return column
 
     def band(self, band: int, documents: np.ndarray) -> np.ndarray:
         """Keys of a band for some documents, [len(documents)] uint64. They must have signatures."""
         keys = np.zeros(len(self), np.uint64)
         for part, start in zip(self.parts, self.starts, strict=False):
             kept = part.array("kept")
-            keys[start : start + len(kept)][kept] = part.array("keys")[band]
+            keys[start : start + len(kept)][kept] = part.band(band)
         return keys[documents]
 
     def locate(self, document: int) -> tuple[Measured, int]:
@@ -155,29 +175,32 @@ class AllMeasured:
         return f"{repository} {path}".strip()
 
 
-class SetsOf(Sequence[np.ndarray]):
-    """The token sets of some documents, read when asked for: a component may be larger than memory."""
+class SignaturesOf:
+    """The signatures of some documents. Token sets are read when asked for: a component may be larger than memory.
+
+    Attributes:
+        keys: keys of all bands, [documents, bands] uint64.
+    """
 
     def __init__(self, measured: AllMeasured, documents: np.ndarray) -> None:
         """Documents must have signatures."""
-        self._measured, self._documents = measured, documents
+        self._parts = measured.parts
+        self._part = np.searchsorted(measured.starts, documents, side="right") - 1
+        self._bounds = np.empty((len(documents), 2), np.int64)
+        keys = []
+        order = np.argsort(self._part, kind="stable")
+        numbers, firsts = np.unique(self._part[order], return_index=True)
+        for number, chosen in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
+            part = self._parts[number]
+            rows = part.array("row")[documents[chosen] - measured.starts[number]]
+            ends = np.concatenate([[0], part.array("ends")])
+            self._bounds[chosen] = np.stack([ends[rows], ends[rows + 1]], axis=1)
+            keys.append(part.keys(rows))
+        self.keys = np.empty((len(documents), keys[0].shape[1] if keys else 0), np.uint64)
+        if keys:
+            self.keys[order] = np.concatenate(keys)
 
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def __getitem__(self, number: Any) -> Any:
-        part, row = self._measured.locate(int(self._documents[number]))
-        signature = int(part.array("row")[row])
-        ends = part.array("ends")
-        return part.array("sets")[int(ends[signature - 1]) if signature else 0 : int(ends[signature])]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[number] for number in range(len(self)))
-
-    def keys(self) -> np.ndarray:
-        """Keys of all bands, [documents, bands] uint64."""
-        found = []
-        for document in self._documents.tolist():
-            part, row = self._measured.locate(document)
-            found.append(part.array("keys")[:, int(part.array("row")[row])])
-        return np.stack(found)
+    def sets(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Token hashes of the documents `start` to `stop` - 1, each ascending, uint64."""
+        for number in range(start, stop):
+            yield self._parts[self._part[number]].set(*self._bounds[number].tolist())

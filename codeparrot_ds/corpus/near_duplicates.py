@@ -5,7 +5,7 @@ form components. Within a component a subset is kept ("extremes"), in canonical 
 is similar to a kept one. Source: CodeParrot's `minhash_deduplication.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -146,26 +146,26 @@ def join(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return renamed[labels]
 
 
-def find_removed(sets: Sequence[np.ndarray], keys: np.ndarray, jaccard: float) -> Iterator[tuple[int, int, float]]:
+def find_removed(sets: Iterable[np.ndarray], keys: np.ndarray, jaccard: float) -> Iterator[tuple[int, int, float]]:
     """Yield (removed document, similar kept document, Jaccard index) within one component.
 
     Args:
-        sets: token hashes of each document, in canonical order: earlier documents are kept rather than later ones.
+        sets: distinct token hashes of each document, ascending, in canonical order: earlier documents are kept rather
+            than later ones.
         keys: [documents, bands] uint64; only documents that share a key are compared.
         jaccard: threshold.
     """
     kept_by_key: dict[tuple[int, int], list[int]] = {}
-    kept_sets: dict[int, set[int]] = {}
-    for document, its_keys in enumerate(keys.tolist()):
-        tokens = set(sets[document].tolist())
-        buckets = [(band, key) for band, key in enumerate(its_keys) if key]
+    kept_sets: dict[int, np.ndarray] = {}
+    for document, tokens in enumerate(sets):
+        buckets = [(band, key) for band, key in enumerate(keys[document].tolist()) if key]
         candidates = dict.fromkeys(other for bucket in buckets for other in kept_by_key.get(bucket, ()))
         for other in candidates:
             its_tokens = kept_sets[other]
             smaller, larger = sorted((len(tokens), len(its_tokens)))
             if smaller < jaccard * larger:  # cannot reach the threshold
                 continue
-            shared = len(tokens & its_tokens)
+            shared = _count_shared(tokens, its_tokens)
             index = shared / (len(tokens) + len(its_tokens) - shared)
             if index >= jaccard:
                 yield document, other, index
@@ -174,3 +174,10 @@ def find_removed(sets: Sequence[np.ndarray], keys: np.ndarray, jaccard: float) -
             kept_sets[document] = tokens
             for bucket in buckets:
                 kept_by_key.setdefault(bucket, []).append(document)
+
+
+def _count_shared(ones: np.ndarray, others: np.ndarray) -> int:
+    """Number of values that two ascending arrays of distinct values have in common."""
+    both = np.concatenate([ones, others])
+    both.sort()
+    return int(np.count_nonzero(both[1:] == both[:-1]))

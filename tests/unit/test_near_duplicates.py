@@ -1,7 +1,6 @@
 """Near-duplicates: candidates are found, and what is removed is exactly what has a similar kept document."""
 
 import numpy as np
-import pytest
 
 from codeparrot_ds.corpus.near_duplicates import find_edges, find_removed, join, sign
 from codeparrot_ds.corpus.options import NearDuplicates
@@ -74,22 +73,6 @@ def test_components_join_over_bands() -> None:
     assert labels.tolist() == [0, 0, 0, 3, 3, 5]
     assert join(labels, find_edges(np.array([1, 2, 3, 4, 5, 6], np.uint64))) is labels
     assert join(labels, find_edges(np.array([1, 2, 3, 4, 5, 1], np.uint64))).tolist() == [0, 0, 0, 3, 3, 0]
-
-
-@pytest.mark.parametrize("threshold", [0.86, 0.9, 0.95, 0.99])
-def test_candidates_are_found(threshold: float) -> None:
-    """300 planted pairs at each similarity: at least 97 % share a component."""
-    size, found = 200, 0
-    extra = round(size * (1 / threshold - 1))
-    texts = []
-    for pair in range(300):
-        start = pair * 1000
-        texts += [words(range(start, start + size)), words(range(start, start + size + extra))]
-    assert jaccard(texts[0], texts[1]) >= 0.85
-    labels = components(texts)
-    found = sum(labels[2 * pair] == labels[2 * pair + 1] for pair in range(300))
-    assert found >= 0.97 * 300
-    assert len(set(labels.tolist())) == 600 - found  # and no other two documents do
 
 
 def test_signatures_do_not_depend_on_the_batch() -> None:
