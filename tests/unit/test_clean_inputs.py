@@ -217,10 +217,11 @@ def test_a_directory_that_holds_something_else_is_not_written_to(tmp_path: Path)
 def test_a_url_is_no_directory_to_write_to(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a.jsonl", lines(many()))
-    for write_it in (partial(run, [path]), partial(collect, directories=[tmp_path], suffix=".jsonl")):
+    write(tmp_path / "a.py", b"x = 1\n")
+    for write_it in (partial(run, [path]), partial(collect, directories=[tmp_path])):
         with pytest.raises(ConfigError, match="is a URL, but must be a local directory"):
             write_it(output=Path(url))
-    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "a.py"]
 
 
 @pytest.mark.parametrize("output", [".", "out", "below/out"])
