@@ -133,13 +133,19 @@ def require_same_encoding(directory: Path, other: Path, fix: str) -> None:
         raise DataError(f"{directory / TOKENIZER_FILE}: gives other ids than {other / TOKENIZER_FILE}. {fix}")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, eos_id: int) -> None:
     """Copy a tokenizer's Hugging Face files into `target`, and no other files of `source`.
+
+    Args:
+        source: of the shards.
+        target: created if missing.
+        eos_id: the token that ends a document there; the copy names it. In shards of earlier versions it was
+            `<|endoftext|>`, whatever their tokenizer's configuration says.
 
     Raises DataError when `source` contains no tokenizer.
     """
     target.mkdir(exist_ok=True)
-    for name, data in tokenizer_files(source).items():
+    for name, data in tokenizer_files(source, load_tokenizer(source).id_to_token(eos_id)).items():
         write_atomically(target / name, data)
 
 
