@@ -1,8 +1,8 @@
-"""`codeparrot-ds tokenizer train` beside `tokenizers`' train_from_iterator on the same documents, one process tree each.
+"""`codeparrot-ds tokenizer train` beside the train_from_iterator of `tokenizers`, on the same documents.
 
-The reference reads the documents with our reader and hands them to `tokenizers`, with its threads on all cores. Both are
-timed as whole commands, alternating, and their vocabulary, merges and ids (of a tenth of the documents) are compared.
-With a sample of fixed size, the peak memory on each input shows whether it grows with the input.
+The reference reads the documents with our reader and hands them to `tokenizers`, with its threads on all cores. Both
+are timed as whole commands, alternating. Vocabulary, merges, and the ids of every fiftieth document are compared. The
+peak memory with a sample of fixed size shows whether it grows with the input.
 
 Text is this machine's Python files; if there are too few, they are used again with other names in them.
 
@@ -45,7 +45,7 @@ def reference(path: Path, output: Path, vocab_size: int) -> None:
 
 
 def write_text(corpus: Path, path: Path, megabytes: int) -> tuple[int, int]:
-    """Write documents of about so much text into a JSON Lines file. Returns their number, and how many are variations."""
+    """Write documents of so much text into a JSON Lines file. Returns their number, and how many are variations."""
     size = documents = varied = 0
     with open(path, "w") as out:
         for turn in count():
@@ -53,10 +53,8 @@ def write_text(corpus: Path, path: Path, megabytes: int) -> tuple[int, int]:
                 if size >= megabytes * 1e6:
                     return documents, varied
                 text = document.text
-                if turn:  # a tenth of the names get a number, as in another project
-                    text = _NAME.sub(
-                        lambda name: name[0] + str(turn) if sum(map(ord, name[0])) % 10 == 0 else name[0], text
-                    )
+                if turn:
+                    text = _varied(text, turn)
                     varied += 1
                 out.write(json.dumps({"content": text, "path": f"{turn}/{document.path}"}) + "\n")
                 size += len(text.encode())
@@ -64,12 +62,17 @@ def write_text(corpus: Path, path: Path, megabytes: int) -> tuple[int, int]:
     raise AssertionError
 
 
+def _varied(text: str, turn: int) -> str:
+    """The text with a number behind a tenth of the names, as if from another project."""
+    return _NAME.sub(lambda name: name[0] + str(turn) if sum(map(ord, name[0])) % 10 == 0 else name[0], text)
+
+
 def same(ours: Path, theirs: Path, path: Path) -> dict[str, Any]:
     """Whether two tokenizer files have the same vocabulary and merges, and give the same ids."""
     found, right = (json.loads(each.read_text())["model"] for each in (ours, theirs))
     first, second = Tokenizer.from_file(str(ours)), Tokenizer.from_file(str(theirs))
     tokens = differing = 0
-    for text in islice(texts(path), 0, None, 10):
+    for text in islice(texts(path), 0, None, 50):
         ids = first.encode(text).ids
         tokens += len(ids)
         differing += ids != second.encode(text).ids

@@ -202,7 +202,8 @@ def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None
         return
     if resume_from is not None:
         check_pickles(resume_from)
-    copy_tokenizer(next(iter(checked.recipe.data.sources)) / "tokenizer", checked.run.tokenizer)
+    source = next(iter(checked.recipe.data.sources)) / "tokenizer"
+    copy_tokenizer(source, checked.run.tokenizer, checked.data.manifests[0].eos_id)
 
 
 def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:

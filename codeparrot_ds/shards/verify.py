@@ -123,7 +123,7 @@ def verify_against_corpus(manifest: Manifest, inputs: Sequence[str] = (), valid_
         for document in islice(_readable(share.pieces, fields), _COMPARED_DOCUMENTS):
             split = share.split_of(int(document.digest(), 16), options["valid_fraction"])
             stored = next(readers[split], None)
-            if stored is None or not _same(stored, document, encoder):
+            if stored is None or not _same(stored, document, encoder, manifest.eos_id):
                 raise DataError(
                     f"{manifest.directory}/{split}-{share.number:05d}: does not contain {document.repository} "
                     f"{document.path} of the input at the expected position. The input or the shards have changed: "
@@ -153,11 +153,11 @@ def _documents_of(manifest: Manifest, shard: ShardInfo | None) -> Iterator[tuple
         yield ids[start : start + length], document
 
 
-def _same(stored: tuple[np.ndarray, Document], document: Document, encoder: Encoder) -> bool:
+def _same(stored: tuple[np.ndarray, Document], document: Document, encoder: Encoder, eos_id: int) -> bool:
     ids, provenance = stored
     fields = ("repository", "path", "licence", "source")
     return (
         all(getattr(provenance, field) == getattr(document, field) for field in fields)
-        and int(ids[-1]) == encoder.eos_id
+        and int(ids[-1]) == eos_id
         and np.array_equal(ids[:-1], encoder.encode(document.text))
     )

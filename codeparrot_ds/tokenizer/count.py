@@ -13,7 +13,7 @@ from codeparrot_ds.documents.piece import Piece
 from codeparrot_ds.documents.read import read_documents, require_document
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.system.files import write_atomically
-from codeparrot_ds.tokenizer.trainers import new_counter, trainer_label
+from codeparrot_ds.tokenizer.trainers import new_counter, trainer_label, use_one_thread
 
 _BATCH_BYTES = 8 << 20  # of text that are counted at a time
 
@@ -36,7 +36,6 @@ class Task(msgspec.Struct, frozen=True):
         output: its path without suffix.
         most: of the digests, keep this many, the smallest; None keeps all.
         bounds: the documents to count.
-        one_thread: whether other workers use the other cores.
         trainer: label of the trainer whose counters are merged.
     """
 
@@ -46,7 +45,6 @@ class Task(msgspec.Struct, frozen=True):
     output: Path
     most: int | None = None
     bounds: Bounds = Bounds()
-    one_thread: bool = True
     trainer: str = ""
 
     @property
@@ -109,8 +107,7 @@ def smallest(parts: Sequence[np.ndarray], most: int | None) -> np.ndarray:
 
 def write_words(task: Task) -> None:
     """Count the words of the task's sample, and write the counts, then the receipt."""
-    if task.one_thread:
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read when the library starts its threads
+    use_one_thread()
     if trainer_label("ffbpe") != task.trainer:
         raise ConfigError(
             f"{os.uname().nodename}: has {trainer_label('ffbpe')}, but the words are counted with {task.trainer}. "

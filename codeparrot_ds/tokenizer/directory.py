@@ -132,13 +132,19 @@ def encoding_of(tokenizer: Any) -> list[Any]:
     return [body[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, eos_id: int) -> None:
     """Copy a tokenizer's Hugging Face files into `target`, and no other files of `source`.
+
+    Args:
+        source: of the shards.
+        target: created if missing.
+        eos_id: the token that ends a document there; the copy names it. In shards of earlier versions it was
+            `<|endoftext|>`, whatever their tokenizer's configuration says.
 
     Raises DataError when `source` contains no tokenizer.
     """
     target.mkdir(exist_ok=True)
-    for name, data in tokenizer_files(source).items():
+    for name, data in tokenizer_files(source, load_tokenizer(source).id_to_token(eos_id)).items():
         write_atomically(target / name, data)
 
 

@@ -30,7 +30,7 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 from codeparrot_ds.system.inputs_record import INPUTS_RECORD, encode_record, require_same_inputs
-from codeparrot_ds.system.jobs import ENGINES, progress, run_tasks, say
+from codeparrot_ds.system.jobs import ENGINES, progress, run_apart, run_tasks, say
 from codeparrot_ds.system.paths import stored_address
 from codeparrot_ds.system.processes import available_cores
 from codeparrot_ds.system.storage import LocalDirectory
@@ -41,11 +41,9 @@ from codeparrot_ds.tokenizer.trainers import (
     BYTES,
     TRAINERS,
     choose_trainer,
-    load_counter,
-    new_counter,
     require_frequent_pairs_merged,
     reserved_tokens,
-    train_on_counts,
+    train_on_saved_counts,
     train_on_texts,
     trainer_label,
 )
@@ -253,11 +251,12 @@ class _Training:
             self._tasks[number] = msgspec.structs.replace(self._tasks[number], bounds=Bounds(last, copies))
 
     def _by_counts(self) -> tuple["Tokenizer", list[Receipt]]:
+        from tokenizers import Tokenizer
+
         self._run(write_words, "counting words", [task.receipt for task in self._tasks])
-        counter = new_counter()
-        for task in self._tasks:
-            counter.merge(load_counter(task.words))
-        tokenizer = train_on_counts(counter, self._wanted["vocab_size"], self._reserved)
+        words = [task.words for task in self._tasks]
+        task = (words, self._wanted["vocab_size"], self._reserved)
+        tokenizer = Tokenizer.from_str(run_apart(train_on_saved_counts, task))  # apart: it starts threads
         return tokenizer, [msgspec.json.decode(task.receipt.read_bytes(), type=Receipt) for task in self._tasks]
 
     def _by_texts(self) -> tuple["Tokenizer", list[Receipt]]:

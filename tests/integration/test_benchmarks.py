@@ -137,3 +137,14 @@ def test_each_part_runs_on_tiny_models_within_its_seconds(part: str, tmp_path: P
     for row in rows:
         if row.get("predicted_peak_bytes") and row.get("peak_bytes") and not row.get("compile"):
             assert row["predicted_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.05), row
+
+
+@pytest.mark.nightly
+def test_a_vocabulary_of_python_saves_tokens_on_python() -> None:
+    """On files that were not trained on; `nonlocal` is rare without a blank in front."""
+    command = [sys.executable, BENCHMARKS / "vocabulary.py", "60"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["times as many tokens"]["tokenizer-of-english"] >= 1.6
+    assert found["keywords that are single tokens"]["after_blank"] == 35
+    assert found["keywords that are single tokens"]["bare"] >= 34

@@ -186,7 +186,7 @@ def test_an_exported_tokenizer_agrees_with_its_model(copy_baseline: Copy, tmp_pa
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(run.tokenizer / "tokenizer.json"))
-    stated = {"model_max_length": 256, "eos_token": "</s>", "pad_token": "<pad>", "bos_token": {"content": "<s>"}}
+    stated = {"model_max_length": 256, "pad_token": "<pad>", "bos_token": {"content": "<s>"}}
     stated |= {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
     (run.tokenizer / "tokenizer_config.json").write_text(json.dumps(stated))
     (run.tokenizer / "special_tokens_map.json").write_text(json.dumps({"unk_token": "<unk>"}))

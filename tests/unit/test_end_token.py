@@ -15,7 +15,7 @@ from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.verify import verify, verify_against_corpus
-from codeparrot_ds.tokenizer.directory import load_tokenizer, tokenizer_digest, tokenizer_files
+from codeparrot_ds.tokenizer.directory import copy_tokenizer, load_tokenizer, tokenizer_digest, tokenizer_files
 from codeparrot_ds.tokenizer.encode import Encoder, FastEncoder
 from codeparrot_ds.tokenizer.lossless import require_lossless
 from tests.tokenizer_kinds import added_token, only_bytes
@@ -180,3 +180,10 @@ def test_half_of_the_files_is_no_tokenizer(data: Path, tmp_path: Path) -> None:
     (directory / "merges.txt").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json: no such file, and no vocab\.json and merges\.txt"):
         Encoder(directory)
+
+
+@pytest.mark.parametrize(("eos_id", "named"), [(0, "<|endoftext|>"), (258, "</s>")])
+def test_the_copy_in_a_run_names_the_token_of_its_shards(tmp_path: Path, eos_id: int, named: str) -> None:
+    """Shards of earlier versions used <|endoftext|>, whatever the configuration of their tokenizer says."""
+    copy_tokenizer(save(tmp_path / "tokenizer"), tmp_path / "run", eos_id)
+    assert (Encoder(tmp_path / "run").eos_token, Encoder(tmp_path / "run").eos_id) == (named, eos_id)
