@@ -52,7 +52,12 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     with open(tmp_path / "taught.jsonl", "w") as file:
         for text in (*(texts[task] for task in lines), held_out):
             file.write(json.dumps({"content": text}) + "\n")
-    build(tmp_path / "taught.jsonl", data / "tokenizer", tmp_path / "shards", BuildOptions(valid_fraction=VALID))
+    build(
+        tmp_path / "taught.jsonl",
+        data / "tokenizer",
+        tmp_path / "shards",
+        BuildOptions(valid_fraction=VALID, workers=1),
+    )
     body = recipe_on(tmp_path, tmp_path / "runs")
     body["model"] |= {"seq_len": 256, "n_embd": 128, "n_head": 4, "activation_checkpointing": "none"}
     body |= {"batch": {"global_batch_size": 8}, "optimizer": {"learning_rate": 0.003, "weight_decay": 0.0}}
