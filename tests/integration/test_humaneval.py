@@ -74,8 +74,8 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     (point,) = board.Scalars("humaneval/pass@1 at temperature 0.2")
     assert (point.step, point.value) == (STEPS, pytest.approx(LEARNED / 164))
 
-    options = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
-    result = command("humaneval", trained.run.path, *options)
+    how = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
+    result = command("humaneval", trained.run.path, *how)
     scores = result["temperatures"]["0.2"]["scores"]
     assert [task for task, each in scores["problems"].items() if each["passed"]] == [
         each.task_id for each in load_humaneval() if each.task_id in taught
