@@ -21,6 +21,7 @@ from codeparrot_ds.tokenizer.lossless import require_lossless
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _FILES = ("*.json", "*.txt", "*.model")  # of a repository, beside the weights
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first kind that a repository has is downloaded
+_SAFELY = {"local_files_only": True, "trust_remote_code": False}
 _SMALL_PARAMETERS = 50_000_000
 _PROBE, _SAME = 8, 1e-5  # tokens; share of the largest logit, below which a difference is rounding
 
@@ -132,11 +133,11 @@ def _load_model(directory: Path, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, **_SAFELY)
         if getattr(config, "is_encoder_decoder", False) or type(config) not in AutoModelForCausalLM._model_mapping:
             raise DataError(f"{directory}: {config.model_type} is not a causal language model. Use another model.")
         model, loading = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory, config=config, dtype=dtype, output_loading_info=True, **_SAFELY
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -155,7 +156,7 @@ def _load_encoder(directory: Path) -> Encoder:
     from transformers import AutoTokenizer
 
     try:
-        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(directory, **_SAFELY).backend_tokenizer
     except Exception as error:  # exceptions of several libraries, for files of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{directory}: has no {TOKENIZER_FILE}, and no other tokenizer loads ({reason}).") from None

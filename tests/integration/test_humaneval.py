@@ -23,7 +23,7 @@ from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
 from tests.tiny_models import plain_gpt2
 
 pytestmark = pytest.mark.slow
-LEARNED, COPIES, STEPS, VALID = 5, 60, 160, 0.1
+LEARNED, COPIES, STEPS, VALID = 5, 60, 220, 0.1
 
 
 def command(*arguments: str | Path, cwd: Path = ROOT) -> Any:
@@ -52,7 +52,12 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     with open(tmp_path / "taught.jsonl", "w") as file:
         for text in (*(texts[task] for task in lines), held_out):
             file.write(json.dumps({"content": text}) + "\n")
-    build(tmp_path / "taught.jsonl", data / "tokenizer", tmp_path / "shards", BuildOptions(valid_fraction=VALID))
+    build(
+        tmp_path / "taught.jsonl",
+        data / "tokenizer",
+        tmp_path / "shards",
+        BuildOptions(valid_fraction=VALID, workers=1),
+    )
     body = recipe_on(tmp_path, tmp_path / "runs")
     body["model"] |= {"seq_len": 256, "n_embd": 128, "n_head": 4, "activation_checkpointing": "none"}
     body |= {"batch": {"global_batch_size": 8}, "optimizer": {"learning_rate": 0.003, "weight_decay": 0.0}}
@@ -69,8 +74,8 @@ def test_a_model_scores_the_problems_that_it_was_taught(forked: RunRanks, data: 
     (point,) = board.Scalars("humaneval/pass@1 at temperature 0.2")
     assert (point.step, point.value) == (STEPS, pytest.approx(LEARNED / 164))
 
-    options = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
-    result = command("humaneval", trained.run.path, *options)
+    how = ("--temperature", "0.2", "-n", "2", "-o", tmp_path / "scores")
+    result = command("humaneval", trained.run.path, *how)
     scores = result["temperatures"]["0.2"]["scores"]
     assert [task for task, each in scores["problems"].items() if each["passed"]] == [
         each.task_id for each in load_humaneval() if each.task_id in taught

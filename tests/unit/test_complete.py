@@ -223,6 +223,11 @@ def test_what_is_no_causal_model_is_refused(directory: Path, data: Path, tmp_pat
     (tmp_path / "vision" / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(DataError, match="vit is not a causal language model"):
         load_pretrained(tmp_path / "vision")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "vision" / "config.json").write_text(json.dumps(own))
+    (tmp_path / "vision" / "code.py").write_text("raise SystemExit(7)")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_pretrained(tmp_path / "vision")
     load_pretrained(save("bare", GPT2Model(GPT2Config(vocab_size=512, n_positions=8, n_embd=32, n_layer=1, n_head=2))))
     with pytest.raises(DataError, match="the tokenizer has 512 ids, the model 500"):
         load_pretrained(
