@@ -17,6 +17,7 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 app = group("Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.")
 for name, module in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
     app.add_typer(module.app, name=name)
+app.command("init")(training.init_command)
 app.command("plan")(planning.plan_command)
 app.command("tune")(planning.tune_command)
 app.command("doctor")(training.doctor_command)
