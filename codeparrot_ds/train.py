@@ -43,6 +43,7 @@ from codeparrot_ds.system.files import (
     write_json,
 )
 from codeparrot_ds.system.launched import local_world_size, rank_of_scheduler
+from codeparrot_ds.system.processes import interrupt_imports
 from codeparrot_ds.tokenizer.directory import copy_tokenizer
 from codeparrot_ds.training.preflight import CheckedRun, check, check_precision, check_space, scarce_data
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
@@ -56,6 +57,7 @@ _CANNOT_START = "training cannot start"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run training on this rank and return the exit code."""
+    interrupt_imports()
     parser = argparse.ArgumentParser(prog="codeparrot_ds.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", type=Path, help="YAML file, e.g. launch/recipes/quickstart.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")

@@ -25,6 +25,7 @@ from codeparrot_ds.run.ds_config import load_ds_config, nvme_path, resolve
 from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import Order
 from codeparrot_ds.system.files import write_json
+from codeparrot_ds.system.processes import interrupt_imports
 from codeparrot_ds.training.preflight import check_compiler, check_precision
 from codeparrot_ds.training.swap import check_locked_memory, hold_swap_directory
 
@@ -60,6 +61,7 @@ class RandomDataset:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a trial on this rank and return the exit code."""
+    interrupt_imports()
     parser = argparse.ArgumentParser(prog="codeparrot_ds.trial", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")

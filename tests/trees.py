@@ -33,5 +33,5 @@ def copy_tree(target: Path) -> Path:
         if not (ROOT / name).exists():  # deleted but not yet committed
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
+        shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
     return target

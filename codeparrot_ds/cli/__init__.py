@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import sys
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,10 +12,12 @@ from codeparrot_ds import __version__
 from codeparrot_ds.cli import complete, corpus, evaluate, export, planning, report, shards, tokenizer, training
 from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
+from codeparrot_ds.system.processes import interrupt_imports
 
 app = group("Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.")
 for name, module in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
     app.add_typer(module.app, name=name)
+app.command("init")(training.init_command)
 app.command("plan")(planning.plan_command)
 app.command("tune")(planning.tune_command)
 app.command("doctor")(training.doctor_command)
@@ -34,8 +35,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
-        signal.signal(signal.SIGINT, _interrupt)
+    interrupt_imports()
     try:
         app()
     except UserError as error:
@@ -53,15 +53,6 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C. During an import end the process: what runs then may catch KeyboardInterrupt and go on."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(128 + number)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> NoReturn:

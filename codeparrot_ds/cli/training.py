@@ -15,7 +15,7 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
 
 
 def launch(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/quickstart.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a file, or a name such as codeparrot-small.")],
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots. Default: only this machine.")] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this machine, or per host with srun. Default: one per GPU.", min=1)
@@ -65,6 +65,22 @@ def launch(
             wait_for_hosts,
         )
     raise typer.Exit(run(recipe, hosts, ranks, overrides or [], Restarts(max_restarts, restart_delay)))
+
+
+def init_command(
+    directory: Annotated[Path, typer.Argument(help="Directory for the files; created if missing.")],
+) -> None:
+    """Write a commented recipe and a hostfile to edit."""
+    from codeparrot_ds.run.shipped import HOSTFILE, RECIPES
+    from codeparrot_ds.system.files import make_directory, write_atomically
+
+    files = {directory / "recipe.yaml": RECIPES / "codeparrot-small.yaml", directory / "hostfile": HOSTFILE}
+    if there := [str(path) for path in files if path.exists() or path.is_symlink()]:
+        raise ConfigError(f"{', '.join(there)}: already exists. Name another directory, or remove it first.")
+    make_directory(directory)
+    for path, source in files.items():
+        write_atomically(path, source.read_bytes())
+        print(path)
 
 
 def doctor_command(

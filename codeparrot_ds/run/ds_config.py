@@ -9,6 +9,7 @@ from typing import Any
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.run.ds_keys import TESTED, key_problems
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.shipped import DS_CONFIGS, names
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -18,7 +19,9 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_no_constant)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such DeepSpeed configuration. ds_configs/ has examples.") from None
+        raise ConfigError(
+            f"{path}: no such DeepSpeed JSON. These come with the package: {names(DS_CONFIGS)}."
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable DeepSpeed JSON ({error}).") from None
     if not isinstance(body, dict):

@@ -28,7 +28,8 @@ from codeparrot_ds.run.sections import (
     Optimizer,
     Schedule,
 )
-from codeparrot_ds.system.paths import expand_user, text_of
+from codeparrot_ds.run.shipped import RECIPES, find_ds_config, find_recipe, names
+from codeparrot_ds.system.paths import expand_user, path_of, text_of
 from codeparrot_ds.system.typed_yaml import Section, Text, UserPath, explain, parse_override, parse_yaml
 
 PATHS = ("runs", "model.init_from", "data.shards", "engine.deepspeed", "engine.nvme")  # keys that hold paths
@@ -131,7 +132,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe that comes with the package.
         overrides: items of the form "dotted.key=value" with a YAML value; they take precedence over the file.
 
     Raises:
@@ -151,10 +152,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ConfigError: not a mapping, a key appears twice, or an override is not one.
     """
+    path = find_recipe(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe. launch/recipes/ has examples.") from None
+        raise ConfigError(f"{path}: no such recipe. These come with the package: {names(RECIPES)}.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     body = parse_yaml(data, str(path))
@@ -201,6 +203,8 @@ def make_paths_absolute(body: dict[str, Any]) -> None:
         for section in sections:
             target = target.get(section) if isinstance(target, dict) else None
         if isinstance(target, dict) and last in target:
+            if key == "engine.deepspeed":
+                target[last] = Text(str(find_ds_config(path_of(target[last]))))
             target[last] = absolute(target[last])
 
 

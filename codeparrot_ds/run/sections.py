@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.run.shipped import find_ds_config
 from codeparrot_ds.system.typed_yaml import Section, UserPath
 
 Positive = Annotated[int, Field(gt=0)]
@@ -240,7 +241,7 @@ class Engine(Section):
     """Execution engine.
 
     Attributes:
-        deepspeed: path of the DeepSpeed JSON.
+        deepspeed: path of the DeepSpeed JSON, or the name of one in `ds_configs/`, e.g. zero3.
         precision: of forward and backward.
         nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
         loss_chunk_tokens: compute the logits and the loss for this many tokens at a time, to limit memory.
@@ -248,7 +249,7 @@ class Engine(Section):
         allow_untested: dotted keys of the DeepSpeed JSON to accept although they are not tested with this package.
     """
 
-    deepspeed: UserPath
+    deepspeed: Annotated[UserPath, AfterValidator(find_ds_config)]
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     nvme: UserPath | None = None
     loss_chunk_tokens: Positive = 4096

@@ -1,4 +1,4 @@
-"""Process lifetime and available CPU cores."""
+"""Process lifetime, Ctrl-C, and available CPU cores."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 
@@ -30,3 +31,17 @@ def available_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max" means no quota
     return cores
+
+
+def interrupt_imports() -> None:
+    """Have Ctrl-C always end this process during an import: what runs then may catch KeyboardInterrupt and go on."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
