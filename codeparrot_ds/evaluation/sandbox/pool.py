@@ -12,8 +12,8 @@ from codeparrot_ds.evaluation.sandbox.outcome import Limits, Outcome, Verdict
 from codeparrot_ds.system.processes import available_cores
 
 # CPU time (seconds) after which a program that still runs has to start again when all others have had as much. Of
-# HumanEval's 164 solutions one needs more than the first.
-_SLICES = (0.02, 0.25)
+# HumanEval's 164 solutions three need more than the first.
+_SLICES = (0.012, 0.25)
 
 
 class Program(NamedTuple):
@@ -115,15 +115,18 @@ def run_programs(
     threads = [threading.Thread(target=work, name=f"sandbox-{i}", daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
+    unfinished = len(programs)
     try:
-        for _ in programs:
+        while unfinished:
             item = done.get()
             if isinstance(item, BaseException):
                 raise item
+            unfinished -= 1
             yield item
     finally:
         stop.set()
-        for bubble in bubbles:  # they still run something only if not all outcomes are wanted
-            bubble.kill()
+        if unfinished:
+            for started in bubbles:
+                started.kill()
         for thread in threads:
             thread.join()
