@@ -23,7 +23,7 @@ from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
 from tests.tiny_models import plain_gpt2
 
 pytestmark = pytest.mark.slow
-LEARNED, COPIES, STEPS, VALID = 5, 60, 300, 0.1
+LEARNED, COPIES, STEPS, VALID = 5, 400, 300, 0.1
 
 
 def command(*arguments: str | Path, cwd: Path = ROOT) -> Any:
