@@ -12,10 +12,9 @@ number of workers:
 The result depends on the input and the options only.
 """
 
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +37,7 @@ from codeparrot_ds.corpus.decisions import (
     write_edges,
 )
 from codeparrot_ds.corpus.decontamination import Problems
+from codeparrot_ds.corpus.extra import versions
 from codeparrot_ds.corpus.files import (
     FORMATS,
     FileTask,
@@ -201,15 +201,6 @@ def _problems_digest(rules: Decontamination) -> str | None:
     if problems.too_short:
         say(f"note: too short to be found in documents: {', '.join(problems.too_short)}.")
     return problems.digest
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the result depends on, of those that are installed."""
-    found = {}
-    for name in ("codeparrot-ds", "google-re2", "kingfisher-secret-scanner", "licenseclassifier", "rensa"):
-        with suppress(importlib.metadata.PackageNotFoundError):  # what needs it says how to install it
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 class _Cleaner:
