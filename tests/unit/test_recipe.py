@@ -215,7 +215,7 @@ def test_a_file_that_is_no_ds_config(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{,}")
     with pytest.raises(ConfigError, match="not a readable DeepSpeed JSON"):
         load_ds_config(tmp_path / "c.json")
-    with pytest.raises(ConfigError, match="no such DeepSpeed configuration"):
+    with pytest.raises(ConfigError, match="no such DeepSpeed JSON"):
         load_ds_config(tmp_path / "absent.json")
 
 
