@@ -124,6 +124,12 @@ class Launched:
     output: str  # stdout and stderr of the launcher and all ranks, combined
 
 
+def set_options(overrides: Sequence[str]) -> list[str]:
+    """The `--set` options for `overrides`; of those with one key, the last, because a key may be set only once."""
+    last = {override.partition("=")[0]: override for override in overrides}
+    return [part for override in last.values() for part in ("--set", override)]
+
+
 RunRanks = Callable[..., Launched]  # type of `deepspeed` and `forked`
 DeepspeedCommand = Callable[..., tuple[list[str], dict[str, str]]]
 
@@ -267,7 +273,7 @@ def train(
     runs = Path(body["runs"])
     runs.mkdir(exist_ok=True)
     path = save_recipe(body, runs / f"{body['name']}.yaml")
-    overrides = [part for option in options for part in ("--set", option)]
+    overrides = set_options(options)
     done = run_ranks("--module", "codeparrot_ds.train", path, *overrides, ranks=ranks, env=env)
     assert done.returncode == 0, done.output
     return read_run(runs / body["name"])

@@ -19,7 +19,7 @@ from codeparrot_ds.run.recipe import Recipe, load_recipe
 from codeparrot_ds.shards.order import skip_ranges
 from codeparrot_ds.shards.sequences import Dataset, batch_digest
 from codeparrot_ds.system.files import digest_bytes
-from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run
+from tests.conftest import ROOT, DeepspeedCommand, Launched, Trained, read_run, set_options
 from tests.forked_ranks import ForkedJob, ForkServer
 
 PROBE = Path(__file__).with_name("probe_train.py")
@@ -170,7 +170,7 @@ class Run:
 
     def __init__(self, starter: Starter, recipe: Path, settings: Sequence[str]) -> None:
         self._starter, self._recipe = starter, recipe
-        self._settings = [part for setting in settings for part in ("--set", setting)]
+        self._settings = set_options(settings)
         self._jobs: list[Job] = []
         self.recipe = load_recipe(recipe, settings)
         self.directory = RunDirectory(self.recipe.run_directory)

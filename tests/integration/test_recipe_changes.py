@@ -14,7 +14,17 @@ from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import MOMENTS, ZeroCheckpoint
 from codeparrot_ds.export.convert import convert
 from codeparrot_ds.run.directory import RunDirectory
-from tests.conftest import LAUNCH_TIMEOUT, OPERATORS_TIMEOUT, ROOT, Launched, RunRanks, Trained, read_run, save_recipe
+from tests.conftest import (
+    LAUNCH_TIMEOUT,
+    OPERATORS_TIMEOUT,
+    ROOT,
+    Launched,
+    RunRanks,
+    Trained,
+    read_run,
+    save_recipe,
+    set_options,
+)
 
 pytestmark = pytest.mark.slow
 RATE = 0.01
@@ -36,7 +46,7 @@ def train(forked: RunRanks, tiny_recipe: dict[str, Any], tmp_path: Path) -> Trai
         tiny_recipe["schedule"] = {"name": "constant", "steps": steps}
         tiny_recipe["engine"]["deepspeed"] = str(ds_config(tmp_path, **{"stage": 1, **zero}))
         recipe = save_recipe(tiny_recipe, tmp_path / "tiny.yaml")
-        overrides = [part for option in options for part in ("--set", option)]
+        overrides = set_options(options)
         return forked("--module", "codeparrot_ds.train", recipe, *overrides, ranks=ranks)
 
     return run

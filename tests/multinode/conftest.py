@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn
 import psutil
 import pytest
 
-from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched
+from tests.conftest import LAUNCH_TIMEOUT, ROOT, Launched, set_options
 
 TOOLS = ("ip", "tc", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 TOOLS_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # sshd and ip may not be on PATH
@@ -245,7 +245,7 @@ def run_deepspeed(
         real_hosts.addresses[hosts[0]],
     ]
     command += ["--no_ssh_check", "--module", "codeparrot_ds.train", recipe]
-    command += [part for setting in settings for part in ("--set", setting)]
+    command += set_options(settings)
     return real_hosts.run(
         command, timeout=LAUNCH_TIMEOUT, env={**environment, "HOME": str(home)}, cwd=cwd, host=hosts[0]
     )

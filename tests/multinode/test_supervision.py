@@ -17,7 +17,7 @@ from codeparrot_ds.errors import EXIT_CRASHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from codeparrot_ds.hosts.working_directory import LAUNCHER
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import load_recipe
-from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe, train
+from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe, set_options, train
 from tests.faults.jobs import batches, until
 from tests.multinode.conftest import TOOLS_PATH, RealHosts
 
@@ -96,7 +96,7 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
         command: list[str | Path] = [sys.executable, PROBE_LAUNCH, "--marks", marks]
         command += [part for fault in faults for part in ("--fault", fault)]
         command += ["launch", recipe, "--hostfile", hostfile, "--restart-delay", "1", *options]
-        command += [part for setting in settings for part in ("--set", setting)]
+        command += set_options(settings)
         with open(log, "w", encoding="utf-8") as output:
             process = real_hosts.start(command, env=environment, cwd=ROOT, output=output)
         jobs.append(Job(real_hosts, process, log, marks, RunDirectory(Path(tiny_recipe["runs"]) / name)))

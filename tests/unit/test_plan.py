@@ -34,7 +34,9 @@ def layout(stage: int, world_size: int = 1, *overrides: str) -> Layout:
 
 def plan(memory: float, gpus: int = 1, *overrides: str, **machine: Any) -> Plan:
     """A plan of codeparrot-xl on GPUs with `gigabytes` GB."""
-    recipe = load_recipe(XL, [f"engine.deepspeed={ROOT}/ds_configs/zero3.json", *overrides])
+    chosen = any(override.startswith("engine.deepspeed=") for override in overrides)
+    stage_3 = [] if chosen else [f"engine.deepspeed={ROOT}/ds_configs/zero3.json"]
+    recipe = load_recipe(XL, [*stage_3, *overrides])
     return make_plan(recipe, find_machine(recipe, MachineSpec(gpus, gpu_memory_bytes=int(memory * 1e9), **machine)))
 
 
