@@ -193,7 +193,7 @@ def test_a_directory_without_a_model_is_not_looked_up_on_the_hub(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="^empty: no Hugging Face model here"):
+    with pytest.raises(DataError, match=r"^empty: no Hugging Face model here"):
         find_model("empty")
 
 
