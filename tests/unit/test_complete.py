@@ -188,6 +188,15 @@ def test_a_model_on_the_hub_is_downloaded(directory: Path, tmp_path: Path) -> No
     assert (tmp_path / "hub" / "models--me--tiny" / "snapshots" / SHA).is_dir()
 
 
+def test_a_directory_without_a_model_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^empty: no Hugging Face model here"):
+        find_model("empty")
+
+
 def test_a_line_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "code.py"
     file.write_bytes("a = 1\n\x0cb = '\u2028'\r\n\nlast\n".encode())
