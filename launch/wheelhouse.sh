@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Download into DIR every wheel that `launch/quickstart.sh --offline-wheels DIR` needs on a similar machine. With
 # --beside-torch, download only the wheels missing on a GPU machine that has Python 3.x, PyTorch for CUDA, transformers,
-# accelerate, pyarrow, tensorboard and typer (11 wheels, 10 MB).
+# accelerate, pyarrow, tensorboard and typer (12 wheels, 12 MB).
 set -euo pipefail
 usage="usage: launch/wheelhouse.sh DIR [--beside-torch 3.12 | pip options, such as --index-url URL for torch]"
 directory=$(realpath -m "${1:?$usage}")
@@ -17,7 +17,7 @@ if [ "${2:-}" = --beside-torch ]; then
   # DeepSpeed publishes no wheels; its operators are compiled on the target machine.
   DS_BUILD_OPS=0 "${pip[@]}" wheel --wheel-dir "$directory" --no-deps "$(grep '^deepspeed==' constraints.txt)"
   # Omitted: datasets with dill and multiprocess, needed only for Hub documents, which require a network.
-  lacks='annotated-types|backports.zstd|fastokens|hjson|isal|msgspec|pydantic|pydantic_core|typing-inspection|typing_extensions'
+  lacks='annotated-types|backports.zstd|fastokens|ffbpe|hjson|isal|msgspec|pydantic|pydantic_core|typing-inspection|typing_extensions'
   mapfile -t packages < <(grep -E "^($lacks)==" constraints.txt)
   "${pip[@]}" download --dest "$directory" --no-deps --only-binary=:all: --python-version "$version" \
     --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 "${packages[@]}"

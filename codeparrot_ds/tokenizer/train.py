@@ -5,6 +5,7 @@ number of workers, the engine, interruptions, or the order of the documents.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,8 +261,9 @@ class _Training:
 
     def _by_texts(self) -> tuple["Tokenizer", list[Receipt]]:
         receipts = [Receipt() for _ in self._tasks]
-        tokenizer = train_on_texts(self._texts(receipts), self._wanted["vocab_size"], self._reserved)
-        if tokenizer.get_vocab_size() == self._wanted["vocab_size"]:
+        vocab_size = self._wanted["vocab_size"]
+        tokenizer = train_on_texts(self._texts(receipts), vocab_size, self._reserved, sys.stderr.isatty())
+        if tokenizer.get_vocab_size() == vocab_size:
             require_frequent_pairs_merged(tokenizer, self._texts(), _first(self._texts(), _CHECKED_BYTES))
         return tokenizer, receipts
 
