@@ -30,6 +30,7 @@ from codeparrot_ds.tokenizer.measures import Subject
 from codeparrot_ds.tokenizer.report import report
 
 VOCAB_SIZE = 32_768
+LENIENT = ("--suffix", ".py", "--on-bad-document", "skip")  # some tests of the standard library are no UTF-8
 HELD_OUT_BYTES = 8_000_000
 MIN_WORDS, MIN_LETTERS = 25, 0.8  # of a paragraph of prose: words; share of letters among its characters, blanks aside
 DOCUMENTATION = (".md", ".rst", ".txt", "METADATA")
@@ -99,7 +100,7 @@ def compare(directory: Path, megabytes: float) -> dict[str, Any]:
     found = report(own, [str(directory / "held-out.jsonl")], [other for other in others if other is not None])
     print(*found.table(), sep="\n")
     measured = found.as_json()
-    standard_library = train(Path(sysconfig.get_path("stdlib")), directory / "of-standard-library", "--suffix", ".py")
+    standard_library = train(Path(sysconfig.get_path("stdlib")), directory / "of-standard-library", *LENIENT)
     own_subject, other_subject = (Subject(str(path), load_tokenizer(path)) for path in (own, standard_library))
     return {
         "trained on, MB": {"python": manifest["text_bytes"] / 1e6, "english": sum(map(len, paragraphs)) / 1e6},
