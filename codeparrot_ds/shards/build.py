@@ -120,6 +120,7 @@ def build(
             target,
             tokenizer.resolve(),
             referee.digest,
+            options.eos,
             referee.eos_token,
             fields,
             options.fraction,
@@ -166,7 +167,7 @@ def _lock(target: Directory, part: Slice | None) -> Any:
 def _build_one(task: Task) -> int:
     """Build a task's shards, then write its receipt. Returns the task's number."""
     job, number = task.job, task.share.number
-    referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder, job.eos_token)
+    referee, encoder = load_encoders(job.tokenizer, job.tokenizer_digest, job.encoder, job.eos)
     job.output.remove(task.receipt)  # a stale receipt must not outlive the shards that it describes
     receipt = Receipt(task.fingerprint, encoder.label, [], 0, 0, [])
     dtype = dtype_for(referee.vocab_size)

@@ -54,7 +54,7 @@ def _fast_encoder(tokenizer: Path, digest: str) -> FastEncoder:
     return FastEncoder(tokenizer)
 
 
-def load_encoders(tokenizer: Path, digest: str, name: str, eos: str) -> tuple[Encoder, Encoder | FastEncoder]:
+def load_encoders(tokenizer: Path, digest: str, name: str, eos: str | None) -> tuple[Encoder, Encoder | FastEncoder]:
     """The reference encoder and the encoder `name`, loaded once per process. Raises DataError for another tokenizer."""
     referee = load_referee(tokenizer, digest, eos)
     return referee, _fast_encoder(tokenizer, digest) if name == "fastokens" else referee

@@ -54,11 +54,12 @@ def divide(found: Inputs, train_arguments: int) -> tuple[list[Piece], list[Piece
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Settings shared by all tasks of a build."""
+    """Settings shared by all tasks of a build. `eos` is the end token as the user gave it, `eos_token` its name."""
 
     output: Directory
     tokenizer: Path
     tokenizer_digest: str
+    eos: str | None
     eos_token: str
     fields: Fields
     valid_fraction: float

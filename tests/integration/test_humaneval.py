@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.documents.document import Document
+from codeparrot_ds.documents.splits import split_of
 from codeparrot_ds.evaluation.loss import validation_loss
 from codeparrot_ds.evaluation.problems import load_humaneval
 from codeparrot_ds.export.convert import convert
-from codeparrot_ds.shards.build import build, split_of
+from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.options import BuildOptions
 from tests.conftest import ROOT, RunRanks, Trained, recipe_on, train
 from tests.tiny_models import plain_gpt2

@@ -51,7 +51,7 @@ def test_usage_errors_exit_with_2() -> None:
         (["corpus", "collect", "-o", "{tmp}/c", "{tmp}"], "no .py files found in {tmp}"),
         (["corpus", "collect", "-o", "{tmp}/c"], "add --installed-python"),
         (["corpus", "collect", "-o", "/proc/c", "--max-file-size", "90kB", "{stdlib}"], "/proc/c: cannot write here"),
-        (["tokenizer", "train", "{tmp}", "-o", "{tmp}/t"], "codeparrot-ds corpus collect"),
+        (["tokenizer", "train", "{tmp}", "-o", "{tmp}/t"], "contains no data files"),
         (["shards", "verify", "{tmp}"], "codeparrot-ds shards build"),
         (["launch", "{tmp}/r.yaml"], "no such recipe"),
         (["convert", "{tmp}/run", "{tmp}/hf"], "no such run or checkpoint"),

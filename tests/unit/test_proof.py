@@ -721,13 +721,13 @@ def test_a_build_loads_each_encoder_once(
     loaded: list[type] = []
     for encoder in (Encoder, FastEncoder):
 
-        def load(self: Encoder, directory: Path, right: Callable[..., None] = encoder.__init__) -> None:
+        def load(self: Encoder, *directory: Any, right: Callable[..., None] = encoder.__init__) -> None:
             loaded.append(type(self))
-            right(self, directory)
+            right(self, *directory)
 
         monkeypatch.setattr(encoder, "__init__", load)
     encoders.load_referee.cache_clear()
-    encoders._encoder.cache_clear()
+    encoders._fast_encoder.cache_clear()
     make(data, inputs, tmp_path / "shards")
     assert sorted(each.__name__ for each in loaded) == ["Encoder", "FastEncoder"]
 

@@ -160,7 +160,7 @@ def test_a_chain_of_directories_can_be_moved(
     build("clean", Path("tokenizer"), "shards", BuildOptions(valid_fraction=0.2, workers=1))
     stored = {
         "corpus": json.loads(Path("corpus/manifest.json").read_text(encoding="utf-8"))["options"]["directories"],
-        "tokenizer": json.loads(Path("tokenizer/manifest.json").read_text(encoding="utf-8"))["corpus"],
+        "tokenizer": json.loads(Path("tokenizer/manifest.json").read_text(encoding="utf-8"))["inputs"],
         "clean": json.loads(Path("clean/manifest.json").read_text(encoding="utf-8"))["options"]["cleaning"][
             "decontamination"
         ]["problems"],
@@ -168,7 +168,7 @@ def test_a_chain_of_directories_can_be_moved(
     }
     assert stored == {
         "corpus": ["../source"],
-        "tokenizer": "../corpus",
+        "tokenizer": ["../corpus"],
         "clean": ["../problems.jsonl"],
         "shards": ["../clean"],
     }

@@ -56,7 +56,7 @@ def bubblewrap() -> str:
 @cache
 def bubblewrap_version() -> str:
     """Version of the installed bubblewrap, e.g. "0.8.0". Raises ConfigError if there is none."""
-    done = subprocess.run([bubblewrap(), "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run([bubblewrap(), "--version"], capture_output=True, encoding="utf-8", check=False)
     return done.stdout.removeprefix("bubblewrap ").strip()
 
 
