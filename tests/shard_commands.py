@@ -61,8 +61,8 @@ class Corpus:
     shard_tokens: int
     tasks: int = 8
 
-    def command(self, output: Path | str, *options: str | Path) -> list[str | Path]:
-        """Arguments of `codeparrot-ds shards` to build it."""
+    def command(self, output: Path | str, *options: str | Path, on_bad: str = "skip") -> list[str | Path]:
+        """Arguments of `codeparrot-ds shards` to build it; `on_bad` is what to do with bad documents."""
         return [
             "build",
             *self.inputs,
@@ -70,7 +70,7 @@ class Corpus:
             *("--tokenizer", self.tokenizer),
             *("--shard-tokens", str(self.shard_tokens)),
             *("--valid-fraction", "0.2"),
-            *("--on-bad-document", "skip"),
+            *("--on-bad-document", on_bad),
             *options,
         ]
 

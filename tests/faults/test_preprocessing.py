@@ -494,7 +494,7 @@ def test_ray_gives_the_bytes_of_one_run_and_names_the_problem(
     output = tmp_path / "shards"
     done = shards(*small.command(output, "--engine", "ray"), **cluster.environment())
     expect_finished(done, output, whole)
-    bad = [*small.command(tmp_path / "bad"), "--on-bad-document", "fail"]
+    bad = small.command(tmp_path / "bad", on_bad="fail")
     on_ray = error_of(shards(*bad, "--engine", "ray", **cluster.environment()))
     assert on_ray == error_of(shards(*bad, "--workers", "2"))
     assert "plain.jsonl at byte" in on_ray and "not valid JSON" in on_ray

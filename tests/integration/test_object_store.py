@@ -261,8 +261,8 @@ def test_an_interrupted_build_resumes_and_keeps_finished_tasks(
     store: Store, corpus: Corpus, whole: dict[str, bytes]
 ) -> None:
     """The last file is truncated: the tasks before it are done, exactly once."""
-    command = remote(corpus, *INPUTS).command("s3://bucket/shards", "--workers", "1")
-    strict = ["fail" if word == "skip" else word for word in command]
+    inputs = remote(corpus, *INPUTS)
+    strict = inputs.command("s3://bucket/shards", "--workers", "1", on_bad="fail")
     good = corpus.inputs[1].read_bytes()
     plain = [line for line in corpus.inputs[0].read_bytes().splitlines(keepends=True) if b'"content":' in line]
     store.put("bucket", "input/plain.jsonl", b"".join(plain))
@@ -486,7 +486,6 @@ def test_a_dataset_that_cannot_be_opened_is_named(
 def test_a_bad_example_of_a_streamed_dataset_is_named(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "a.jsonl").write_text('{"content": "a"}\n{"content": null}\n')
-    command = remote(corpus, f"hub:{tmp_path}/dataset").command(tmp_path / "shards")
-    command = ["fail" if word == "skip" else word for word in command]
+    command = remote(corpus, f"hub:{tmp_path}/dataset").command(tmp_path / "shards", on_bad="fail")
     message = error_of(shards(*command))
     assert f"hub:{tmp_path}/dataset part 0 example 2: not a document" in message
