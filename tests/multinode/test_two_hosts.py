@@ -82,7 +82,7 @@ def test_shards_missing_on_one_host_end_the_job_and_name_the_host(
     assert f"host {real_hosts.hosts[1]}: {shards}" in launched.output
     assert f"host {real_hosts.hosts[0]}:" not in launched.output
     assert "Traceback" not in launched.output
-    assert not (Path(tiny_recipe["runs"]) / "tiny" / "checkpoints").exists()
+    assert not any((Path(tiny_recipe["runs"]) / "tiny" / "checkpoints").glob("*"))
 
 
 def received_bytes(real_hosts: RealHosts, host: int) -> int:
