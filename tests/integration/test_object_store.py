@@ -360,7 +360,7 @@ def test_missing_credentials_are_named(store: Store, corpus: Corpus, tmp_path: P
     assert "s3://bucket/shards" in message and "credentials" in message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_unreachable_endpoint_is_named_without_minutes_of_retries(
     store: Store, corpus: Corpus, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_checkpoint_includes_and_verifies_state_on_nvme(train_offloaded: Train
     assert again.losses() == trained.losses()
 
 
+@pytest.mark.nightly
 def test_offload_may_change_on_resume(train_offloaded: Train, tmp_path: Path) -> None:
     """From NVMe to the CPU, to the device and back, on other ranks: weights and moments stay bit-identical."""
     whole = train_offloaded("zero3_nvme", "whole", ranks=1, options=("schedule.name=constant", "schedule.steps=12"))

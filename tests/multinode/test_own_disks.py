@@ -124,6 +124,7 @@ def test_two_hosts_train_resume_and_convert_with_a_disk_each(
     assert ours["tensors"] == its["tensors"]
 
 
+@pytest.mark.nightly
 def test_files_lost_with_a_host_are_named(
     real_hosts: RealHosts, tiny_recipe: dict[str, Any], runs: Path, tmp_path: Path
 ) -> None:

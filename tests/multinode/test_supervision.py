@@ -110,7 +110,11 @@ def launch(real_hosts: RealHosts, tiny_recipe: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "command"), [((), "deepspeed --quiet --hostfile "), (("--launcher", "mpirun"), "$ mpirun -n 2 ")]
+    ("options", "command"),
+    [
+        ((), "deepspeed --quiet --hostfile "),
+        pytest.param(("--launcher", "mpirun"), "$ mpirun -n 2 ", marks=pytest.mark.nightly),
+    ],
 )
 def test_after_the_ranks_of_a_host_were_killed_all_hosts_restart(
     launch: Launch, real_hosts: RealHosts, baseline: Trained, options: tuple[str, ...], command: str
@@ -209,6 +213,7 @@ def test_no_rank_survives_the_loss_of_anything_between_it_and_the_user(
     assert not job.directory.in_use()
 
 
+@pytest.mark.nightly
 def test_a_supervisor_told_to_stop_has_both_hosts_save(launch: Launch, real_hosts: RealHosts) -> None:
     job = launch("told", 2, faults=["hold:0:1"])
     job.wait_for("held-1")
