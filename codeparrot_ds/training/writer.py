@@ -7,6 +7,7 @@ writes a file, so the files are the same.
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -122,8 +123,7 @@ class _DigestingFile:
 class LockedBuffers:
     """Page-locked host memory for copies of GPU tensors, kept and used again for the next checkpoint.
 
-    The GPU copies into it directly. Locking pages takes as long as a copy into pageable memory, so only the first
-    checkpoint pays for it.
+    The GPU copies into it directly. Locking pages takes seconds for ten gigabytes, which only the first checkpoint pays.
 
     Attributes:
         free_bytes: size of the buffers that no copy uses.
@@ -157,7 +157,9 @@ class LockedBuffers:
 def lock_pages(buffer: torch.Tensor) -> None:
     """Lock the pages of host memory for the life of the process. Where CUDA refuses to, copies are only slower."""
     # torch's own page-locked tensors are rounded up to a power of two bytes: 8.6 GB for 6.1.
-    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0)
+    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0)) != 0:
+        with suppress(RuntimeError):  # CUDA keeps the error until a kernel is launched, and raises it there
+            torch.ones(1, device="cuda")
 
 
 def copy_to_host(state: Any, buffers: LockedBuffers) -> Any:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -132,3 +133,19 @@ def test_memory_that_is_locked_counts_as_room(
     writer.begin(True)
     writer.save({"larger": torch.zeros(100)}, str(tmp_path / "a.pt"))
     assert tmp_path / "a.pt" in writer.files
+
+
+@pytest.mark.parametrize(("status", "launched"), [(0, []), (2, ["cuda"])])
+def test_an_error_of_locking_is_not_left_for_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, status: int, launched: list[str]
+) -> None:
+    devices = []
+
+    def ones(size: int, device: str) -> None:
+        devices.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *arguments: status))
+    monkeypatch.setattr(torch, "ones", ones)
+    module.lock_pages(torch.empty(8, dtype=torch.uint8))
+    assert devices == launched
