@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.fields import TextField
 from codeparrot_ds.cli.output import JsonOption, group, print_result, printable
 
 app = group("Train byte-level BPE tokenizers, and measure any tokenizer.")
@@ -32,7 +33,7 @@ def tokenizer_train(
     reserve: Annotated[
         int, typer.Option(help="Tokens to reserve, in addition to those for fill-in-the-middle.", min=0)
     ] = 0,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    text_field: TextField = None,
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
     ] = None,
@@ -51,7 +52,7 @@ def tokenizer_train(
     options = TrainOptions(
         documents=documents,
         reserve=reserve,
-        text_field=text_field,
+        text_field=text_field or "content",
         suffix=suffix,
         on_bad_document=on_bad_document,
         trainer=trainer,
@@ -82,7 +83,7 @@ def tokenizer_report(
     against: Annotated[
         list[str] | None, typer.Option(help="Another tokenizer, directory or on the Hub, to compare with; repeatable.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "content",
+    text_field: TextField = None,
     suffix: Annotated[
         str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
     ] = None,
@@ -91,7 +92,7 @@ def tokenizer_report(
     """Measure how well a tokenizer fits documents, in all and by kind of text."""
     from codeparrot_ds.tokenizer.report import report
 
-    found = report(tokenizer, inputs, against or [], text_field=text_field, suffix=suffix)
+    found = report(tokenizer, inputs, against or [], text_field=text_field or "content", suffix=suffix)
     if json_output:
         print(json.dumps(found.as_json(), indent=2))
     else:

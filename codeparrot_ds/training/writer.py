@@ -123,7 +123,7 @@ class _DigestingFile:
 class LockedBuffers:
     """Page-locked host memory for copies of GPU tensors, kept and used again for the next checkpoint.
 
-    The GPU copies into it directly. Locking pages takes seconds for ten gigabytes, which only the first checkpoint pays.
+    The GPU copies into it directly. Locking takes seconds for ten gigabytes, which only the first checkpoint pays.
 
     Attributes:
         free_bytes: size of the buffers that no copy uses.
