@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from codeparrot_ds.errors import DataError
 from codeparrot_ds.export.tokenizer import write_tokenizer
+from codeparrot_ds.shards import build as building
 from codeparrot_ds.shards.adopt import adopt
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest
@@ -86,12 +87,15 @@ def test_shards_end_their_documents_with_the_token_that_is_named(tmp_path: Path)
     assert config["eos_token"] == config["bos_token"] == "<|endoftext|>"
 
 
-def test_an_interrupted_build_does_not_keep_documents_that_end_otherwise(tmp_path: Path) -> None:
+def test_an_interrupted_build_does_not_keep_documents_that_end_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, source = save(tmp_path / "tokenizer"), documents(tmp_path / "source")
     options = {"suffix": ".py", "valid_fraction": 0.3, "workers": 1, "encoder": "tokenizers"}
-    build(source, tokenizer, tmp_path / "shards", BuildOptions(**options))
-    for path in (tmp_path / "shards").glob("manifest.json"):
-        path.unlink()
+    with monkeypatch.context() as interrupted, pytest.raises(ZeroDivisionError):
+        interrupted.setattr(building, "_finish", lambda *arguments, **more: 1 // 0)  # all tasks are done by then
+        build(source, tokenizer, tmp_path / "shards", BuildOptions(**options))
+    assert list((tmp_path / "shards").glob(".task-*.json"))
     again = build(source, tokenizer, tmp_path / "shards", BuildOptions(**options, eos="<s>"))
     assert again is not None and last_ids(again) == {257}
 
