@@ -30,17 +30,17 @@ def command_line() -> Iterator[str]:
 
 def verbs(command: Any, words: list[str]) -> Iterator[str]:
     """Of a command and those below it."""
-    if hasattr(command, "commands"):
-        for name, below in sorted(command.commands.items()):
-            yield from verbs(below, [*words, name])
-        return
     options, arguments = [], []
     for parameter in command.params:
         if parameter.param_type_name == "argument":
             arguments.append(str(parameter.name).upper() + ("..." if parameter.nargs == -1 else ""))
         else:
             options.append("/".join(sorted([*parameter.opts, *parameter.secondary_opts])))
-    yield " ".join([*words, *arguments, *sorted(options)])
+    below = getattr(command, "commands", {})
+    if options or not below:
+        yield " ".join([*words, *arguments, *sorted(options)])
+    for name, verb in sorted(below.items()):
+        yield from verbs(verb, [*words, name])
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
