@@ -267,4 +267,4 @@ def validation_loss(
 
 def _sources(shards: Shards) -> dict[Path, float]:
     weights = shards if isinstance(shards, Mapping) else {shards: 1.0}
-    return {expand_user(Path(path)): weight for path, weight in weights.items()}
+    return {Path(path): weight for path, weight in weights.items()}
