@@ -6,7 +6,6 @@
 
 # The toolkit, with which DeepSpeed compiles its operators, must have the major version of torch's CUDA.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS base
-SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Versions are not pinned: mirrors keep only the newest. Host keys in an image would be known to all.
 # hadolint ignore=DL3008
 RUN apt-get update \
