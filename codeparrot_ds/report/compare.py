@@ -210,7 +210,7 @@ class _Recorded:
             raise DataError(
                 f"{run.path}: no such run. Give the directory that holds its recipe.yaml and metrics.jsonl."
             )
-        recipe = _read_recipe(run)
+        recipe = read_settings(run)
         train: dict[int, _Step] = {}
         valid: dict[int, float | None] = {}
         taken_again = 0
@@ -255,7 +255,7 @@ class _Recorded:
         )
 
 
-def _read_recipe(run: RunDirectory) -> dict[str, Any]:
+def read_settings(run: RunDirectory) -> dict[str, Any]:
     """Read resolved recipe and DeepSpeed JSON into dotted keys, unvalidated: another version may have written them."""
     try:
         body = yaml.safe_load(run.recipe.read_bytes())

@@ -246,7 +246,7 @@ class Trainer:
         if self.ranks.is_fs_leader:
             write_json(self.run.skipped_ranges_file, self.skipped_ranges)
         if self.metrics is not None:
-            self.metrics.go_back(checkpoint.step)
+            self.metrics.go_back(checkpoint.step, message)
         log.warning("going back to step %d, skipping the samples of steps %d to %d", checkpoint.step, first, step)
         self.load(checkpoint)
         return True
@@ -390,5 +390,7 @@ class Trainer:
         stalled = self._stalled_seconds + now - started
         where = self.run.checkpoint(step)
         log.info("step %d: checkpoint %s (%.1f s, training waited %.1f s)", step, where, now - self._saved_at, stalled)
+        if self.metrics is not None:
+            self.metrics.checkpoint(step, now - self._saved_at, stalled)
         if self.on_published is not None:
             self.on_published(step)
