@@ -107,8 +107,7 @@ def read_run(run: RunDirectory, model: Path | None = None, tokenizer: Path | Non
             missing.append(f"{what}: {error}")
             return None
 
-    started = run.status_file.exists() or run.launches.exists()
-    status = run_status(run) if started else RunStatus({"state": "not recorded"}, run.in_use(), [])
+    status = _status(run)
     recipe = if_possible("recipe", lambda: load_recipe(run.recipe))
     shards = {} if recipe is None else dict(recipe.data.sources)
     manifests = if_possible("shards", lambda: [Manifest.read(each) for each in shards]) if shards else None
@@ -141,6 +140,18 @@ def read_run(run: RunDirectory, model: Path | None = None, tokenizer: Path | Non
         tokenizer=next((each for each in places if has_tokenizer(each)), None),
         missing=missing,
     )
+
+
+def _status(run: RunDirectory) -> RunStatus:
+    """The status; a run whose ranks died before rank 0 wrote one is reported all the same."""
+    if run.status_file.exists():
+        found = run_status(run)
+        found.facts.setdefault("state", "not recorded")
+        return found
+    try:
+        return run_status(run)
+    except DataError:
+        return RunStatus({"state": "not recorded"}, run.in_use(), [])
 
 
 def _certificate(model: Path) -> dict[str, Any]:

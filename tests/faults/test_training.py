@@ -20,6 +20,7 @@ import torch
 
 from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, CheckpointError
+from codeparrot_ds.report.timeline import read_history
 from codeparrot_ds.run.directory import MANIFEST
 from codeparrot_ds.shards.inspect import describe_sequences
 from codeparrot_ds.shards.sequences import Dataset
@@ -453,6 +454,10 @@ def test_after_a_loss_spike_a_run_goes_back_and_skips_its_samples_even_if_killed
         assert done.returncode == 0, done.output
         assert "going back to step 12, skipping the samples of steps 13 to 20" in done.output
         expect_named(run, SUSPECTS, "at step 20")
+        events = read_history(run.directory, running=False).events
+        assert [(event.step, event.details[:13]) for event in events if event.what == "went back"] == [
+            (12, "step 20: loss")
+        ]
         return run
 
     def killed() -> Run:
@@ -470,6 +475,7 @@ def test_after_a_loss_spike_a_run_goes_back_and_skips_its_samples_even_if_killed
     for run in runs:
         assert run.directory.skipped_ranges() == [skipped_ranges]
         found = read_run(run.directory.path)
+        assert read_history(run.directory, running=False).attempts[-1].state == "finished"
         assert found.digests() == batches(run.recipe, [skipped_ranges])
         assert found.digests()[:13] == batches(run.recipe)[:13]
         status = run.status()
