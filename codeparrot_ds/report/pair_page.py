@@ -15,7 +15,7 @@ from codeparrot_ds.report.blocks import (
     figures_of,
 )
 from codeparrot_ds.report.compare import Comparison, compare
-from codeparrot_ds.report.compare_text import as_rows
+from codeparrot_ds.report.compare_text import STEP_COLUMNS, as_rows, step_rows
 from codeparrot_ds.report.curves import Curve, smoothed
 from codeparrot_ds.report.run_facts import RunFacts
 from codeparrot_ds.report.run_page import SMALL, derived
@@ -125,13 +125,8 @@ def _side_by_side(runs: tuple[RunFacts, RunFacts], summaries: tuple[Summary, Sum
 
 
 def _steps(comparison: Comparison) -> Table:
-    rows = []
-    for row in comparison.table:
-        a, b = ("not finite" if loss is None else f"{loss:.6f}" for loss in (row.loss_a, row.loss_b))
-        difference = "-" if row.difference is None else f"{row.difference:+.1e}" if row.difference else "0"
-        rows.append([f"{row.step:,}", "same" if row.same_data else "differs", a, b, difference])
-    columns = ["step", "data", "loss of A", "loss of B", "B minus A"]
-    return Table(columns, rows, frozenset({0, 2, 3, 4}), "Steps around the first difference, and evenly spaced ones")
+    caption = "Steps around the first difference, and evenly spaced ones"
+    return Table(STEP_COLUMNS, step_rows(comparison), frozenset({0, 2, 3, 4}), caption)
 
 
 def _recipes(runs: tuple[RunFacts, RunFacts]) -> Block:

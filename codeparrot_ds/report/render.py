@@ -16,6 +16,7 @@ from markupsafe import Markup
 from codeparrot_ds import __version__
 from codeparrot_ds.report.blocks import Chart, Charts, Page, Series, describe, figures_of
 from codeparrot_ds.report.curves import BUCKETS, thin
+from codeparrot_ds.system.printable import printable
 
 UPLOT = "1.6.32"  # in page/uPlot; docs/report.md tells how to update it
 _DIGITS = 6  # significant ones of a drawn value
@@ -88,12 +89,10 @@ def _data(chart: Chart) -> dict[str, Any]:
 def _points(series: Series) -> dict[str, Any]:
     curve = thin(series.curve)
     values = [float(f"{value:.{_DIGITS}g}") if abs(value) < float("inf") else None for value in curve.values.tolist()]
-    drawn = {"label": _shown(series.label), "role": series.role, "run": series.run}
+    drawn = {"label": printable(series.label), "role": series.role, "run": series.run}
     return {**drawn, "x": curve.steps.tolist(), "y": values}
 
 
 def _shown(value: Any) -> Any:
     """`value`; text without characters that a reader cannot see, or that change the order of others."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
-        return value
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in value)
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -35,7 +35,7 @@ def large(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as text with two units: "2 h 05 min"."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -25,6 +25,7 @@ from codeparrot_ds.report.run_facts import read_run
 from codeparrot_ds.report.subject import CORPUS, RUN, TOKENIZER, subject_of
 from codeparrot_ds.report.summary import summarize
 from codeparrot_ds.report.timeline import read_history
+from codeparrot_ds.report.units import duration, large, plain, shown, size
 from codeparrot_ds.run.directory import RunDirectory
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.sequences import Dataset
@@ -304,6 +305,24 @@ def test_what_cleaning_removed_is_shown_by_step(tmp_path: Path) -> None:
     assert "('generated', 5), ('exact duplicate', 1)" in texts_of(page, "What was removed")
     assert "6 others: 16 documents" in texts_of(page, "Licences")
     assert "was not made by" in texts_of(page, "What is not on this page")
+
+
+def test_figures_have_units() -> None:
+    assert [shown(value, style) for value, style in ((41.234, "percent"), (8.56e8, "bytes"), (1.5e-5, "small"))] == [
+        *("41.23 %", "856 MB", "1.5e-05")
+    ]
+    assert [size(value) for value in (0, 999, 1000, 2.5e12)] == ["0 B", "999 B", "1 kB", "2.5 TB"]
+    assert [large(value) for value in (999, 3_401_856, 1.5e9)] == ["999", "3.4 M", "1.5 G"]
+    assert [duration(value) for value in (0.125, 59.6, 60, 7500, 200_000)] == [
+        *("0.1 s", "1 min 00 s", "1 min 00 s", "2 h 05 min", "2 d 07 h")
+    ]
+    assert [plain(value) for value in (None, True, [1, "a"], 1e-3, "text")] == [
+        "null",
+        "true",
+        '[1, "a"]',
+        "0.001",
+        "text",
+    ]
 
 
 # The page
