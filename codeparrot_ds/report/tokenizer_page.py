@@ -138,7 +138,7 @@ def _fit(facts: TokenizerFacts) -> list[Block]:
     if measured is None:
         return []
     names = measured.labels
-    table = Table(["measure", *names], [[name.strip(), *values] for name, values in measured.rows()], _numbers(names))
+    table = Table(["measure", *names], [[name, *values] for name, values in measured.rows()], _numbers(names))
     note = f"Measured on {', '.join(measured.inputs)}."
     if facts.on_training_text:
         note += (
@@ -166,9 +166,13 @@ def _kinds(measured: Report | None) -> list[Block]:
     first = measured.as_json()["tokenizers"][0]
     counts = [(kind, each["tokens"]) for kind, each in first["by_kind"].items()]
     bars = Bars(f"Tokens of {measured.labels[0]}, by kind of text", ("kind", "tokens"), counts, first["tokens"])
-    rows = [[kind, name, *values] for kind, of_kind in measured.rows_of_kinds().items() for name, values in of_kind]
-    columns = ["kind", "measure", *measured.labels]
-    return [bars, Table(columns, rows, frozenset(range(2, len(columns))), "By kind of text")]
+    of_kinds, caption = measured.rows_of_kinds(), "Share, and fit to each kind of text"
+    if len(measured.labels) == 1:
+        rows = [[kind, *(values[0] for _, values in of_kind)] for kind, of_kind in of_kinds.items()]
+        columns = ["kind", *(name for name, _ in next(iter(of_kinds.values())))]
+        return [bars, Table(columns, rows, _numbers(columns[1:]), caption)]
+    rows = [[f"{kind}, {name}", *values] for kind, of_kind in of_kinds.items() for name, values in of_kind]
+    return [bars, Table(["", *measured.labels], rows, _numbers(measured.labels), caption)]
 
 
 def _tokens(measured: Report | None) -> list[Block]:
@@ -177,20 +181,19 @@ def _tokens(measured: Report | None) -> list[Block]:
     blocks: list[Block] = []
     for label, each in zip(measured.labels, measured.as_json()["tokenizers"], strict=True):
         rows = [
-            (f"{label}: {name.replace('_', ' ')}", _listed(each[name]))
-            for name in ("first_tokens", "last_tokens", "longest_tokens")
+            (name.replace("_", " "), _listed(each[name])) for name in ("first_tokens", "last_tokens", "longest_tokens")
         ]
-        rows.append((f"{label}: never used", _listed(list(each["unused_tokens"]["tokens"].values()))))
+        rows.append(("never used", _listed(list(each["unused_tokens"]["tokens"].values()))))
         if different := each["round_trip"]["different"]:
-            rows.append((f"{label}: documents that do not round-trip", _listed(different)))
-        blocks.append(Facts(rows))
+            rows.append(("documents that do not round-trip", _listed(different)))
+        blocks += [Text(f"Of {label}:"), Facts(rows)] if len(measured.labels) > 1 else [Facts(rows)]
     return blocks
 
 
 def _listed(tokens: Sequence[str]) -> str:
-    cut = (token if len(token) <= _CHARACTERS else f"{token[:_CHARACTERS]}…" for token in tokens[:_TOKENS])
+    cut = (ascii(token[:_CHARACTERS]) + ("…" if len(token) > _CHARACTERS else "") for token in tokens[:_TOKENS])
     more = f" and {len(tokens) - _TOKENS:,} more" if len(tokens) > _TOKENS else ""
-    return " ".join(ascii(token) for token in cut) + more if tokens else "none"
+    return "  ".join(cut) + more if tokens else "none"
 
 
 def _made(facts: TokenizerFacts) -> list[Block]:

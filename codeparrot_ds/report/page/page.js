@@ -53,6 +53,17 @@
     };
   };
 
+  // Of a line that is thinned, the nearest point; of evaluations, only the step itself.
+  const nearest = (plot, number, index, role) => {
+    const values = plot.data[number];
+    if (role === undefined || role === "points") return index;
+    for (let by = 0; by < values.length; by++) {
+      if (values[index - by] !== undefined) return index - by;
+      if (values[index + by] !== undefined) return index + by;
+    }
+    return index;
+  };
+
   const height = (host) => (host.closest(".wide") ? (host.clientWidth < 500 ? 240 : 300) : 176);
 
   const draw = (host, chart, group) => {
@@ -75,7 +86,11 @@
         { label: "step", value: (plot, value) => (value == null ? "–" : grouped.format(value)) },
         ...last.map((series) => seriesOptions(chart, series, state.smoothing)),
       ],
-      cursor: { y: false, sync: { key: group, setSeries: false, scales: ["x", null] }, points: { size: 7 }, focus: { prox: -1 } },
+      cursor: {
+        y: false, points: { size: 7, fill: (plot, index) => plot.series[index].stroke(plot, index) }, focus: { prox: -1 },
+        sync: { key: group, setSeries: false, scales: ["x", null] },
+        dataIdx: (plot, number, index) => nearest(plot, number, index, last[number - 1]?.role),
+      },
       legend: { live: true, markers: { width: 0, fill: (plot, index) => plot.series[index].stroke(plot, index) } },
       padding: [8, 12, 0, 0],
       hooks: { setCursor: [(plot) => host.classList.toggle("idle", plot.cursor.idx == null)] },
