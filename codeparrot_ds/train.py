@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from codeparrot_ds import __version__
 from codeparrot_ds.errors import (
     EXIT_CRASHED,
     EXIT_PREEMPTED,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from codeparrot_ds.training.ranks import Ranks
 
 _CANNOT_START = "training cannot start"
-_VERSIONS = ("codeparrot-ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")  # recorded at each start
+_VERSIONS = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")  # recorded at each start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -322,7 +323,8 @@ def _record_start(
     import torch
 
     on_gpu = ranks.device.type == "cuda"
-    run_on = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
+    run_on = {"codeparrot-ds": __version__, "python": platform.python_version()}
+    run_on |= {name: version(name) for name in _VERSIONS}
     if on_gpu:
         run_on["CUDA"] = str(torch.version.cuda)
     record_event(

@@ -87,7 +87,8 @@ def make_eventful_run(path: Path, text: str = "went wrong") -> RunDirectory:
     for step in (50, 100, 150, 200):
         moment = BEGAN + 5 + step / 2 + (60 if step > 100 else 0)
         events.append({"time": moment, "event": "checkpoint", "step": step, "seconds": 2.5, "waited_seconds": 0.125})
-    events.insert(4, {"time": BEGAN + 130, "event": "go back", "step": 100, "reason": f"loss 30.0 {text}"})
+    events.insert(-2, {"time": BEGAN + 130, "event": "go back", "step": 100, "reason": f"loss 30.0 {text}"})
+    events.insert(2, {"time": BEGAN + 36, "event": "skipped", "step": 60, "reason": f"at steps 60, 61 {text}"})
     write_lines(run.events, events)
     attempt = {"hosts": ["host-a", text], "host": None, "doing": f"step 99 {text}"}
     failed = {"from_step": 0, "to_step": 50, "state": "failed", "reason": f"rank 1 exited {text}", "code": 70}

@@ -42,9 +42,7 @@ def compare_command(
 
 
 def report(
-    directories: Annotated[
-        list[Path], typer.Argument(help="A run, a corpus or a tokenizer; or two runs.", metavar="DIRECTORY [RUN_B]")
-    ],
+    directories: Annotated[list[Path], typer.Argument(help="A run, a corpus or a tokenizer; or two runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page to this HTML file.")] = None,
     model: Annotated[
         Path | None,
@@ -72,8 +70,10 @@ def report(
     Reads only what is there: a run may still be training, have failed, or have been copied from another machine.
     """
     from codeparrot_ds.report.make import Options, make
-    from codeparrot_ds.system.files import write_atomically, write_json
+    from codeparrot_ds.system.files import require_file_place, write_atomically, write_json
 
+    for path in filter(None, (output, summary_file)):
+        require_file_place(path)
     made = make(directories, Options(model, tokenizer, seconds, text or [], against or []))
     rows = [(name, printable(value)) for name, value in made.rows]
     if summary_file is not None:

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from codeparrot_ds import __version__
-from codeparrot_ds.report.blocks import Chart, Charts, Page, Series, describe, figures_of
+from codeparrot_ds.report.blocks import Chart, Charts, Page, Series, describe
 from codeparrot_ds.report.curves import BUCKETS, thin
 from codeparrot_ds.system.printable import printable
 
@@ -41,7 +41,6 @@ def render(page: Page, moment: str) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["describe"] = describe
-    environment.globals["figures_of"] = figures_of
     return environment.from_string(_read("page.html")).render(
         page=page,
         sections=sections,

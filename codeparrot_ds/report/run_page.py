@@ -29,8 +29,11 @@ SMALL = (
 def run_page(facts: RunFacts, summary: Summary) -> Page:
     """The page of a run, with every section for which something is recorded."""
     certificate = [] if facts.certificate is None else certificate_blocks(facts.certificate)
-    reasons = str(facts.status.facts.get("error") or facts.status.facts.get("reason") or "")
-    notes: list[Block] = [Text(f"{facts.status.state}. {reasons}".strip(), warning=True)] if reasons else []
+    notes: list[Block] = []
+    if facts.state not in ("finished", "running"):
+        last = facts.history.attempts[-1].reason if facts.history.attempts else ""
+        reason = facts.status.facts.get("error") or facts.status.facts.get("reason") or last
+        notes = [Text(f"{facts.status.state}. {reason}".strip(), warning=True)]
     return Page(
         title=facts.run.path.absolute().name,
         subject="run",
@@ -78,7 +81,7 @@ def figures(facts: RunFacts, summary: Summary) -> list[Figure]:
     if summary.bits_per_byte is not None:
         found.append(Figure("bits per byte", f"{summary.bits_per_byte:.4f}", "of validation text"))
     found.append(Figure("steps", f"{facts.steps_taken:,}", "" if last is None else f"of {last:,}"))
-    tokens = facts.curves.get("tokens_seen")
+    tokens = facts.curves.get("tokens_seen").finite()
     if len(tokens):
         train = sum(manifest.tokens("train") for manifest in facts.manifests or [])
         note = f"{tokens.values[-1] / train:.3g} epochs of {large(train)}" if train else ""

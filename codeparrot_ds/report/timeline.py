@@ -17,6 +17,7 @@ from codeparrot_ds.run.events import read_lines
 _MARKS = 400  # on the time line
 _ROWS = 100  # of a table
 _TICKS = 4
+_UNUSUAL = {"go back": "went back", "loss spike": "loss spike", "skipped": "skipped steps"}  # events, as shown
 _DOCUMENTS = 3  # named for a skipped step
 
 
@@ -129,9 +130,8 @@ def _event(row: dict[str, Any]) -> Event | None:
         if waited is not None:
             details += f", training waited {duration(waited)}"
         return Event(row["time"], "checkpoint", step, details)
-    if what == "go back":
-        return Event(row["time"], "went back", step, str(row.get("reason", "")))
-    return None
+    name = _UNUSUAL.get(str(what))
+    return Event(row["time"], name, step, str(row.get("reason", ""))) if name else None
 
 
 def _described(changes: Any) -> str:

@@ -224,6 +224,7 @@ class Trainer:
         suspects = range(first, step + 1)
         if self.metrics is not None:
             self._list_samples(suspects, f"loss {loss:.4f} at step {step}")
+            self.metrics.event("loss spike", step, message)
         if policy == "warn":
             return False
         listed = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."

@@ -120,11 +120,15 @@ class Metrics:
 
     def go_back(self, step: int, reason: str) -> None:
         """Rewind to `step`: drop the rows of steps that will be repeated."""
-        record_event(self._run.events, "go back", step=step, reason=reason)
+        self.event("go back", step, reason)
         self._file.close()
         if self._board is not None:
             self._board.close()
         self._open(step)
+
+    def event(self, event: str, step: int, reason: str) -> None:
+        """Record that something unusual happened at `step`."""
+        record_event(self._run.events, event, step=step, reason=reason)
 
     def losses(self) -> list[float]:
         """Return the losses of all steps so far, except skipped ones and those without a finite loss."""
@@ -168,6 +172,8 @@ class Metrics:
                 "batch_digest": f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}",
             }
             self._write({"kind": "train", **row}, step.step)
+        if skipped := [step.step for step in steps if step.skipped]:
+            self.event("skipped", skipped[0], f"non-finite gradients at step {', '.join(map(str, skipped))}")
         log.info(
             "step %d of %d: loss %.4f, learning rate %.2e, %s tokens/s",
             steps[-1].step + 1,

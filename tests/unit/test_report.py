@@ -114,7 +114,7 @@ def test_the_history_joins_launches_and_events(tmp_path: Path) -> None:
     assert history.seconds == 165 and history.start["hardware"] == "H100 went wrong"
     what = [(event.what, event.step) for event in history.events]
     assert what == [
-        *[("checkpoint", 50), ("checkpoint", 100), ("recipe change", 50), ("went back", 100)],
+        *[("checkpoint", 50), ("skipped steps", 60), ("checkpoint", 100), ("recipe change", 50), ("went back", 100)],
         *[("checkpoint", 150), ("checkpoint", 200)],
     ]
     assert history.events[0].details == "2.5 s until on disk, training waited 0.1 s"
@@ -408,6 +408,20 @@ def test_a_report_writes_nothing_but_its_output(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert json.loads((tmp_path / "s").read_text())["state"] == "failed"
     assert json.loads(CliRunner().invoke(app, ["report", str(moved), "--json"]).output)["step"] == 200
+
+
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run").path
+    for output, reason in (
+        (tmp_path, "is a directory"),
+        (run / "recipe.yaml" / "x", "is a file"),
+        ("/proc/x", "write"),
+    ):
+        for option in ("-o", "--summary"):
+            done = CliRunner().invoke(app, ["report", str(run), option, str(output)])
+            assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
+    done = CliRunner().invoke(app, ["report", str(run), "-o", str(tmp_path / "new" / "page.html")])
+    assert done.exit_code == 0 and (tmp_path / "new" / "page.html").is_file()
 
 
 def luminance(color: str) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from codeparrot_ds.report.make import Options, make
-from tests.report_runs import HOSTILE, make_eventful_run, make_run
+from tests.report_runs import HOSTILE, make_eventful_run, make_run, train_row, write_lines
 
 SOME = (("light", 360), ("dark", 1440))  # colour schemes and widths in pixels
 ALL = (*SOME, ("dark", 360), ("light", 1440))
@@ -129,6 +129,17 @@ def test_a_page_is_drawn_at_any_width_and_in_both_schemes(browser: Browser, page
         assert len(charts) == browser.run("return document.querySelectorAll('[data-chart]').length")
         assert len(charts) >= (7 if name in ("run", "long words", "two runs") else 0)
         assert all(charts), "a chart without its line, in the colour of this scheme"
+
+
+def test_runs_with_few_or_no_numbers_are_drawn_without_errors(browser: Browser, tmp_path: Path) -> None:
+    rows = {"none": [], "one": [train_row(0)], "no number": [train_row(step, loss=None) for step in range(3)]}
+    for name, of_run in rows.items():
+        write_lines(make_run(tmp_path / name).metrics, of_run)
+        page = tmp_path / f"{name}.html"
+        page.write_text(make([tmp_path / name], Options()).html(), encoding="utf-8")
+        browser.open(page)
+        assert browser.messages() == []
+        assert browser.run("return document.querySelectorAll('canvas').length") == (7 if of_run else 0)
 
 
 def test_the_sections_are_landmarks_and_charts_have_texts(browser: Browser, pages: dict[str, Path]) -> None:
