@@ -16,9 +16,9 @@ from codeparrot_ds.report.blocks import (
 )
 from codeparrot_ds.report.compare import Comparison, compare
 from codeparrot_ds.report.compare_text import STEP_COLUMNS, as_rows, step_rows
-from codeparrot_ds.report.curves import Curve, smoothed
+from codeparrot_ds.report.curves import smoothed
 from codeparrot_ds.report.run_facts import RunFacts
-from codeparrot_ds.report.run_page import SMALL, derived
+from codeparrot_ds.report.run_page import SMALL, derived, lines
 from codeparrot_ds.report.summary import Summary
 from codeparrot_ds.report.units import duration, large, plain
 from codeparrot_ds.run.changes import ENGINE
@@ -91,14 +91,11 @@ def _curves(runs: tuple[RunFacts, RunFacts]) -> list[Block]:
     charts = [Chart("Loss", "nats per token", loss, wide=True, scales=True)] if loss else []
     for key, title, unit, style in SMALL:
         curves = [(name, derived(run.curves, key)) for name, run in zip("AB", runs, strict=True)]
-        series = [Series(name, curve, run="AB".index(name)) for name, curve in curves if _has_values(curve)]
+        found = [(name, curve) for name, curve in curves if len(curve.finite())]
+        series = [each for name, curve in found for each in lines(name, key, curve, "AB".index(name))]
         if series:
             charts.append(Chart(title, unit, series, style))
     return [Charts(charts, figures_of(charts))] if charts else [Text("No step is recorded yet.")]
-
-
-def _has_values(curve: Curve) -> bool:
-    return len(curve.finite()) > 0
 
 
 def _side_by_side(runs: tuple[RunFacts, RunFacts], summaries: tuple[Summary, Summary]) -> Table:

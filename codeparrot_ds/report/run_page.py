@@ -1,7 +1,7 @@
 """The page of one run."""
 
 from codeparrot_ds.report.blocks import Block, Chart, Charts, Figure, Page, Section, Series, Text, figures_of
-from codeparrot_ds.report.curves import Curve, Curves, smoothed
+from codeparrot_ds.report.curves import BUCKETS, Curve, Curves, smoothed
 from codeparrot_ds.report.run_facts import RunFacts
 from codeparrot_ds.report.run_sections import (
     certificate_blocks,
@@ -24,6 +24,7 @@ SMALL = (
     ("peak_memory_bytes", "Peak memory", "of any rank so far", "bytes"),
     ("data_wait", "Data wait", "of the step's time", "percent"),
 )
+_NOISY = ("gradient_norm", "tokens_per_second", "mfu", "data_wait")
 
 
 def run_page(facts: RunFacts, summary: Summary) -> Page:
@@ -123,7 +124,7 @@ def curve_blocks(curves: Curves) -> list[Block]:
     for name, title, unit, style in SMALL:
         curve = derived(curves, name)
         if len(curve.finite()):
-            charts.append(Chart(title, unit, [Series(title, curve)], style))
+            charts.append(Chart(title, unit, lines(title, name, curve), style))
     blocks: list[Block] = [Charts(charts, figures_of(charts))]
     if odd := _non_finite(loss):
         blocks.append(Text(odd, warning=True))
@@ -135,6 +136,13 @@ def curve_blocks(curves: Curves) -> list[Block]:
     if len(loss) > 1 and len(loss) <= loss.steps[-1] - loss.steps[0]:
         notes.append(f"{len(loss):,} steps of {loss.steps[-1] - loss.steps[0] + 1:,} are recorded.")
     return [*blocks, Text(" ".join(notes))] if notes else blocks
+
+
+def lines(label: str, name: str, curve: Curve, run: int = 0) -> list[Series]:
+    """The line of a curve. Of many points that vary from step to step it would be a band: that one is smoothed too."""
+    if name not in _NOISY or len(curve) <= 2 * BUCKETS:
+        return [Series(label, curve, run=run)]
+    return [Series(label, curve, "faint", run), Series(f"{label}, smoothed", smoothed(curve)[0], "smooth", run)]
 
 
 def derived(curves: Curves, name: str) -> Curve:

@@ -92,7 +92,7 @@
         dataIdx: (plot, number, index) => nearest(plot, number, index, last[number - 1]?.role),
       },
       legend: { live: true, markers: { width: 0, fill: (plot, index) => plot.series[index].stroke(plot, index) } },
-      padding: [8, 12, 0, 0],
+      padding: [8, Math.max(12, 3.5 * grouped.format(data[0].at(-1)).length), 0, 0], // half of the last label
       hooks: { setCursor: [(plot) => host.classList.toggle("idle", plot.cursor.idx == null)] },
     };
     if (old) {
