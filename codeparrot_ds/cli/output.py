@@ -57,9 +57,9 @@ class _Group(typer.Typer):
         return super().command(name, **{"cls": _Command, **options})
 
 
-def group(help_text: str) -> typer.Typer:
+def group(help_text: str, **options: Any) -> typer.Typer:
     """Create a command group."""
-    return _Group(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
+    return _Group(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS, **options)
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
