@@ -38,6 +38,27 @@ def links(page: Path) -> list[Link]:
     return [Link(page, *found) for found in re.findall(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", prose)]
 
 
+def code_spans(text: str) -> list[str]:
+    """The code in a line of Markdown."""
+    return [code.strip() if len(ticks) > 1 else code for ticks, code in _INLINE.findall(text)]
+
+
+def sections(page: Path) -> list[tuple[str, str]]:
+    """Heading and text of each part of a page, without what stands before the first `##`."""
+    parts = re.split(r"^## (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def tables(page: Path | str) -> list[list[list[str]]]:
+    """The tables of a page or of a text: rows of cells, the header first."""
+    text = _FENCED.sub("", page.read_text(encoding="utf-8") if isinstance(page, Path) else page)
+    found = []
+    for lines in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in lines.strip().splitlines()]
+        found.append([[cell.strip() for cell in row] for row in (rows[0], *rows[2:])])
+    return found
+
+
 @cache
 def anchors(page: Path) -> frozenset[str]:
     """Anchors of the headings of a page, as GitHub makes them."""
@@ -49,14 +70,14 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command in the page's shell blocks, and of each `codeparrot-ds` command in its prose."""
+def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
+    """The words of each command, and whether it is in a shell block: in prose, `codeparrot-ds` commands only."""
     text = page.read_text(encoding="utf-8")
     for block in blocks(page, "sh", "bash"):
-        yield from _commands(block)
+        yield from ((words, True) for words in _commands(block))
     for _, code in _INLINE.findall(_FENCED.sub("", text)):
         if code.startswith("codeparrot-ds ") and not _PLACEHOLDER.search(code):
-            yield from _commands(" ".join(code.split()))
+            yield from ((words, False) for words in _commands(" ".join(code.split())))
 
 
 def _commands(script: str) -> Iterator[list[str]]:
@@ -75,10 +96,19 @@ def _commands(script: str) -> Iterator[list[str]]:
             command = []
 
 
-def usage_problem(words: list[str]) -> str | None:
-    """Why `codeparrot-ds` would refuse these words as wrong usage, or None. Values are not judged, nothing is run."""
-    command: Any = typer.main.get_command(app)
-    words = words[1:]
+@cache
+def _command_line() -> Any:
+    return typer.main.get_command(app)
+
+
+def usage_problem(words: list[str], complete: bool = True) -> str | None:
+    """Why `codeparrot-ds` would refuse these words as wrong usage, or None. Values are not judged, nothing is run.
+
+    Args:
+        words: the command line.
+        complete: whether it has to have all arguments, as in a block; not in prose.
+    """
+    command, words = _command_line(), words[1:]
     while hasattr(command, "commands"):
         if not words:
             return None  # the name of a group
@@ -97,4 +127,4 @@ def usage_problem(words: list[str]) -> str | None:
     if rest:
         return f"unexpected {rest[0]}"
     missing = [each.name for each in command.params if each.required and not values.get(each.name)]
-    return f"missing {missing[0]}" if missing else None
+    return f"missing {missing[0]}" if missing and complete else None

@@ -23,7 +23,7 @@ _WIDTH = 120  # of a line in docs/
 _KINDS = {str: "text", int: "integer", float: "number", Path: "path"}
 _INTRODUCTION = (
     "Generated from the code by `python -m tests.unit.test_commands_page > docs/commands.md`; a test compares them. "
-    "`codeparrot-ds --help` lists the commands, `codeparrot-ds COMMAND --help` the options of one. Messages and "
+    "`codeparrot-ds --help` lists the commands; `--help` after a command lists its options. Messages and "
     "progress go to standard error, results to standard output; with `--json`, standard output holds one JSON value. "
     "An option given twice is an error, unless it may be repeated. `~` in a path is the home directory."
 )

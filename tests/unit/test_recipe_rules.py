@@ -169,7 +169,7 @@ def descriptions(section: type[BaseModel]) -> dict[str, str]:
 def table() -> str:
     """docs/recipe.md."""
     from codeparrot_ds.run.changes import APPLIES, ON_RESUME
-    from codeparrot_ds.run.ds_keys import TESTED
+    from codeparrot_ds.run.ds_keys import REFUSED, TESTED, UNTESTED
 
     rules = {key: "applies" if rule == APPLIES else "**refused**" for key, rule in ON_RESUME.items()}
     lines = [
@@ -196,8 +196,23 @@ def table() -> str:
         "| key | values |",
         "|---|---|",
         *(f"| `{key}` | {each.text.replace(chr(39), '`')} |" for key, each in TESTED.items()),
+        "",
+        "### Refused",
+        "",
+        *by_reason(REFUSED),
+        "",
+        "### Not tested",
+        "",
+        *by_reason(UNTESTED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def by_reason(reasons: dict[str, str]) -> Iterator[str]:
+    """A table of the keys that share a reason."""
+    yield from ("| keys | why |", "|---|---|")
+    for reason in dict.fromkeys(reasons.values()):
+        yield f"| {', '.join(f'`{key}`' for key, why in reasons.items() if why == reason)} | {reason} |"
 
 
 def with_other(body: dict[str, Any], key: str) -> dict[str, Any]:
