@@ -108,7 +108,7 @@ def own_messages() -> list[str]:
 
 @cache
 def source_texts() -> str:
-    """Every text in the source of this package and of its installer, with … where a value is filled in, joined by NUL."""
+    """Every text in the source of this package and its installer, with … where a value is filled in, joined by NUL."""
     found = []
     for path in [*(ROOT / "codeparrot_ds").rglob("*.py"), ROOT / "launch" / "bootstrap.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
