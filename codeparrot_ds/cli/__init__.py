@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from codeparrot_ds import __version__
 from codeparrot_ds.cli import complete, corpus, evaluate, export, planning, report, shards, tokenizer, training
+from codeparrot_ds.cli.completion import drop_keys
 from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_CODES, EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from codeparrot_ds.system.processes import interrupt_imports
@@ -46,6 +47,7 @@ class _Pipeline(TyperGroup):
 
 app = group(
     "Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.",
+    add_completion=True,
     cls=_Pipeline,
     epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
@@ -63,6 +65,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     interrupt_imports()
+    drop_keys(os.environ)
     try:
         app()
     except UserError as error:

@@ -9,11 +9,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from codeparrot_ds.cli.completion import complete_run
 from codeparrot_ds.errors import ConfigError
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run (its newest converted model), a Hugging Face directory, or a model on the Hub.")
+    str,
+    typer.Argument(
+        help="A run (its newest converted model), a Hugging Face directory, or a model on the Hub.",
+        autocompletion=complete_run,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -24,6 +29,8 @@ class _Command(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """Return click's parser, which lists the parameters in the order of the command line."""
         parser = super().make_parser(ctx)
+        if ctx.resilient_parsing:  # the shell asks for completions
+            return parser
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> Any:
@@ -58,8 +65,9 @@ class _Group(typer.Typer):
 
 
 def group(help_text: str, **options: Any) -> typer.Typer:
-    """Create a command group."""
-    return _Group(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS, **options)
+    """Create a command group; `add_completion=True` for the one that is the command itself."""
+    options = {"no_args_is_help": True, "add_completion": False, "context_settings": _SETTINGS, **options}
+    return _Group(help=help_text, **options)
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:

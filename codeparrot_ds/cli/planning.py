@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.completion import RecipeArgument, SetOption
 from codeparrot_ds.cli.output import (
     JsonOption,
     parse_bandwidth,
@@ -20,7 +21,7 @@ MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization to assum
 
 
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a file, or a name such as codeparrot-xl.")],
+    recipe: RecipeArgument,
     hostfile: Annotated[
         Path | None, typer.Option(help="Hostfile with the hosts and their GPUs, instead of --gpus.")
     ] = None,
@@ -34,7 +35,7 @@ def plan_command(
     interconnect: Annotated[str, typer.Option(help="Network bandwidth per host, bits per second.")] = "200Gb",
     mfu: MfuOption = 0.4,
     price: Annotated[float | None, typer.Option(help="Price of a GPU-hour, for the cost of the run.", min=0)] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run three steps on this machine and compare.")] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -89,14 +90,14 @@ def plan_command(
 
 
 def tune_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a file, or a name such as codeparrot-xl.")],
+    recipe: RecipeArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Recipe to write. Default: RECIPE-tuned.yaml.")
     ] = None,
     gpus: GpusOption = None,
     steps: Annotated[int, typer.Option(help="Steps per trial; the first is not timed.", min=2)] = 4,
     trials: Annotated[int, typer.Option(help="Maximum number of trials.", min=1)] = 12,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Time the configurations of a recipe that fit this machine, and write a recipe with the fastest."""
