@@ -25,7 +25,9 @@ _INTRODUCTION = (
     "Generated from the code by `python -m tests.unit.test_commands_page > docs/commands.md`; a test compares them. "
     "`codeparrot-ds --help` lists the commands; `--help` after a command lists its options. Messages and "
     "progress go to standard error, results to standard output; with `--json`, standard output holds one JSON value. "
-    "An option given twice is an error, unless it may be repeated. `~` in a path is the home directory."
+    "An option given twice is an error, unless it may be repeated. `~` in a path is the home directory. "
+    "`codeparrot-ds --install-completion` sets up completion of commands, options, recipes and their keys in bash, zsh "
+    "or fish."
 )
 _EXIT_CODES = (
     "With 1, standard error holds one message that begins with `error:` and says what is wrong, where, and how to mend "
