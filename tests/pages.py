@@ -113,7 +113,8 @@ def usage_problem(words: list[str], complete: bool = True) -> str | None:
         if not words:
             return None  # the name of a group
         if words[0].startswith("-"):
-            return None if words in (["--help"], ["--version"]) else f"no option {words[0]}"
+            own = {"--help", *(option for each in command.params for option in each.opts)}
+            return None if words[0] in own else f"no option {words[0]}"
         if words[0] not in command.commands:
             return f"no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]

@@ -69,6 +69,7 @@ def test_wrong_commands_are_found() -> None:
     assert usage_problem([*build, "--tokeniser", "z"]) == "No such option: --tokeniser"
     assert usage_problem(["codeparrot-ds", "shard", "build"]) == "no command shard"
     assert usage_problem(["codeparrot-ds", "convert", "a", "b", "c"]) == "unexpected c"
+    assert usage_problem(["codeparrot-ds", "--install"]) == "no option --install"
 
 
 def test_the_readme_is_short_and_shows_how_to_start() -> None:
