@@ -1,7 +1,7 @@
 """User errors. Each carries one message that says what is wrong, where, and how to fix it.
 
 The command line prints the message without a traceback and exits with 1 (`EXIT_USER_ERROR`). Any other
-exception is a bug in this package and keeps its traceback.
+exception is a bug in this package: it keeps its traceback, and the exit code is 70 (`EXIT_CRASHED`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,15 @@ from collections.abc import Sequence
 EXIT_USER_ERROR = 1
 EXIT_CRASHED = 70  # sysexits.h EX_SOFTWARE: used by ranks for failures other than user errors; a restart may help
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers may requeue the job
+EXIT_CODES = {
+    0: "success",
+    EXIT_USER_ERROR: "an error that you can fix, or a difference or problem that was found",
+    2: "wrong usage",
+    EXIT_CRASHED: "a crash",
+    EXIT_PREEMPTED: "training was stopped and has saved",
+    130: "Ctrl-C",
+    141: "the reader of a pipe has ended",
+}
 
 
 class UserError(Exception):

@@ -4,37 +4,63 @@ import io
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from codeparrot_ds import __version__
 from codeparrot_ds.cli import complete, corpus, evaluate, export, planning, report, shards, tokenizer, training
 from codeparrot_ds.cli.completion import drop_keys
 from codeparrot_ds.cli.output import group
-from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
+from codeparrot_ds.errors import EXIT_CODES, EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from codeparrot_ds.system.processes import interrupt_imports
 
+_COMMANDS: dict[str, dict[str, Any]] = {
+    "From source code to shards": {"corpus": corpus.app, "tokenizer": tokenizer.app, "shards": shards.app},
+    "Plan, train and watch": {
+        "init": training.init_command,
+        "plan": planning.plan_command,
+        "tune": planning.tune_command,
+        "doctor": training.doctor_command,
+        "launch": training.launch,
+        "status": report.status,
+        "compare": report.compare_command,
+        "report": report.report,
+    },
+    "Use the model": {
+        "convert": export.convert_command,
+        "complete": complete.complete_command,
+        "evaluate": evaluate.app,
+        "push": export.push_command,
+    },
+}
+
+
+class _Pipeline(TyperGroup):
+    """Lists its commands in the order of `_COMMANDS`; typer would put the groups at the end."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See click."""
+        return [name for commands in _COMMANDS.values() for name in commands]
+
+
 app = group(
-    "Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.", add_completion=True
+    "Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.",
+    add_completion=True,
+    cls=_Pipeline,
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
-for name, module in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
-    app.add_typer(module.app, name=name)
-app.command("init")(training.init_command)
-app.command("plan")(planning.plan_command)
-app.command("tune")(planning.tune_command)
-app.command("doctor")(training.doctor_command)
-app.command("launch")(training.launch)
-app.command("status")(report.status)
-app.command("compare")(report.compare_command)
-app.command("report")(report.report)
-app.command("convert")(export.convert_command)
-app.command("push")(export.push_command)
-app.command("complete")(complete.complete_command)
+for panel, commands in _COMMANDS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
 
 
 def main() -> NoReturn:
-    """Run a command. Exit codes: 0 success, 1 user error, 2 usage error. A traceback is a bug in this package."""
+    """Run a command, and exit with one of `EXIT_CODES`."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -47,15 +73,16 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader closed the pipe, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        from codeparrot_ds.system.files import explain_os_error
-
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        _fail(str(explained))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError):
+            from codeparrot_ds.system.files import explain_os_error
+
+            if explained := explain_os_error(error):
+                _fail(str(explained))
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(EXIT_CRASHED)
     sys.exit(0)
 
 

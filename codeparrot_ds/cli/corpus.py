@@ -67,20 +67,27 @@ def corpus_clean(
     source_field: SourceField = None,
     language_field: LanguageField = None,
     commit_field: CommitField = None,
-    suffix: Annotated[str | None, typer.Option(help="Read files with this suffix as one document each.")] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="Read files with this suffix, e.g. .py, as one document each.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer, for the rule on characters per token. Default: the rule is off.")
     ] = None,
     licences: Annotated[
-        str | None, typer.Option(help="permissive, or a list: mit,apache-2.0. Default: any licence is kept.")
+        str | None, typer.Option(help="Licences to keep: permissive, or a list: mit,apache-2.0. Default: any.")
     ] = None,
-    secrets: Annotated[str | None, typer.Option(help="Secrets and personal data: report, redact or drop.")] = None,
-    decontaminate: Annotated[bool, typer.Option(help="Remove documents with a problem of HumanEval.")] = True,
+    secrets: Annotated[
+        str | None,
+        typer.Option(help="What to do about secrets and personal data: report, redact or drop. Default: report."),
+    ] = None,
+    decontaminate: Annotated[bool, typer.Option(help="Remove documents that contain a problem of HumanEval.")] = True,
     on_bad_document: Annotated[
         str, typer.Option(help="fail: stop. skip: omit the document, list it in rejected.parquet.")
     ] = "fail",
-    file_format: Annotated[str, typer.Option("--format", help="jsonl.zst or parquet.")] = "jsonl.zst",
-    file_size: Annotated[str, typer.Option(help="Text per file.")] = "64MB",
+    file_format: Annotated[
+        str, typer.Option("--format", help="Format of the files: jsonl.zst or parquet.")
+    ] = "jsonl.zst",
+    file_size: Annotated[str, typer.Option(help="Text per file of the result.")] = "64MB",
     workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one per core.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     part: Annotated[

@@ -26,7 +26,7 @@ SequencesOption = Annotated[int, typer.Option(help="Maximum number of validation
 SeqLenOption = Annotated[
     int | None, typer.Option(help="Tokens per sequence. Default: the model's context.", min=1, show_default=False)
 ]
-app = group("Evaluate a model.")
+app = group("Measure a model: loss and bits per byte, alone or against another, and pass@k of benchmarks.")
 for _command in (sampling.humaneval, sampling.mbpp, sampling.infill):
     app.command(_command.__name__)(_command)
 

@@ -16,7 +16,7 @@ LicenceField = Annotated[
     str | None, typer.Option("--licence-field", "--licence", help=f"Field with the licence. {_NAMED}")
 ]
 SourceField = Annotated[
-    str | None, typer.Option("--source-field", "--source", help=f"Field with the way of collection. {_NAMED}")
+    str | None, typer.Option("--source-field", "--source", help=f"Field with the origin of the document. {_NAMED}")
 ]
 LanguageField = Annotated[
     str | None, typer.Option("--language-field", "--language", help=f"Field with the programming language. {_NAMED}")

@@ -65,9 +65,10 @@ class _Group(typer.Typer):
         return super().command(name, **{"cls": _Command, **options})
 
 
-def group(help_text: str, add_completion: bool = False) -> typer.Typer:
-    """Create a command group; `add_completion` for the one that is the command itself."""
-    return _Group(help=help_text, no_args_is_help=True, add_completion=add_completion, context_settings=_SETTINGS)
+def group(help_text: str, **options: Any) -> typer.Typer:
+    """Create a command group; `add_completion=True` for the one that is the command itself."""
+    options = {"no_args_is_help": True, "add_completion": False, "context_settings": _SETTINGS, **options}
+    return _Group(help=help_text, **options)
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -17,22 +17,24 @@ from codeparrot_ds.cli.output import (
 from codeparrot_ds.errors import ConfigError
 
 GpusOption = Annotated[int | None, typer.Option(help="Number of GPUs. Default: those of this machine.", min=1)]
-MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization, excluding communication.")]
+MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization to assume without communication, a fraction.")]
 
 
 def plan_command(
     recipe: RecipeArgument,
-    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots, instead of --gpus.")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hostfile with the hosts and their GPUs, instead of --gpus.")
+    ] = None,
     gpus: GpusOption = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, e.g. 80GB.")] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="GPU model, which sets the speed. Default: this machine's, else H100.")
+        str | None, typer.Option(help="GPU model, e.g. A100, for its peak FLOP/s. Default: this machine's, else H100.")
     ] = None,
     gpus_per_host: Annotated[int, typer.Option(help="GPUs per host.", min=1)] = 8,
     host_memory: Annotated[str | None, typer.Option(help="Memory per host, e.g. 1TB.")] = None,
-    interconnect: Annotated[str, typer.Option(help="Network bandwidth per host, all NICs together.")] = "200Gb",
+    interconnect: Annotated[str, typer.Option(help="Network bandwidth per host, bits per second.")] = "200Gb",
     mfu: MfuOption = 0.4,
-    price: Annotated[float | None, typer.Option(help="Price per GPU-hour.", min=0)] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU-hour, for the cost of the run.", min=0)] = None,
     overrides: SetOption = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run three steps on this machine and compare.")] = False,
     json_output: JsonOption = False,

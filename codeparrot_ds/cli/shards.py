@@ -26,7 +26,7 @@ from codeparrot_ds.cli.output import (
 )
 from codeparrot_ds.errors import ConfigError
 
-app = group("Build, verify and inspect memory-mapped shards of token ids.")
+app = group("Build, verify and inspect shards: files of token ids that training reads.")
 
 
 @app.command("build")
@@ -68,7 +68,9 @@ def shards_build(
     on_bad_document: Annotated[
         str, typer.Option(help="fail: stop the build. skip: omit the document, list it in quarantine.jsonl.")
     ] = "fail",
-    encoder: Annotated[str, typer.Option(help="auto, fastokens or tokenizers.")] = "auto",
+    encoder: Annotated[
+        str, typer.Option(help="fastokens, tokenizers, or auto: fastokens where its ids are proved equal.")
+    ] = "auto",
     workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one per core.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     part: Annotated[

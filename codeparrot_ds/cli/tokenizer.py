@@ -25,7 +25,9 @@ def tokenizer_train(
     vocab_size: Annotated[
         int, typer.Option(help="Number of tokens, including 256 bytes, <|endoftext|> and the reserved tokens.")
     ] = 32_768,
-    max_seq_len: Annotated[int, typer.Option(help="Maximum input length to record, in tokens.")] = 1024,
+    max_seq_len: Annotated[
+        int, typer.Option(help="Context length that the tokenizer states, in tokens; no text is cut.")
+    ] = 1024,
     documents: Annotated[
         int | None,
         typer.Option(help="Train on a reproducible sample of this many documents. Default: on all.", min=1),
@@ -40,7 +42,7 @@ def tokenizer_train(
     on_bad_document: Annotated[
         str, typer.Option(help="fail: stop the training. skip: omit the document, list it in quarantine.jsonl.")
     ] = "fail",
-    trainer: Annotated[str, typer.Option(help="auto, ffbpe or tokenizers.")] = "auto",
+    trainer: Annotated[str, typer.Option(help="ffbpe, tokenizers, or auto: ffbpe where its result is equal.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one per core.", min=1)] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for the cluster at RAY_ADDRESS.")] = "local",
     json_output: JsonOption = False,

@@ -17,12 +17,19 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
 
 def launch(
     recipe: RecipeArgument,
-    hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots. Default: only this machine.")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hostfile with the hosts and their GPUs. Default: only this machine.")
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this machine, or per host with srun. Default: one per GPU.", min=1)
     ] = None,
     overrides: SetOption = None,
-    launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; inside a Slurm allocation: srun.")] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="pdsh, ssh or mpirun; inside a Slurm allocation: srun. Default: pdsh if it is installed, else ssh."
+        ),
+    ] = None,
     min_hosts: Annotated[
         int | None, typer.Option(help="Minimum number of hosts to continue with when hosts are lost.", min=1)
     ] = None,
@@ -34,8 +41,13 @@ def launch(
         float,
         typer.Option(help="Seconds to wait for hosts that do not answer before a restart; not counted as one.", min=0),
     ] = 600.0,
-    address: Annotated[str | None, typer.Option(help="Address at which the hosts reach this machine.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Address at which the other hosts reach the first.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Address of this machine as the hosts see it, if its name resolves wrongly there."),
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first host as the others see it, if its name resolves wrongly.")
+    ] = None,
     doctor: Annotated[bool, typer.Option(help="Check all hosts first.")] = True,
     max_restarts: Annotated[int, typer.Option(help="Maximum restarts in a row without a new checkpoint.", min=0)] = 3,
     restart_delay: Annotated[
@@ -94,12 +106,13 @@ def doctor_command(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            help="Recipe whose shards, disk space and DeepSpeed ops are checked too.", autocompletion=complete_recipe
+            help="Recipe, whose shards, disk space and DeepSpeed operators are checked too.",
+            autocompletion=complete_recipe,
         ),
     ] = None,
-    hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
+    hostfile: Annotated[Path, typer.Option(help="Hostfile with the hosts and their GPUs.")] = ...,  # type: ignore[assignment]
     overrides: SetOption = None,
-    port: Annotated[int, typer.Option(help="Rendezvous port.")] = 29500,
+    port: Annotated[int, typer.Option(help="Port at which ranks meet, on the first host.")] = 29500,
     json_output: JsonOption = False,
 ) -> None:
     """Check all hosts in parallel, and report each problem with its fix. Exits with 1 if a check fails."""

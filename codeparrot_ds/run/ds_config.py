@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import ConfigError, list_problems
-from codeparrot_ds.run.ds_keys import TESTED, key_problems
+from codeparrot_ds.run.ds_keys import TESTED, key_problems, refused
 from codeparrot_ds.run.recipe import Recipe
 from codeparrot_ds.run.shipped import DS_CONFIGS, names
 
@@ -82,7 +82,11 @@ def resolve(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> di
         elif given != value and TESTED[key].contains(given):
             problems.append(f'{key}: {given!r}, but the recipe sets {value!r}. Use "auto" or the same value.')
     problems += not_admitted
-    problems += [f'{key}: "auto", but the recipe has no value for it. Set a value.' for key in _autos(resolved)]
+    problems += [
+        f'{key}: "auto", but the recipe has no value for it. Set one, e.g. that of a DeepSpeed JSON of this package.'
+        for key in _autos(resolved)
+        if not refused(key)
+    ]
     stage = _get(resolved, "zero_optimization.stage")
     if stage is None and "stage" not in resolved["zero_optimization"]:
         problems.append("zero_optimization.stage: None; must be 0, 1, 2 or 3.")

@@ -260,6 +260,11 @@ def key_problems(config: Mapping[str, Any], allow_untested: Sequence[str]) -> li
     ]
 
 
+def refused(key: str) -> bool:
+    """Whether a key, or a section that contains it, is refused in any case."""
+    return _reason(REFUSED, key) is not None
+
+
 def untested_keys(config: Mapping[str, Any]) -> list[str]:
     """The dotted keys of an accepted configuration that only `engine.allow_untested` admits."""
     keys = (".".join(path) for path, _ in _leaves(config))

@@ -21,9 +21,9 @@ class Model(Section):
         seq_len: sequence length (tokens).
         n_layer: number of transformer blocks.
         n_head: attention heads per block; must divide `n_embd`.
-        n_embd: hidden size.
-        dropout: of residuals, embeddings and attention. 0 by default: a single pass over the data needs little
-            regularisation, and without dropout a step has no randomness.
+        n_embd: hidden size (width of a token's vector).
+        dropout: probability, of residuals, embeddings and attention. 0 by default: a single pass over the data needs
+            little regularisation, and without dropout a step has no randomness.
         scale_attn_by_inverse_layer_idx: divide the attention scores of layer i (from 0) by i + 1.
         activation_checkpointing: what is recomputed in the backward pass. none: nothing. full: every block, of which
             only the input is kept. selective: every second block.
@@ -133,11 +133,11 @@ class Optimizer(Section):
 
     Attributes:
         name: the optimizer; only adamw.
-        learning_rate: peak learning rate, scaled by the schedule.
+        learning_rate: at the peak of the schedule.
         betas: decay rates of the first and second moment.
         eps: added to the denominator of the update.
         weight_decay: applied to matrices and embeddings only.
-        gradient_clipping: maximum global gradient norm.
+        gradient_clipping: maximum L2 norm of all gradients together; larger ones are scaled down to it.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -156,9 +156,10 @@ class Schedule(Section):
     Attributes:
         name: cosine: half a cosine period. linear: linear decay. constant: no decay. wsd (warm-up, stable, decay):
             constant at the peak, then linear decay over the last `decay_steps`.
-        steps, tokens: length of the run.
-        warmup_steps, warmup_tokens: length of the warm-up; 0 by default.
-        decay_steps, decay_tokens: length of the decay; required for wsd, not allowed otherwise.
+        steps, tokens: length of the run, in optimizer steps or in tokens; one of them is required.
+        warmup_steps, warmup_tokens: length of the warm-up, in optimizer steps or in tokens; 0 by default.
+        decay_steps, decay_tokens: length of the decay, in optimizer steps or in tokens; required for wsd, not allowed
+            otherwise.
         min_ratio: learning rate at the end of the decay, as a fraction of the peak.
     """
 
@@ -242,7 +243,7 @@ class Engine(Section):
 
     Attributes:
         deepspeed: path of the DeepSpeed JSON, or the name of one in `ds_configs/`, e.g. zero3.
-        precision: of forward and backward.
+        precision: type of the weights and activations in forward and backward.
         nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
         loss_chunk_tokens: compute the logits and the loss for this many tokens at a time, to limit memory.
         compile: apply torch.compile to the model's blocks.
@@ -314,12 +315,12 @@ class Export(Section):
 
     Attributes:
         every_steps: export checkpoints at multiples of this many steps; null for none.
-        dtype: of the exported weights.
+        dtype: type of the exported weights.
         sequences: validation sequences to verify each export on, using one core of rank 0's host; null for the
             default of `codeparrot-ds convert`.
         keep_last: number of newest exports to keep.
         hub: OWNER/NAME of a Hub repository to push each export to, on a branch named after the run; null for none.
-        private: visibility of the repository if the run creates it.
+        private: whether a repository that the run creates is private.
     """
 
     every_steps: Positive | None = None
@@ -334,8 +335,8 @@ class Guards(Section):
     """Detection of hangs, loss spikes and diverging replicas.
 
     Attributes:
-        hang_seconds: terminate the job if a step takes longer, and write every rank's stacks to its log; null for
-            never. Start-up (which compiles and allocates), saves and evaluations may take three times as long.
+        hang_seconds: terminate the job if a step takes longer (seconds), and write every rank's stacks to its log;
+            null for never. Start-up (which compiles and allocates), saves and evaluations may take three times as long.
         max_skipped_steps: number of consecutive steps that may be skipped for non-finite gradients; one more stops the
             run.
         spike: action on a loss spike. ignore: none. warn: log the samples of the step. stop: warn, and stop without

@@ -1,4 +1,4 @@
-"""The README's code blocks are run unchanged, in a copy of the tree like a clone."""
+"""The code blocks of README and docs are run unchanged, in a copy of the tree like a clone."""
 
 import json
 import math
@@ -14,15 +14,11 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.pages import PAGES, blocks
 from tests.trees import copy_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 NOISE = re.compile(r"warning|deprecat|traceback|\[INFO\]|\[WARNING\]", re.IGNORECASE)
-
-
-def blocks() -> list[str]:
-    """The README's ```bash blocks: commands for any machine. (```sh blocks need GPUs or several hosts.)"""
-    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def user_environment() -> dict[str, str]:
@@ -83,13 +79,15 @@ def test_every_block_runs_with_a_tenth_of_the_training(tmp_path: Path) -> None:
 
 
 def run_blocks(copy: Path, environment: dict[str, str]) -> None:
-    """Run each block of the page; the quickstart resumes from a checkpoint."""
-    found = blocks()
-    assert any("./launch/quickstart.sh" in block for block in found)
-    found.remove("./launch/test.sh\n")  # CI runs it in a separate clone, including this test
-    assert "./launch/test.sh" in (ROOT / ".ci" / "run").read_text()
-    for block in found:
-        done = bash(block, copy, environment)
+    """Run each ```bash block, those of the README first; the quickstart resumes from a checkpoint.
+
+    Blocks of docs need nothing but the quickstart. (```sh blocks need GPUs, several hosts or an account.)
+    """
+    (first, *others), docs = blocks(PAGES[0], "bash"), [page for page in PAGES if page.parent.name == "docs"]
+    assert PAGES[0] == ROOT / "README.md" and "./launch/quickstart.sh" in first
+    prepared = {**environment, "PATH": f"{copy / '.venv' / 'bin'}:{environment['PATH']}"}
+    for block in [first, *others, *(block for page in docs for block in blocks(page, "bash"))]:
+        done = bash(block, copy, environment if block == first else prepared)
         assert done.returncode == 0, f"{block}\n{done.stdout}"
         if "./launch/quickstart.sh" in block:
             assert "resuming from runs/quickstart/checkpoints/step-" in done.stdout

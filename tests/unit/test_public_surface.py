@@ -79,8 +79,9 @@ def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator
 def exit_codes() -> Iterator[str]:
     """By name."""
     for name, value in sorted(vars(errors).items()):
-        if name.startswith("EXIT_"):
+        if name.startswith("EXIT_") and isinstance(value, int):
             yield f"{name} = {value}"
+    yield f"all: {', '.join(map(str, errors.EXIT_CODES))}"
 
 
 def formats() -> Iterator[str]:

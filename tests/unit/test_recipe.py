@@ -195,6 +195,18 @@ def test_a_wrong_engine_setting_is_named(tiny_recipe: dict[str, Any], key: str, 
         resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
 
 
+def test_a_section_to_remove_is_named_once(tiny_recipe: dict[str, Any]) -> None:
+    """The JSON of Hugging Face's Trainer has "auto" in sections that the recipe replaces."""
+    config = load_ds_config(ROOT / "ds_configs" / "zero3.json")
+    config |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "steps_per_print": "auto"}
+    with pytest.raises(ConfigError) as refused:
+        resolve(config, Recipe.model_validate(tiny_recipe), world_size=2)
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()[1:]] == [
+        "  - optimizer",
+        "  - steps_per_print",
+    ]
+
+
 def test_an_equal_value_and_a_missing_key_are_both_fine(tiny_recipe: dict[str, Any]) -> None:
     config = changed(load_ds_config(ROOT / "ds_configs" / "zero3.json"), "train_batch_size", 4)
     del config["gradient_clipping"]

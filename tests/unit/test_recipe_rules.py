@@ -4,13 +4,16 @@ Write the table by `python -m tests.unit.test_recipe_rules > docs/recipe.md`.
 """
 
 import inspect
+import itertools
 import json
 import re
 import textwrap
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -20,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from codeparrot_ds.errors import CheckpointError
 from codeparrot_ds.run.directory import Checkpoint
 from codeparrot_ds.run.recipe import Recipe, load_recipe
+from codeparrot_ds.system.typed_yaml import UserPath
 from tests.conftest import ROOT, save_recipe
 
 # Another valid value for each key. None: the only value there is.
@@ -109,9 +113,9 @@ _SAME = {"optimizer.name", "engine.deepspeed", *(f"schedule.{name}" for name in 
 _SAME |= {"schedule.decay_steps", "schedule.decay_tokens"}
 
 
-def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each recipe key with its default and its description."""
-    described = descriptions(section)
+def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Each recipe key with the values it may have, its default and its description."""
+    described, hints = descriptions(section), typing.get_type_hints(section, include_extras=True)
     for name, field in section.model_fields.items():
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -119,7 +123,37 @@ def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[
             continue
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else f"`{json.dumps(default, default=str)}`"
-        yield f"{prefix}{name}", shown, described[name]
+        yield f"{prefix}{name}", values(hints[name], tuple(field.metadata)), shown, described[name]
+
+
+def values(hint: Any, bounds: tuple[Any, ...] = ()) -> str:
+    """The values of a type, e.g. "integer > 0"."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if hint is UserPath:
+        return "path"
+    if origin is Annotated:
+        return values(members[0], (*_bounds(members[1:]), *bounds))
+    if origin is Literal:
+        return ", ".join(f"`{member}`" for member in members)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("`null`" if member is type(None) else values(member, bounds) for member in members)
+    if origin is dict:
+        return f"{{{values(members[0])}: {values(members[1])}, ...}}"
+    if origin is tuple:
+        return "list of texts" if members[-1] is ... else f"[{', '.join(map(values, members))}]"
+    name = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}[hint]
+    return name + ",".join(dict.fromkeys(_bound(each) for each in bounds if _bound(each)))
+
+
+def _bounds(metadata: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(itertools.chain.from_iterable(getattr(each, "metadata", (each,)) for each in metadata))
+
+
+def _bound(constraint: Any) -> str:
+    for name, sign in {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}.items():
+        if (limit := getattr(constraint, name, None)) is not None:
+            return f" {sign} {limit:g}"
+    return ""
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
@@ -135,7 +169,7 @@ def descriptions(section: type[BaseModel]) -> dict[str, str]:
 def table() -> str:
     """docs/recipe.md."""
     from codeparrot_ds.run.changes import APPLIES, ON_RESUME
-    from codeparrot_ds.run.ds_keys import TESTED
+    from codeparrot_ds.run.ds_keys import REFUSED, TESTED, UNTESTED
 
     rules = {key: "applies" if rule == APPLIES else "**refused**" for key, rule in ON_RESUME.items()}
     lines = [
@@ -146,20 +180,39 @@ def table() -> str:
         textwrap.fill(_ON_RESUME, _WIDTH),
         "",
         textwrap.fill(_VALUES, _WIDTH),
+    ]
+    for section, rows in itertools.groupby(keys(), lambda row: row[0].rpartition(".")[0]):
+        kind = Recipe.model_fields[section].annotation if section else None
+        about = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0] if kind else "The run as a whole."
+        lines += ["", f"## {section or 'name, seed, runs'}", "", *textwrap.wrap(about.replace("\n\n", " "), _WIDTH), ""]
+        lines += ["| key | values | default | on resume | |", "|---|---|---|---|---|"]
+        lines += [f"| `{key}` | {kinds} | {default} | {rules[key]} | {text} |" for key, kinds, default, text in rows]
+    lines += [
         "",
-        "| key | default | on resume | |",
-        "|---|---|---|---|",
-        *(f"| `{key}` | {default} | {rules[key]} | {meaning} |" for key, default, meaning in keys()),
-        "",
-        "# DeepSpeed JSON",
+        "## DeepSpeed JSON",
         "",
         textwrap.fill(_DEEPSPEED, _WIDTH),
         "",
         "| key | values |",
         "|---|---|",
-        *(f"| `{key}` | {values.text.replace(chr(39), '`')} |" for key, values in TESTED.items()),
+        *(f"| `{key}` | {each.text.replace(chr(39), '`')} |" for key, each in TESTED.items()),
+        "",
+        "### Refused",
+        "",
+        *by_reason(REFUSED),
+        "",
+        "### Not tested",
+        "",
+        *by_reason(UNTESTED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def by_reason(reasons: dict[str, str]) -> Iterator[str]:
+    """A table of the keys that share a reason."""
+    yield from ("| keys | why |", "|---|---|")
+    for reason in dict.fromkeys(reasons.values()):
+        yield f"| {', '.join(f'`{key}`' for key, why in reasons.items() if why == reason)} | {reason} |"
 
 
 def with_other(body: dict[str, Any], key: str) -> dict[str, Any]:
@@ -176,8 +229,8 @@ def with_other(body: dict[str, Any], key: str) -> dict[str, Any]:
 def test_every_key_has_a_rule_and_the_table_is_current() -> None:
     from codeparrot_ds.run.changes import ON_RESUME
 
-    assert [key for key, _, _ in keys()] == list(ON_RESUME) == list(OTHER)
-    assert (ROOT / "docs" / "recipe.md").read_text() == table()
+    assert [key for key, *_ in keys()] == list(ON_RESUME) == list(OTHER)
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == table()
 
 
 @pytest.mark.parametrize("key", OTHER)
