@@ -59,7 +59,14 @@ class _Group(typer.Typer):
 
 def group(help_text: str) -> typer.Typer:
     """Create a command group."""
-    return _Group(help=help_text, no_args_is_help=True, add_completion=False, context_settings=_SETTINGS)
+    return _Group(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings=_SETTINGS,
+        rich_markup_mode=None,  # its tables cut off the names of options at 80 columns
+        pretty_exceptions_enable=False,  # several screens for a traceback of a few lines
+    )
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
