@@ -205,7 +205,7 @@ def _accept(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None
     if resume_from is not None:
         check_pickles(resume_from)
     source = next(iter(checked.recipe.data.sources)) / "tokenizer"
-    copy_tokenizer(source, checked.run.tokenizer, checked.data.manifests[0].eos_id)
+    copy_tokenizer(source, checked.run.tokenizer, checked.data.eos_id)
 
 
 def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint | None", lifeline: Lifeline) -> bool:
@@ -242,7 +242,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     lifeline.report(lambda: watchdog.doing)
     network = build_model(
         recipe.model,
-        data.manifests[0].eos_id,
+        data.eos_id,
         recipe.seed,
         ds_config,
         loss_chunk_tokens=recipe.engine.loss_chunk_tokens,

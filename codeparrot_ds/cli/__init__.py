@@ -10,11 +10,14 @@ import typer
 
 from codeparrot_ds import __version__
 from codeparrot_ds.cli import complete, corpus, evaluate, export, planning, report, shards, tokenizer, training
+from codeparrot_ds.cli.completion import drop_keys
 from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_USER_ERROR, UserError
 from codeparrot_ds.system.processes import interrupt_imports
 
-app = group("Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.")
+app = group(
+    "Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.", add_completion=True
+)
 for name, module in {"corpus": corpus, "tokenizer": tokenizer, "shards": shards, "evaluate": evaluate}.items():
     app.add_typer(module.app, name=name)
 app.command("init")(training.init_command)
@@ -36,6 +39,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     interrupt_imports()
+    drop_keys(os.environ)
     try:
         app()
     except UserError as error:

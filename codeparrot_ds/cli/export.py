@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.completion import complete_run
 from codeparrot_ds.cli.output import JsonOption, parse_size, print_result
 from codeparrot_ds.errors import ConfigError
 
@@ -17,7 +18,12 @@ _ATTENTION_SCALE = {
 
 
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Run directory or one checkpoint; with --check, a converted model.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Run directory or one checkpoint; with --check, a converted model.", autocompletion=complete_run
+        ),
+    ],
     output: Annotated[Path | None, typer.Argument(help="Hugging Face directory to create.")] = None,
     tag: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     average: Annotated[int, typer.Option(help="Average the weights of the last N checkpoints.", min=1)] = 1,

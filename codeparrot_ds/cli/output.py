@@ -9,11 +9,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from codeparrot_ds.cli.completion import complete_run
 from codeparrot_ds.errors import ConfigError
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run (its newest converted model), a Hugging Face directory, or a model on the Hub.")
+    str,
+    typer.Argument(
+        help="A run (its newest converted model), a Hugging Face directory, or a model on the Hub.",
+        autocompletion=complete_run,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -24,6 +29,8 @@ class _Command(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """Return click's parser, which lists the parameters in the order of the command line."""
         parser = super().make_parser(ctx)
+        if ctx.resilient_parsing:  # the shell asks for completions
+            return parser
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> Any:
@@ -57,12 +64,12 @@ class _Group(typer.Typer):
         return super().command(name, **{"cls": _Command, **options})
 
 
-def group(help_text: str) -> typer.Typer:
-    """Create a command group."""
+def group(help_text: str, add_completion: bool = False) -> typer.Typer:
+    """Create a command group; `add_completion` for the one that is the command itself."""
     return _Group(
         help=help_text,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=add_completion,
         context_settings=_SETTINGS,
         rich_markup_mode=None,  # its tables cut off the names of options at 80 columns
         pretty_exceptions_enable=False,  # several screens for a traceback of a few lines

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.completion import RecipeArgument, SetOption
 from codeparrot_ds.cli.output import (
     JsonOption,
     parse_bandwidth,
@@ -20,7 +21,7 @@ MfuOption = Annotated[float, typer.Option(help="Model FLOPs utilization, excludi
 
 
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, e.g. launch/recipes/codeparrot-xl.yaml.")],
+    recipe: RecipeArgument,
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots, instead of --gpus.")] = None,
     gpus: GpusOption = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, e.g. 80GB.")] = None,
@@ -32,7 +33,7 @@ def plan_command(
     interconnect: Annotated[str, typer.Option(help="Network bandwidth per host, all NICs together.")] = "200Gb",
     mfu: MfuOption = 0.4,
     price: Annotated[float | None, typer.Option(help="Price per GPU-hour.", min=0)] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run three steps on this machine and compare.")] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -87,14 +88,14 @@ def plan_command(
 
 
 def tune_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe.")],
+    recipe: RecipeArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Recipe to write. Default: RECIPE-tuned.yaml.")
     ] = None,
     gpus: GpusOption = None,
     steps: Annotated[int, typer.Option(help="Steps per trial; the first is not timed.", min=2)] = 4,
     trials: Annotated[int, typer.Option(help="Maximum number of trials.", min=1)] = 12,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Time the configurations of a recipe that fit this machine, and write a recipe with the fastest."""

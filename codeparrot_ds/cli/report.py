@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.completion import RunArgument, complete_run
 from codeparrot_ds.cli.output import JsonOption, parse_steps, print_result, printable
 from codeparrot_ds.errors import EXIT_USER_ERROR
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     json_output: JsonOption = False,
 ) -> None:
     """Show the state of a run, and how each attempt of `codeparrot-ds launch` ended."""
@@ -22,8 +23,10 @@ def status(
 
 
 def compare_command(
-    run_a: Annotated[Path, typer.Argument(help="Run directory.")],
-    run_b: Annotated[Path, typer.Argument(help="Run directory with the same global batch size.")],
+    run_a: RunArgument,
+    run_b: Annotated[
+        Path, typer.Argument(help="Run directory with the same global batch size.", autocompletion=complete_run)
+    ],
     tolerance: Annotated[float, typer.Option(help="Relative tolerance of losses; 0: bit-identical.")] = 1e-3,
     steps: Annotated[str, typer.Option(help="Steps to compare: A:B (B excluded); 100: is all from 100 on.")] = ":",
     json_output: JsonOption = False,
@@ -42,7 +45,7 @@ def compare_command(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     model: Annotated[Path, typer.Option(help="Converted model of the run.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory of the run.")],
     seconds: Annotated[float | None, typer.Option(help="Wall time to report, in seconds.")] = None,

@@ -132,7 +132,8 @@ def _evaluate(
     from codeparrot_ds.evaluation.benchmarks import BENCHMARKS, stops_of
     from codeparrot_ds.evaluation.pretrained import limit_threads, load_pretrained
     from codeparrot_ds.evaluation.sampling import Run, Settings
-    from codeparrot_ds.system.jobs import Slice
+    from codeparrot_ds.run.directory import CERTIFICATE
+    from codeparrot_ds.system.jobs import Slice, say
 
     benchmark = BENCHMARKS[name]
     problems = benchmark.load(file)
@@ -147,6 +148,11 @@ def _evaluate(
         bubblewrap_version()  # rather than after hours of sampling
     found = load_pretrained(model, fp32=False)
     limit_threads(found)
+    if name == "infill" and (found.directory / CERTIFICATE).is_file():
+        say(
+            f"note: {found.name}: codeparrot-ds does not train infilling; unless the model was trained further, its "
+            "tokens for it mean nothing to it."
+        )
     directory = output or Path("evaluations") / name / model.strip("/").replace("/", "--")
     run = Run(found, benchmark, problems, settings, directory)
     if hostfile is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from codeparrot_ds.cli.completion import RecipeArgument, SetOption, complete_recipe, complete_recipe_name
 from codeparrot_ds.cli.output import (
     JsonOption,
     printable,
@@ -15,12 +16,12 @@ from codeparrot_ds.errors import EXIT_USER_ERROR, ConfigError
 
 
 def launch(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a file, or a name such as codeparrot-small.")],
+    recipe: RecipeArgument,
     hostfile: Annotated[Path | None, typer.Option(help="Hosts and slots. Default: only this machine.")] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this machine, or per host with srun. Default: one per GPU.", min=1)
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     launcher: Annotated[str | None, typer.Option(help="pdsh, ssh or mpirun; inside a Slurm allocation: srun.")] = None,
     min_hosts: Annotated[
         int | None, typer.Option(help="Minimum number of hosts to continue with when hosts are lost.", min=1)
@@ -69,12 +70,18 @@ def launch(
 
 def init_command(
     directory: Annotated[Path, typer.Argument(help="Directory for the files; created if missing.")],
+    recipe: Annotated[
+        str,
+        typer.Option(help="Name of the recipe to start from, e.g. quickstart.", autocompletion=complete_recipe_name),
+    ] = "codeparrot-small",
 ) -> None:
     """Write a commented recipe and a hostfile to edit."""
-    from codeparrot_ds.run.shipped import HOSTFILE, RECIPES
+    from codeparrot_ds.run.shipped import HOSTFILE, RECIPES, names
     from codeparrot_ds.system.files import make_directory, write_atomically
 
-    files = {directory / "recipe.yaml": RECIPES / "codeparrot-small.yaml", directory / "hostfile": HOSTFILE}
+    files = {directory / "recipe.yaml": RECIPES / f"{recipe}.yaml", directory / "hostfile": HOSTFILE}
+    if recipe not in names(RECIPES).split(", "):
+        raise ConfigError(f"--recipe {recipe}: choose {names(RECIPES)}.")
     if there := [str(path) for path in files if path.exists() or path.is_symlink()]:
         raise ConfigError(f"{', '.join(there)}: already exists. Name another directory, or remove it first.")
     make_directory(directory)
@@ -85,10 +92,13 @@ def init_command(
 
 def doctor_command(
     recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe whose shards, disk space and DeepSpeed ops are checked too.")
+        Path | None,
+        typer.Argument(
+            help="Recipe whose shards, disk space and DeepSpeed ops are checked too.", autocompletion=complete_recipe
+        ),
     ] = None,
     hostfile: Annotated[Path, typer.Option(help="Hosts and slots.")] = ...,  # type: ignore[assignment]
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: override a recipe key.")] = None,
+    overrides: SetOption = None,
     port: Annotated[int, typer.Option(help="Rendezvous port.")] = 29500,
     json_output: JsonOption = False,
 ) -> None:

@@ -48,7 +48,7 @@ from codeparrot_ds.corpus.files import (
 )
 from codeparrot_ds.corpus.groups import describe_groups, describe_sizes
 from codeparrot_ds.corpus.measure import Task, measure_task
-from codeparrot_ds.corpus.measured import AllMeasured
+from codeparrot_ds.corpus.measured import MEASURED_FORMAT, AllMeasured
 from codeparrot_ds.corpus.options import Cleaning, Decontamination
 from codeparrot_ds.corpus.output import WORK, finished_corpus, remove_work, require_ours, require_outside
 from codeparrot_ds.corpus.tallies import add_up
@@ -77,7 +77,7 @@ from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.tokenizer.proof import choose_encoder
 
 AnyTask = TypeVar("AnyTask")
-_TASK_BYTES = 64_000_000  # of text per task of the first step, unless there are more tasks than
+_TASK_BYTES = 32_000_000  # of text per task of the first step, unless there are more tasks than
 _MAX_TASKS = 4096  # every later task opens the results of all of them
 _DISK_SHARE = 0.5  # of the text: measured on Python, the result takes 0.24 and the work in progress 0.13
 _FILE_BYTES = 64_000_000  # of text per file of the result
@@ -182,7 +182,7 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     with exclusive_lock(output / name, busy):
         finished = finished_corpus(output, wanted, files)  # by the process that held the lock, or by another slice
         if finished is None:
-            work = output / WORK / digest_json([wanted, files, versions()])[:16]
+            work = output / WORK / digest_json([wanted, files, versions(), MEASURED_FORMAT])[:16]
             for other in (output / WORK).glob("*"):
                 if other != work:  # of other input or options
                     shutil.rmtree(other, ignore_errors=True)
@@ -303,6 +303,8 @@ class _Cleaner:
         ]
         removed = [group.output for group in groups]
         self._run(remove_similar, groups, removed, "comparing")
+        for part in measured.parts:
+            part.delete_signatures()  # so that they do not take up the disk beside the result
         return removed
 
     def _account(self, measured: AllMeasured, decisions: Decisions) -> dict[str, Any]:

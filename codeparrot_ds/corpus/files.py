@@ -145,30 +145,35 @@ def write_rejected(path: Path, measured: AllMeasured, decisions: Decisions) -> N
     """Write the list of removed documents.
 
     Columns: `repository`, `path`, `reason`, `value` (what made the rule apply: a measure, or the document that is kept
-    instead, after the Jaccard index), and `step`.
+    instead, after the Jaccard index), `step`, and `documents`: how many the row stands for, more than one only where
+    part of a file is unreadable.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.string()) for name in ("repository", "path", "reason", "value", "step")])
+    columns = {**dict.fromkeys(("repository", "path", "reason", "value", "step"), pa.string()), "documents": pa.int64()}
+    schema = pa.schema(columns.items())
     temporary = path.with_name(f".{path.name}.tmp")
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part, start in zip(measured.parts, measured.starts.tolist(), strict=False):
-            rows = [
-                {"repository": "", "path": where, "reason": _UNREADABLE, "value": reason, "step": step_of(_UNREADABLE)}
-                for where, reason, _ in part.info["bad"]
+            rows: list[dict[str, str | int]] = [
+                _row("", where, _UNREADABLE, reason, documents) for where, reason, documents in part.info["bad"]
             ]
             removed = np.flatnonzero(decisions.decision[start : start + part.info["documents"]])
             for row, names in zip(removed.tolist(), part.names.take(removed).to_pylist(), strict=True):
-                reason, value, step = _explain(measured, decisions, start + row, names)
-                place = {"repository": names["repository"], "path": names["path"]}
-                rows.append({**place, "reason": reason, "value": value, "step": step})
+                reason, value = _explain(measured, decisions, start + row, names)
+                rows.append(_row(names["repository"], names["path"], reason, value))
             writer.write_table(pa.Table.from_pylist(rows, schema))
     temporary.replace(path)
 
 
-def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: dict[str, str]) -> tuple[str, str, str]:
-    """Reason, value and step of a removed document."""
+def _row(repository: str, path: str, reason: str, value: str, documents: int = 1) -> dict[str, str | int]:
+    place: dict[str, str | int] = {"repository": repository, "path": path}
+    return place | {"reason": reason, "value": value, "step": step_of(reason), "documents": documents}
+
+
+def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: dict[str, str]) -> tuple[str, str]:
+    """Reason and value of a removed document."""
     decision, instead = decisions.decision[document], int(decisions.instead[document])
     if decision == Decision.EXACT_DUPLICATE:
         reason, value = _EXACT, measured.name(instead)
@@ -176,7 +181,7 @@ def _explain(measured: AllMeasured, decisions: Decisions, document: int, names: 
         reason, value = _NEAR, f"{decisions.jaccard[document]:.4f} {measured.name(instead)}"
     else:
         reason, value = names["reason"], names["value"]
-    return reason, value, step_of(reason)
+    return reason, value
 
 
 def step_of(reason: str) -> str:

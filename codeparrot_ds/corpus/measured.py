@@ -19,6 +19,7 @@ import numpy as np
 from codeparrot_ds.corpus.near_duplicates import Signatures
 
 EMPTY = "empty"
+MEASURED_FORMAT = 2  # of these files: work in progress of a release with another format is not continued
 _INFO, _NAMES = "info.json", "names.arrow"
 _KEYS, _SETS = "keys.u64", "sets.u64"  # without a header: parts of them are read
 
@@ -112,6 +113,11 @@ class Measured:
     def set(self, start: int, stop: int) -> np.ndarray:
         """Token hashes `start` to `stop` - 1 of the task, uint64."""
         return np.fromfile(self.directory / _SETS, np.uint64, stop - start, offset=8 * start)
+
+    def delete_signatures(self) -> None:
+        """Delete the keys and token sets, most of the directory, which nothing reads after the comparison."""
+        for name in (_KEYS, _SETS):
+            (self.directory / name).unlink(missing_ok=True)
 
     @cached_property
     def info(self) -> dict[str, Any]:

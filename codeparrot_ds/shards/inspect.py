@@ -48,18 +48,24 @@ class Excerpt:
         return f"{' | '.join(name for name in names if name)} | {where}"
 
 
-def sequences_of_step(recipe: Recipe, step: int, rank: int | None, world_size: int) -> list[int]:
+def sequences_of_step(
+    recipe: Recipe, step: int, rank: int | None, world_size: int, data: Dataset | None = None
+) -> list[int]:
     """Indices of the training sequences that optimizer step `step` (from 0) reads, on one rank or on all.
 
-    Raises ConfigError when `world_size` does not divide the global batch, or there is no such rank.
+    Opens the recipe's shards unless `data` is given. Raises ConfigError when `world_size` does not divide the global
+    batch, or there is no such step or rank.
     """
-    if rank is not None and rank >= world_size:
+    if step < 0 or world_size < 1:
+        raise ConfigError(f"step {step} of {world_size} ranks: must be at least 0, and at least 1 rank.")
+    if rank is not None and not 0 <= rank < world_size:
         raise ConfigError(
             f"rank {rank} of {world_size}: must be between 0 and {world_size - 1}. Change --rank or --world-size."
         )
     micro, accumulation = recipe.batch.micro_batch_and_accumulation(world_size)
     share = micro * accumulation
-    data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
+    if data is None:
+        data = Dataset.open(recipe.data.sources, recipe.model.seq_len)
     skipped_ranges = RunDirectory(recipe.run_directory).skipped_ranges()  # skipped after loss spikes
     numbers = data.order(recipe.seed).at(positions_of_step(step, recipe.batch.global_batch_size, skipped_ranges))
     return (numbers if rank is None else numbers[rank * share : (rank + 1) * share]).tolist()

@@ -168,6 +168,11 @@ class Dataset:
         return self.valid
 
     @property
+    def eos_id(self) -> int:
+        """Id of the token that ends each document."""
+        return self.manifests[0].eos_id
+
+    @property
     def digest(self) -> str:
         """Digest of all ids, and of the weights if there are several directories."""
         if len(self.manifests) == 1:

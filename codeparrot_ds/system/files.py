@@ -23,7 +23,7 @@ from codeparrot_ds.errors import ConfigError, DataError, UserError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of every manifest
 _READ_SIZE = 1 << 20
-_LOCK_TRIES = 10
+_LOCK_SECONDS, _LOCK_INTERVAL_SECONDS = 1.0, 0.02
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")  # what `Path` leaves of "s3://"
 
@@ -246,12 +246,17 @@ def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None
 
 
 def _lock(descriptor: int) -> None:
-    """Take a lock, with retries: a process that only tests it (`codeparrot-ds status`) holds it for a moment."""
-    for _ in range(_LOCK_TRIES):
+    """Take a lock, with retries.
+
+    A process that only tests it (`codeparrot-ds status`) holds it for a moment, and so do the workers of a process that
+    was killed: they were forked with the lock, and end when the kernel has told them.
+    """
+    give_up = time.monotonic() + _LOCK_SECONDS
+    while time.monotonic() < give_up:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.02)
+            time.sleep(_LOCK_INTERVAL_SECONDS)
     return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

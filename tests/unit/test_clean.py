@@ -16,6 +16,8 @@ import pytest
 
 from codeparrot_ds.corpus.clean import CleanOptions, _Cleaner, clean
 from codeparrot_ds.corpus.decontamination import Problems
+from codeparrot_ds.corpus.files import FileTask, write_file
+from codeparrot_ds.corpus.measured import MEASURED_FORMAT
 from codeparrot_ds.corpus.options import Cleaning, Decontamination, load_cleaning, override
 from codeparrot_ds.documents.inputs import Corpus
 from codeparrot_ds.errors import ConfigError, DataError
@@ -263,6 +265,36 @@ def test_the_work_of_other_options_is_not_used(tmp_path: Path, monkeypatch: pyte
                 [tmp_path / "in"], tmp_path / "out", CleanOptions(cleaning, workers=1, part=Slice(index, 2))
             )
         assert (manifest and (manifest["documents"], manifest["removed"])) == result
+
+
+def test_signatures_take_no_disk_while_the_result_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = []
+
+    def write_slowly(task: FileTask) -> None:
+        present.append({path.name for path in (tmp_path / "out").rglob("*.u64")})
+        write_file(task)
+
+    monkeypatch.setattr("codeparrot_ds.corpus.clean.write_file", write_slowly)
+    clean([source], tmp_path / "out", CleanOptions(cleaning=NO_PROBLEMS, workers=1, file_bytes=100_000))
+    assert present, "nothing was written"
+    assert not any(present)
+
+
+def test_work_in_another_format_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in" / "a.jsonl", [function("one")])
+    write(tmp_path / "in" / "b.jsonl", [function("two")])
+    monkeypatch.setattr("codeparrot_ds.corpus.clean._TASK_BYTES", 100)
+    options = CleanOptions(cleaning=NO_PROBLEMS, workers=1)
+    with monkeypatch.context() as older:
+        older.setattr("codeparrot_ds.corpus.clean.MEASURED_FORMAT", MEASURED_FORMAT - 1)
+        assert clean([tmp_path / "in"], tmp_path / "out", replace(options, part=Slice(0, 2))) is None
+    for path in (tmp_path / "out").rglob("*.u64"):
+        path.unlink()
+    manifest = clean([tmp_path / "in"], tmp_path / "out", options)
+    assert manifest is not None
+    assert manifest["documents"] == 2
 
 
 @pytest.mark.parametrize("before", ["nothing", "unfinished", "finished"])

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,11 @@ def run(inputs: Sequence[Path | str], output: Path, **how: Any) -> dict[str, Any
     manifest = clean(inputs, output, CleanOptions(**{"cleaning": READING, "workers": 1, **how}))
     assert manifest is not None
     assert manifest["read"] == manifest["documents"] + sum(manifest["removed"].values())
+    if (output / REMOVED).exists():
+        listed: Counter[str] = Counter()
+        for row in pq.read_table(output / REMOVED).to_pylist():
+            listed[row["reason"]] += row["documents"]
+        assert listed == manifest["removed"]
     return manifest
 
 

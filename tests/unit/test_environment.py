@@ -127,8 +127,14 @@ def test_any_name_can_be_printed(tmp_path: Path) -> None:
     """Also one that is not UTF-8, or that the encoding of the terminal lacks."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.py").write_text("x = 1\n", encoding="utf-8")
-    for name, variables in ((b"caf\xe9", {"LC_ALL": "C.UTF-8"}), ("日本".encode(), {"LC_ALL": "C", **LOCALE_ALONE})):
-        output = os.fsencode(tmp_path) + b"/" + name
+    for number, (name, variables) in enumerate(
+        (
+            (b"caf\xe9", {"LC_ALL": "C.UTF-8"}),
+            ("日本".encode(), {"LC_ALL": "C", **LOCALE_ALONE}),
+            ("日本".encode(), {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii"}),
+        )
+    ):
+        output = os.fsencode(tmp_path) + b"/%d-" % number + name
         done = subprocess.run(
             [sys.executable, "-m", "codeparrot_ds.cli", "corpus", "collect", str(tmp_path / "in"), "-o", output],
             env={**os.environ, **variables},

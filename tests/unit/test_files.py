@@ -1,8 +1,10 @@
 """Atomic files, locks, and errors of the operating system."""
 
 import errno
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,16 @@ def test_a_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_path:
     holder.communicate()
     with files.exclusive_lock(lock, "busy"):
         pass
+
+
+def test_a_lock_is_waited_for_until_the_workers_of_a_killed_process_are_gone(tmp_path: Path) -> None:
+    with files.exclusive_lock(tmp_path / "lock", "busy"):
+        if (worker := os.fork()) == 0:
+            time.sleep(0.4)
+            os._exit(0)
+    assert files.is_locked(tmp_path / "lock")
+    with files.exclusive_lock(tmp_path / "lock", "busy"):
+        assert os.waitpid(worker, 0)[1] == 0
 
 
 def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""What users and their scripts rely on, pinned: the command line, recipe keys, exit codes, file formats. Internal names
-may change freely.
+"""What users and their scripts rely on, pinned: the command line, the functions for scripts, recipe keys, exit codes,
+file formats. Internal names may change freely.
 
 A difference is a decision: write it down by `python -m tests.unit.test_public_surface > tests/unit/public_surface.txt`.
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,16 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+import codeparrot_ds
 from codeparrot_ds import errors
 from codeparrot_ds.cli import app
+from codeparrot_ds.evaluation.complete import Completion
+from codeparrot_ds.evaluation.loss import ValidationLoss
+from codeparrot_ds.evaluation.pretrained import Pretrained
 from codeparrot_ds.export.certificate import CERTIFICATE
 from codeparrot_ds.run.directory import FORMAT_VERSION, Checkpoint, RunDirectory
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.shards.sequences import ConcatenatedSequences, Dataset
 from codeparrot_ds.system.files import MANIFEST
 from tests.conftest import ROOT
 
@@ -30,17 +36,32 @@ def command_line() -> Iterator[str]:
 
 def verbs(command: Any, words: list[str]) -> Iterator[str]:
     """Of a command and those below it."""
-    if hasattr(command, "commands"):
-        for name, below in sorted(command.commands.items()):
-            yield from verbs(below, [*words, name])
-        return
     options, arguments = [], []
     for parameter in command.params:
         if parameter.param_type_name == "argument":
             arguments.append(str(parameter.name).upper() + ("..." if parameter.nargs == -1 else ""))
         else:
             options.append("/".join(sorted([*parameter.opts, *parameter.secondary_opts])))
-    yield " ".join([*words, *arguments, *sorted(options)])
+    below = getattr(command, "commands", {})
+    if options or not below:
+        yield " ".join([*words, *arguments, *sorted(options)])
+    for name, verb in sorted(below.items()):
+        yield from verbs(verb, [*words, name])
+
+
+def functions() -> Iterator[str]:
+    """What can be imported from the package, and what the functions return has."""
+    for name in codeparrot_ds.__all__:
+        found = getattr(codeparrot_ds, name)
+        if inspect.isfunction(found):
+            signature = inspect.signature(found)
+            bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+            yield name + str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+        else:
+            yield name
+    for kind in (Dataset, ConcatenatedSequences, Pretrained, Completion, ValidationLoss):
+        fields = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        yield f"{kind.__name__}: " + ", ".join(sorted({*fields, *(n for n in vars(kind) if not n.startswith("_"))}))
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -76,6 +97,7 @@ def surface() -> str:
     """All of it."""
     parts = {
         "command line": command_line(),
+        "functions for scripts": functions(),
         "recipe keys": recipe_keys(),
         "exit codes": exit_codes(),
         "formats": formats(),

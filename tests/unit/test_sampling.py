@@ -20,6 +20,7 @@ from codeparrot_ds.evaluation.nucleus import draw_tokens, uniforms
 from codeparrot_ds.evaluation.pretrained import Pretrained, limit_threads, load_pretrained
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.sampling import Run, Settings
+from codeparrot_ds.run.directory import CERTIFICATE
 from codeparrot_ds.system.jobs import Slice
 from tests.conftest import once
 from tests.tiny_models import plain_gpt2
@@ -222,6 +223,26 @@ def test_infilling_shows_prefix_and_suffix(
     assert task.ids.tolist() == [1, *prefix[-27:], 3, *suffix[:26], 2]
     assert task.dropped == len(prefix) + len(suffix) - 53
     assert task.completion("\n  y = 1") == ("\n  y = 1", True)
+
+
+def test_infilling_with_a_model_trained_here_comes_with_a_note(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from codeparrot_ds.cli import main
+
+    model = plain_gpt2(tmp_path / "model", data / "tokenizer", n_positions=64)
+    (tmp_path / "own.jsonl").write_text(json.dumps(problem("f", 1) | {"suffix": "\n    return x\n"}))
+    arguments = ["--no-score", "-n", "1", "--temperature", "0.2", "--max-new-tokens", "2"]
+    notes = []
+    for name in ("others", "ours"):
+        command = ["evaluate", "infill", str(model), str(tmp_path / "own.jsonl"), "-o", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["codeparrot-ds", *command, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        notes.append("does not train infilling" in capsys.readouterr().err)
+        (model / CERTIFICATE).write_text("{}")
+    assert notes == [False, True]
 
 
 def test_mbpp_answers_may_begin_with_def() -> None:

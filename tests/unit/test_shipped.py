@@ -52,6 +52,12 @@ def test_init_writes_a_recipe_and_a_hostfile(tmp_path: Path) -> None:
     assert "#" in (tmp_path / "new" / "recipe.yaml").read_text(encoding="utf-8")
     assert read_hostfile(tmp_path / "new" / "hostfile")
     (tmp_path / "new" / "recipe.yaml").write_text("mine", encoding="utf-8")
+    other = CliRunner().invoke(app, ["init", str(tmp_path / "other"), "--recipe", "quickstart"])
+    assert other.exit_code == 0
+    assert load_recipe(tmp_path / "other" / "recipe.yaml") == load_recipe(Path("quickstart"))
+    unknown = CliRunner().invoke(app, ["init", str(tmp_path / "third"), "--recipe", "../quickstart"])
+    assert "choose codeparrot-small, codeparrot-xl, quickstart" in str(unknown.exception)
+    assert not (tmp_path / "third").exists()
     refused = CliRunner().invoke(app, ["init", str(tmp_path / "new")])
     assert "already exists" in str(refused.exception)
     assert (tmp_path / "new" / "recipe.yaml").read_text(encoding="utf-8") == "mine"
