@@ -27,9 +27,11 @@ from codeparrot_ds.report.summary import summarize
 from codeparrot_ds.report.timeline import read_history
 from codeparrot_ds.report.units import duration, large, plain, shown, size
 from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.events import read_lines
 from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.tokenizer.encode import Encoder
+from codeparrot_ds.training.metrics import Metrics
 from tests.conftest import ROOT, recipe_on
 from tests.report_runs import BEGAN, HOSTILE, make_eventful_run, make_run, train_row, write_lines
 
@@ -143,6 +145,20 @@ def test_thousands_of_checkpoints_leave_a_bounded_page_that_says_so(tmp_path: Pa
     (line,) = [block for block in section.blocks if isinstance(block, TimeLine)]
     assert len(line.marks) == 400 and "400 of 5,000 events" in texts_of(page, "Time line")
     assert "100 of 5,000 are listed" in texts_of(page, "Time line")
+
+
+def test_samples_of_steps_that_are_repeated_are_dropped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", logging={"tensorboard": False})
+    metrics = Metrics(run, load_recipe(run.recipe), 0)
+    for step in (0, 3, 6):
+        metrics.samples(step, [("def f():", f" # {step}"), ("x =", HOSTILE)])
+    metrics.go_back(3, "loss spike")
+    metrics.samples(6, [("def f():", " # again")])
+    metrics.close()
+    rows = [(row["step"], row["number"], row["completion"]) for row in read_lines(run.samples)]
+    assert rows == [(0, 0, " # 0"), (0, 1, HOSTILE), (3, 0, " # 3"), (3, 1, HOSTILE), (6, 0, " # again")]
+    assert [event.what for event in read_history(run, running=False).events] == ["went back"]
+    assert "after step 3" in texts_of(report(run.path).page, "Samples")
 
 
 # What a directory is
