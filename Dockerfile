@@ -29,7 +29,9 @@ LABEL org.opencontainers.image.title="codeparrot-ds" \
       org.opencontainers.image.description="Pre-train GPT-2 code models with DeepSpeed" \
       org.opencontainers.image.licenses="Apache-2.0"
 ARG UID=10001
-RUN useradd --create-home --shell /bin/bash --uid "$UID" codeparrot \
+# Ubuntu's image has a user with the number that most people have.
+RUN if id ubuntu > /dev/null 2>&1; then userdel --remove ubuntu; fi \
+    && useradd --create-home --shell /bin/bash --uid "$UID" codeparrot \
     && install --directory --owner codeparrot --group codeparrot /workspace /workspace/data /workspace/runs
 COPY docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 COPY --from=environment /workspace/.venv /workspace/.venv
