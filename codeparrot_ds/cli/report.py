@@ -14,7 +14,7 @@ def status(
     run: RunArgument,
     json_output: JsonOption = False,
 ) -> None:
-    """Show the state of a run, and how each attempt of `codeparrot-ds launch` ended."""
+    """Show the state of a run, and how its attempts ended."""
     from codeparrot_ds.report.status import run_status
     from codeparrot_ds.run.directory import RunDirectory
 
@@ -54,7 +54,7 @@ def report(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Print the figures of a finished run, from source files to converted model."""
+    """Print the figures of a finished run. From source files to converted model."""
     from codeparrot_ds.evaluation.loss import validation_loss
     from codeparrot_ds.report.summary import as_rows, summarize
     from codeparrot_ds.run.directory import RunDirectory
