@@ -8,13 +8,16 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from codeparrot_ds import __version__
 from codeparrot_ds.errors import (
     EXIT_CRASHED,
     EXIT_PREEMPTED,
@@ -37,6 +40,7 @@ from codeparrot_ds.run.ds_config import (
     required_ops,
 )
 from codeparrot_ds.run.ds_keys import untested_keys
+from codeparrot_ds.run.events import cpu_name, record_event
 from codeparrot_ds.system.files import (
     as_user_error,
     exclusive_lock,
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from codeparrot_ds.training.ranks import Ranks
 
 _CANNOT_START = "training cannot start"
+_VERSIONS = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")  # recorded at each start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,6 +258,7 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     facts["parameters"] = parameters
     if ranks.rank == 0:
         run.write_status("running", **facts)
+        _record_start(run, ranks, recipe.engine.precision, resume_from, facts)
     check_locked_memory(ds_config, parameters // ranks.world_size, max(sizes) // ranks.world_size)
     check_space(checked, ranks, parameters, resume_from.step if resume_from else 0)
     engine = build_engine(network, recipe, ds_config)
@@ -308,6 +314,28 @@ def _train_on_rank(checked: CheckedRun, ranks: "Ranks", resume_from: "Checkpoint
     if export is not None:
         export.finish(wait=finished)
     return finished
+
+
+def _record_start(
+    run: RunDirectory, ranks: "Ranks", precision: str, resume_from: "Checkpoint | None", facts: dict[str, Any]
+) -> None:
+    """Record the start of an attempt, with the hardware and the versions that it runs on."""
+    import torch
+
+    on_gpu = ranks.device.type == "cuda"
+    run_on = {"codeparrot-ds": __version__, "python": platform.python_version()}
+    run_on |= {name: version(name) for name in _VERSIONS}
+    if on_gpu:
+        run_on["CUDA"] = str(torch.version.cuda)
+    record_event(
+        run.events,
+        "start",
+        step=resume_from.step if resume_from else 0,
+        **facts,
+        precision=precision,
+        hardware=torch.cuda.get_device_name(ranks.device) if on_gpu else cpu_name(),
+        versions=run_on,
+    )
 
 
 def _skipped_ranges(run: RunDirectory, ranks: "Ranks") -> list[tuple[int, int]]:

@@ -31,6 +31,8 @@ TEST_PACKAGES = {
     "slurmctld": "slurm-wlm",
     "munged": "munge",
     "bwrap": "bubblewrap",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
 }
 
 

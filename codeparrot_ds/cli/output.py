@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from codeparrot_ds.cli.completion import complete_run
 from codeparrot_ds.errors import ConfigError
+from codeparrot_ds.system.printable import printable
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 ModelArgument = Annotated[
@@ -83,11 +84,6 @@ def print_result(as_json: bool, title: str, rows: list[tuple[str, str]], result:
         print(json.dumps(result, indent=2))
     else:
         _print_table(title, rows)
-
-
-def printable(text: str) -> str:
-    """Escape control characters in `text`, so that model output cannot control the user's terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def parse_size(text: str) -> int:

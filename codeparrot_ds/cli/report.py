@@ -45,26 +45,49 @@ def compare_command(
 
 
 def report(
-    run: RunArgument,
-    model: Annotated[Path, typer.Option(help="Converted model of the run.")],
-    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory of the run.")],
-    seconds: Annotated[float | None, typer.Option(help="Wall time to report, in seconds.")] = None,
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="A run, a corpus or a tokenizer; or two runs.", autocompletion=complete_run),
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page to this HTML file.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Also measure this converted model on the run's validation sequences."),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of the run. Default: that of its shards.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Wall time of the run to report, in seconds. Default: that of its attempts.")
+    ] = None,
     summary_file: Annotated[
         Path | None, typer.Option("--summary", help="Also write the figures to this JSON file.")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure a tokenizer on; repeatable. Default: what it was trained on."),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Another tokenizer, directory or on the Hub, to compare a tokenizer with; repeatable."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Print the figures of a finished run. From source files to converted model."""
-    from codeparrot_ds.evaluation.loss import validation_loss
-    from codeparrot_ds.report.summary import as_rows, summarize
-    from codeparrot_ds.run.directory import RunDirectory
-    from codeparrot_ds.run.recipe import load_recipe
-    from codeparrot_ds.system.files import write_json
+    """Report on a run, two runs, a corpus or a tokenizer.
 
-    directory = RunDirectory(run)
-    recipe = load_recipe(directory.recipe)
-    loss = validation_loss(model, recipe.data.sources, recipe.evaluation.sequences_afterwards)
-    summary = summarize(directory, model, tokenizer, loss, seconds)
+    Prints the figures, or writes a page that needs no network (--output).
+
+    Reads only what is there: a run may still be training, have failed, or have been copied from another machine.
+    """
+    from codeparrot_ds.report.make import Options, make
+    from codeparrot_ds.system.files import require_file_place, write_atomically, write_json
+
+    for path in filter(None, (output, summary_file)):
+        require_file_place(path)
+    made = make(directories, Options(model, tokenizer, seconds, text or [], against or []))
+    rows = [(name, printable(value)) for name, value in made.rows]
     if summary_file is not None:
-        write_json(summary_file, summary.to_dict())
-    print_result(json_output, str(run), as_rows(summary), summary.to_dict())
+        write_json(summary_file, made.as_json)
+    if output is not None:
+        page = made.html().encode()
+        write_atomically(output, page)
+        rows.append(("page", f"{output} ({len(page) / 1000:,.0f} kB)"))
+    print_result(json_output, " and ".join(map(str, directories)), rows, made.as_json)

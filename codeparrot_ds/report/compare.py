@@ -4,7 +4,7 @@ Reads only the two run directories, so it works while the runs are in progress a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.run.changes import flatten
 from codeparrot_ds.run.directory import RunDirectory
-from codeparrot_ds.run.metrics import read_metrics
+from codeparrot_ds.run.metrics import iterate_metrics
 from codeparrot_ds.system.files import read_json
 
 # Keys that two runs cannot share, or that are mere paths. The content of ds_config.json is compared instead.
@@ -210,7 +210,7 @@ class _Recorded:
             raise DataError(
                 f"{run.path}: no such run. Give the directory that holds its recipe.yaml and metrics.jsonl."
             )
-        recipe = _read_recipe(run)
+        recipe = read_settings(run)
         train: dict[int, _Step] = {}
         valid: dict[int, float | None] = {}
         taken_again = 0
@@ -255,7 +255,7 @@ class _Recorded:
         )
 
 
-def _read_recipe(run: RunDirectory) -> dict[str, Any]:
+def read_settings(run: RunDirectory) -> dict[str, Any]:
     """Read resolved recipe and DeepSpeed JSON into dotted keys, unvalidated: another version may have written them."""
     try:
         body = yaml.safe_load(run.recipe.read_bytes())
@@ -271,9 +271,9 @@ def _read_recipe(run: RunDirectory) -> dict[str, Any]:
     return recipe
 
 
-def _read_rows(metrics: Path) -> list[dict[str, Any]]:
+def _read_rows(metrics: Path) -> Iterator[dict[str, Any]]:
     try:
-        return read_metrics(metrics)
+        yield from iterate_metrics(metrics)
     except UnicodeDecodeError as error:
         raise DataError(f"{metrics}: damaged: not UTF-8 text ({error}).") from None
 

@@ -28,14 +28,25 @@ def as_rows(comparison: Comparison) -> list[tuple[str, str]]:
     return [*rows, ("verdict", _verdict(c))]
 
 
-def as_table(comparison: Comparison) -> list[str]:
-    """Return the lines of the step table, with a heading."""
-    lines = [f"{'step':>8}  {'data':<7}  {'loss A':>14}  {'loss B':>14}  {'difference':>10}"]
+STEP_COLUMNS = ("step", "data", "loss A", "loss B", "difference")
+
+
+def step_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """The cells of the step table, one for each of `STEP_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
     for row in comparison.table:
         a, b = (f"{loss:.8f}" if loss is not None else "not finite" for loss in (row.loss_a, row.loss_b))
         difference = "-" if row.difference is None else f"{row.difference:+.1e}" if row.difference else "0"
-        lines.append(f"{row.step:>8}  {'same' if row.same_data else 'differs':<7}  {a:>14}  {b:>14}  {difference:>10}")
-    return lines
+        rows.append((str(row.step), "same" if row.same_data else "differs", a, b, difference))
+    return rows
+
+
+def as_table(comparison: Comparison) -> list[str]:
+    """Return the lines of the step table, with a heading."""
+    return [
+        f"{step:>8}  {data:<7}  {a:>14}  {b:>14}  {difference:>10}"
+        for step, data, a, b, difference in (STEP_COLUMNS, *step_rows(comparison))
+    ]
 
 
 def _count(number: int, noun: str) -> str:

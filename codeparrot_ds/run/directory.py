@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import CheckpointError, DataError, list_problems
+from codeparrot_ds.run.events import record_event
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -98,6 +99,16 @@ class RunDirectory:
         return self.path / "recipe_changes.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One JSON line per start, checkpoint, return to an earlier step and end of training, with its time."""
+        return self.path / "events.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON line per text generated at an evaluation: its step, number, prompt and completion."""
+        return self.path / "samples.jsonl"
+
+    @property
     def skipped_ranges_file(self) -> Path:
         """Ranges of the data order that are skipped after loss spikes."""
         return self.path / "left_out.json"
@@ -174,9 +185,11 @@ class RunDirectory:
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json, because launchers' exit codes are unreliable.
 
-        States: running, finished, preempted, failed.
+        States: running, finished, preempted, failed. All but the first are also recorded as the end of an attempt.
         """
         write_json(self.status_file, {"state": state, **facts})
+        if state != "running":
+            record_event(self.events, "end", state=state, **facts)
 
     def read_status(self) -> dict[str, Any]:
         """Read what `write_status` wrote last, with the path of the checkpoint completed.

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from codeparrot_ds.errors import ConfigError, list_problems
 from codeparrot_ds.run.changes import FIXED, ON_RESUME, flatten
@@ -225,3 +226,17 @@ def _override(body: dict[str, Any], override: str) -> None:
         target[last] = parse_override(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: {value!r} is not a valid YAML value.") from None
+
+
+def default_settings() -> dict[str, Any]:
+    """The default of each key that has one, by dotted key, as in a stored recipe."""
+    found: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            found |= {} if field.is_required() else {name: field.get_default()}
+            continue
+        for key, inner in section.model_fields.items():
+            if not inner.is_required():
+                found[f"{name}.{key}"] = inner.get_default(call_default_factory=True)
+    return {key: to_jsonable_python(value) for key, value in found.items()}

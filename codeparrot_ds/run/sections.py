@@ -264,7 +264,7 @@ class Evaluation(Section):
     Attributes:
         every_steps: optimizer steps between evaluations.
         sequences: number of validation sequences, the same ones at every evaluation; 0 for no evaluation.
-        samples: number of texts to generate for the log at each evaluation, at temperature 0; 0 for none.
+        samples: number of texts to generate for log and report at each evaluation, at temperature 0; 0 for none.
         sample_tokens: length of each generated text (tokens).
         humaneval: samples per problem of HumanEval, at temperature 0.2, to score each export with; 0 for none. Uses one
             core of rank 0's host and its sandbox.

@@ -235,6 +235,13 @@ def make_directory(path: Path) -> Path:
     return path
 
 
+def require_file_place(path: Path) -> None:
+    """Raise ConfigError if the file `path` cannot be written; its directory is created. Before work, not after it."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory, but must be a file. Name a file in it.")
+    make_directory(path.parent)
+
+
 def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None:
     """Raise ConfigError unless the file system of `directory` has `needed_bytes` free for `purpose`."""
     free_bytes = shutil.disk_usage(directory).free

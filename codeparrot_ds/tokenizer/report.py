@@ -61,17 +61,25 @@ class Report:
             "tokenizers": [_measures(subject, first.tokens) for subject in self.subjects],
         }
 
+    @property
+    def labels(self) -> list[str]:
+        """A short name of each tokenizer, by which they differ."""
+        return [_label(subject.name, self.subjects) for subject in self.subjects]
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Name and values of each measure, one value a tokenizer."""
+        return _rows(self.as_json())
+
+    def rows_of_kinds(self) -> dict[str, list[tuple[str, list[str]]]]:
+        """The same by kind of text."""
+        found = self.as_json()
+        return {kind: _rows_of_kind(found, kind) for kind in KINDS}
+
     def table(self) -> list[str]:
         """The lines of a table with a column for each tokenizer, and of lists below it."""
         found = self.as_json()
-        rows = [("", [_label(subject.name, self.subjects) for subject in self.subjects])]
-        for name, pick in _ROWS.items():
-            rows.append((name, [_shown(pick(each)) for each in found["tokenizers"]]))
-        for kind in KINDS:
-            rows.append((f"{kind}: share of the tokens", [_shown(_kind_share(t, kind)) for t in found["tokenizers"]]))
-            for name in ("characters_per_token", "fertility"):
-                values = [_shown(each["by_kind"][kind][name]) for each in found["tokenizers"]]
-                rows.append((f"{kind}: {name.replace('_', ' ')}", values))
+        rows = [("", self.labels), *_rows(found)]
+        rows += [(f"{kind}: {name}", values) for kind in KINDS for name, values in _rows_of_kind(found, kind)]
         widths = [max(len(row[1][i]) for row in rows) for i in range(len(self.subjects))]
         width = max(len(name) for name, _ in rows)
         counts = ", ".join(f"{count:,} {what}" for what, count in self.documents.items() if count or what == "read")
@@ -222,6 +230,18 @@ _ROWS = {
     "  after a blank": lambda each: each["single_keywords"]["after_blank"],
     "documents that round-trip": lambda each: each["round_trip"]["equal"],
 }
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    return [(name, [_shown(pick(each)) for each in found["tokenizers"]]) for name, pick in _ROWS.items()]
+
+
+def _rows_of_kind(found: dict[str, Any], kind: str) -> list[tuple[str, list[str]]]:
+    rows = [("share of the tokens", [_shown(_kind_share(each, kind)) for each in found["tokenizers"]])]
+    for name in ("characters_per_token", "fertility"):
+        values = [_shown(each["by_kind"][kind][name]) for each in found["tokenizers"]]
+        rows.append((name.replace("_", " "), values))
+    return rows
 
 
 def _kind_share(measured: dict[str, Any], kind: str) -> float | None:

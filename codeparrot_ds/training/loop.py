@@ -224,6 +224,7 @@ class Trainer:
         suspects = range(first, step + 1)
         if self.metrics is not None:
             self._list_samples(suspects, f"loss {loss:.4f} at step {step}")
+            self.metrics.event("loss spike", step, message)
         if policy == "warn":
             return False
         listed = f"The samples of steps {first} to {step} are listed in {self.run.incidents}."
@@ -246,7 +247,7 @@ class Trainer:
         if self.ranks.is_fs_leader:
             write_json(self.run.skipped_ranges_file, self.skipped_ranges)
         if self.metrics is not None:
-            self.metrics.go_back(checkpoint.step)
+            self.metrics.go_back(checkpoint.step, message)
         log.warning("going back to step %d, skipping the samples of steps %d to %d", checkpoint.step, first, step)
         self.load(checkpoint)
         return True
@@ -390,5 +391,7 @@ class Trainer:
         stalled = self._stalled_seconds + now - started
         where = self.run.checkpoint(step)
         log.info("step %d: checkpoint %s (%.1f s, training waited %.1f s)", step, where, now - self._saved_at, stalled)
+        if self.metrics is not None:
+            self.metrics.checkpoint(step, now - self._saved_at, stalled)
         if self.on_published is not None:
             self.on_published(step)

@@ -20,6 +20,7 @@ import torch
 
 from codeparrot_ds.checkpoint.zero import FP32, MOMENTS, ZeroCheckpoint
 from codeparrot_ds.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, CheckpointError
+from codeparrot_ds.report.timeline import read_history
 from codeparrot_ds.run.directory import MANIFEST
 from codeparrot_ds.shards.inspect import describe_sequences
 from codeparrot_ds.shards.sequences import Dataset
@@ -368,6 +369,8 @@ def test_gradients_that_are_not_finite_are_skipped_and_too_many_stop_the_run(
     assert held.step == 2  # AdamW's step count, without the skipped step
     assert all(torch.isfinite(held.read(name, what)).all() for name in held.shapes for what in (FP32, *MOMENTS))
     expect_named(run, {1, 3, 4, 5}, "skipped: non-finite gradients")
+    skips = [event.details for event in read_history(run.directory, False).events if event.what == "skipped steps"]
+    assert [int(n) for details in skips for n in details.rpartition(" step ")[2].split(", ")] == [1, 3, 4, 5]
 
 
 def expect_named(run: Run, steps: set[int], reason: str) -> None:
@@ -453,6 +456,9 @@ def test_after_a_loss_spike_a_run_goes_back_and_skips_its_samples_even_if_killed
         assert done.returncode == 0, done.output
         assert "going back to step 12, skipping the samples of steps 13 to 20" in done.output
         expect_named(run, SUSPECTS, "at step 20")
+        events = read_history(run.directory, running=False).events
+        unusual = [(event.what, event.step, event.details[:13]) for event in events if event.what != "checkpoint"]
+        assert unusual == [("loss spike", 20, "step 20: loss"), ("went back", 12, "step 20: loss")]
         return run
 
     def killed() -> Run:
@@ -470,6 +476,7 @@ def test_after_a_loss_spike_a_run_goes_back_and_skips_its_samples_even_if_killed
     for run in runs:
         assert run.directory.skipped_ranges() == [skipped_ranges]
         found = read_run(run.directory.path)
+        assert read_history(run.directory, running=False).attempts[-1].state == "finished"
         assert found.digests() == batches(run.recipe, [skipped_ranges])
         assert found.digests()[:13] == batches(run.recipe)[:13]
         status = run.status()

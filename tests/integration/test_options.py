@@ -1,5 +1,6 @@
 """Less common recipe options on real ranks: fp16, starting from given weights, samples, retention."""
 
+import importlib.metadata
 import json
 import math
 import socket
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from codeparrot_ds.checkpoint.source import source_checkpoint
 from codeparrot_ds.checkpoint.zero import ZeroCheckpoint
 from codeparrot_ds.export.convert import convert
+from codeparrot_ds.run.events import read_lines
 from tests.conftest import ROOT, RunRanks, Trained, read_run, save_recipe
 
 pytestmark = pytest.mark.slow
@@ -120,6 +122,15 @@ def test_samples_retention_schedule_and_records(train_tiny: Train, baseline: Tra
     assert all("[...]" in text for text in texts)
     assert list((trained.run.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "sample 1:" in trained.run.log(0).read_text()
+    recorded = list(read_lines(trained.run.samples))
+    assert [(row["step"], row["number"]) for row in recorded] == [(step, n) for step in (0, 3, 6) for n in (0, 1)]
+    assert len({row["prompt"] for row in recorded}) == 2 and all(row["completion"] for row in recorded)
+    events = list(read_lines(trained.run.events))
+    assert [row["event"] for row in events] == ["start", *["checkpoint"] * 6, "end"]
+    assert [row["step"] for row in events] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert all(0 <= row["waited_seconds"] <= row["seconds"] for row in events[1:-1])
+    assert (events[0]["world_size"], events[0]["device"], events[-1]["state"]) == (2, "cpu", "finished")
+    assert events[0]["versions"]["deepspeed"] == importlib.metadata.version("deepspeed")
 
 
 def test_a_taken_port_is_one_message(
