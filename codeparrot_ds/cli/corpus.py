@@ -17,6 +17,8 @@ from codeparrot_ds.cli.fields import (
 from codeparrot_ds.cli.output import JsonOption, group, parse_size, print_result
 from codeparrot_ds.errors import ConfigError
 
+_LISTED = 5  # suffixes in a note
+
 app = group("Collect and clean source code, with the origin of each file.")
 
 
@@ -28,14 +30,15 @@ def corpus_collect(
         bool, typer.Option(help="Also collect this Python's standard library and installed packages.")
     ] = False,
     suffix: Annotated[
-        list[str] | None, typer.Option(help="Suffix of the files to collect; may be given several times. Default: .py.")
+        list[str] | None, typer.Option(help="Suffix of the files to collect, e.g. .js; repeatable. Default: .py.")
     ] = None,
     max_file_size: Annotated[str, typer.Option(help="Skip larger files.")] = "1MB",
     sample: Annotated[str | None, typer.Option(help="Keep a uniform sample of this much text, e.g. 30MB.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Collect source files from this machine and drop exact duplicates."""
-    from codeparrot_ds.corpus.collect import collect
+    from codeparrot_ds.corpus.collect import collect, other_suffixes
+    from codeparrot_ds.system.jobs import say
 
     if not directories and not installed_python:
         raise ConfigError("nothing to collect from: give directories, or add --installed-python.")
@@ -53,6 +56,10 @@ def corpus_collect(
         *((f"skipped: {reason}", f"{count:,}") for reason, count in manifest["skipped"].items()),
     ]
     print_result(json_output, str(output), rows, manifest)
+    if directories and (others := other_suffixes(output)):
+        listed = ", ".join(f"{suffix} {count:,}" for suffix, count in others[:_LISTED])
+        more = f" and {len(others) - _LISTED:,} more suffixes" if len(others) > _LISTED else ""
+        say(f"note: files of other suffixes are not collected ({listed}{more}). --suffix selects them.")
 
 
 @app.command("clean")
@@ -99,7 +106,7 @@ def corpus_clean(
     """Remove duplicates and unsuitable documents. Near-duplicates too; each removed one is listed with the reason."""
     from codeparrot_ds.corpus.clean import CleanOptions, clean
     from codeparrot_ds.corpus.options import Cleaning, load_cleaning, override
-    from codeparrot_ds.system.jobs import Slice
+    from codeparrot_ds.system.jobs import Slice, say
 
     cleaning = load_cleaning(config) if config is not None else Cleaning()
     fields = {
@@ -133,8 +140,12 @@ def corpus_clean(
     ]
     if "text_bytes" in manifest:
         rows.append(("text", f"{manifest['text_bytes'] / 1e6:,.1f} MB"))
-    rows += [(f"found: {kind}", f"{count:,}") for kind, count in manifest["read_by"]["secrets"].items()]
+    found = manifest["read_by"]["secrets"]
+    rows += [(f"found: {kind}", f"{count:,}") for kind, count in found.items()]
     print_result(json_output, f"{output} (dry run)" if dry_run else str(output), rows, manifest)
+    rule = options.cleaning.secrets
+    if found and rule is not None and rule.mode == "report":
+        say("note: what was found is kept. --secrets redact replaces it, --secrets drop removes the documents.")
 
 
 @app.command("stats")

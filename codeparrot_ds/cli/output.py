@@ -67,8 +67,14 @@ class _Group(typer.Typer):
 
 def group(help_text: str, **options: Any) -> typer.Typer:
     """Create a command group; `add_completion=True` for the one that is the command itself."""
-    options = {"no_args_is_help": True, "add_completion": False, "context_settings": _SETTINGS, **options}
-    return _Group(help=help_text, **options)
+    defaults: dict[str, Any] = {
+        "no_args_is_help": True,
+        "add_completion": False,
+        "context_settings": _SETTINGS,
+        "rich_markup_mode": None,  # its tables cut off the names of options at 80 columns
+        "pretty_exceptions_enable": False,  # several screens for a traceback of a few lines
+    }
+    return _Group(help=help_text, **{**defaults, **options})
 
 
 def _print_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -11,17 +11,26 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
 from codeparrot_ds.corpus.card import CARD, CORPUS_CARD
+from codeparrot_ds.corpus.output import require_ours
 from codeparrot_ds.corpus.projects import Project, Projects
 from codeparrot_ds.corpus.writers import open_writer
 from codeparrot_ds.documents.document import Document
 from codeparrot_ds.documents.source import EncodingError, decode_source
-from codeparrot_ds.documents.walk import OTHER_SUFFIX, REJECTED, Skipped, walk
+from codeparrot_ds.documents.walk import (
+    OTHER_SUFFIX,
+    REJECTED,
+    Skipped,
+    has_suffix,
+    list_reasons,
+    require_suffix,
+    walk,
+)
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import (
     FORMAT_VERSION,
@@ -41,6 +50,7 @@ from codeparrot_ds.system.paths import printable_name, stored_address, text_of
 from codeparrot_ds.system.storage import LocalDirectory
 
 _DOCUMENT_FILE_BYTES = 8_000_000  # of text per file: small enough that a few workers share a small corpus
+_WRITTEN = ("documents-[0-9]*.jsonl.gz", REJECTED, INPUTS_RECORD, CARD)  # before the manifest
 _PACKAGES = {"site-packages", "dist-packages"}
 _GZIP_RATIO = 0.35  # compressed size of Python source, measured 0.25 to 0.30 at level 6
 
@@ -97,7 +107,8 @@ def collect(
     The manifest counts whatever was found and is not in the corpus, by reason, and `rejected.jsonl` names it.
 
     Raises:
-        ConfigError: a directory is missing, `output` cannot be written, or the disk is too small.
+        ConfigError: a directory is missing, a suffix is not the end of a file name, `output` holds other files or
+            cannot be written, or the disk is too small.
         DataError: no source file was found, or `output` contains a corpus of other options or files.
     """
     options = {
@@ -109,8 +120,10 @@ def collect(
     }
     for directory in directories:
         if not directory.is_dir():
+            if directory.exists():
+                raise ConfigError(f"{directory}: not a directory. Name the directory that contains the source files.")
             raise ConfigError(f"{directory}: no such directory to collect from. Check the name.")
-    endings = tuple(map(text_of, suffixes))
+    endings = tuple(map(require_suffix, suffixes))
     rejected: list[Rejected] = []
     candidates: list[Candidate] = []
     files: Files = {}
@@ -124,13 +137,14 @@ def collect(
     if finished := _finished(output, options, files):
         return finished
 
+    require_ours(output, _WRITTEN)
     chosen = _choose(candidates, max_file_bytes, sample_bytes, rejected)
     skipped = dict(sorted(Counter(each.reason for each in rejected).items()))
     if not chosen:
         places = ", ".join(str(directory) for directory in directories) or "this Python installation"
+        counts = f" (not read: {list_reasons(skipped)})" if skipped else ""
         raise DataError(
-            f"no {' or '.join(suffixes)} files found in {places} (skipped: {skipped or 'none'}). Name directories that "
-            "contain source code."
+            f"no {' or '.join(suffixes)} files found in {places}{counts}. Name directories that contain source code."
         )
     make_directory(output)
     total_bytes = sum(size for _, size, _ in chosen)
@@ -156,6 +170,16 @@ def collect(
     return manifest
 
 
+def other_suffixes(corpus: Path) -> list[tuple[str, int]]:
+    """Suffixes of the files that were not collected because of them, with their numbers; the most frequent first."""
+    counts: Counter[str] = Counter()
+    for line in (corpus / REJECTED).read_bytes().splitlines():
+        rejected = msgspec.json.decode(line, type=Rejected)
+        if rejected.reason == OTHER_SUFFIX:
+            counts[PurePosixPath(rejected.path).suffix or "without a suffix"] += 1
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def _finished(output: Path, options: dict[str, Any], files: Files) -> dict[str, Any] | None:
     """The manifest in `output`, or None. Raises DataError for a corpus of other options or files."""
     if (output / MANIFEST).exists() and (output / INPUTS_RECORD).exists():
@@ -176,7 +200,7 @@ def _files_below(projects: Projects, suffixes: tuple[str, ...], rejected: list[R
         project, path = projects.of(entry.path if isinstance(entry, Skipped) else entry.name)
         if isinstance(entry, Skipped):
             rejected.append(_rejected(project.repository, path, entry.reason, entry.detail))
-        elif not entry.name.endswith(suffixes):
+        elif not any(has_suffix(entry.name, suffix) for suffix in suffixes):
             rejected.append(_rejected(project.repository, path, OTHER_SUFFIX))
         else:
             facts = (project.repository, path, project.licence, "directory", project.commit)

@@ -1,7 +1,8 @@
-"""The output directory of `corpus clean`: whether it may be used, is finished, or holds an unfinished run."""
+"""The output directory of a corpus: whether it may be used, is finished, or holds an unfinished run."""
 
 import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ def require_outside(arguments: Sequence[str], output: Path) -> None:
             )
 
 
-def require_ours(output: Path) -> None:
-    """Raise ConfigError if there is something in the output directory that an unfinished run did not put there."""
+def require_ours(output: Path, written: Sequence[str] = ()) -> None:
+    """Raise ConfigError if there is something in the output directory that an unfinished run did not put there.
+
+    `written`: patterns of the names that it puts there before it is finished.
+    """
     if not output.is_dir() or (output / WORK).is_dir():
         return
-    if names := sorted(path.name for path in output.iterdir() if not path.name.startswith(".")):
+    found = (path.name for path in output.iterdir() if not path.name.startswith("."))
+    if names := sorted(name for name in found if not any(fnmatchcase(name, each) for each in written)):
         raise ConfigError(
             f"{output}: holds other files ({names[0]}{', …' if len(names) > 1 else ''}). Name another output "
             "directory, or empty this one."

@@ -29,6 +29,9 @@ from codeparrot_ds.documents.walk import (
     Entry,
     Skipped,
     count_reasons,
+    has_suffix,
+    list_reasons,
+    require_suffix,
     skipped_by_name,
     walk,
 )
@@ -75,10 +78,11 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
         suffix: read files with this suffix as one document each, instead of data files.
 
     Raises:
+        ConfigError: `suffix` is not the end of a file name.
         DataError: an argument matches nothing, an input is named twice, or a directory or link cannot be read.
     """
     inputs = Inputs()
-    suffix = None if suffix is None else text_of(suffix)
+    suffix = None if suffix is None else require_suffix(suffix)
     for number, argument in enumerate(arguments):
         argument = str(expand_address(argument.removeprefix("file://").removeprefix("local://")))
         if not argument:
@@ -94,7 +98,7 @@ def search_inputs(arguments: Sequence[str], suffix: str | None = None) -> Inputs
         found.skipped = sorted(set(found.skipped))  # a glob with ** matches a directory and what is in it
         if not found.pieces:
             wanted = f"files ending in {suffix}" if suffix else f"data files ({SUPPORTED})"
-            counts = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(found.skipped).items())
+            counts = list_reasons(count_reasons(found.skipped))
             raise DataError(
                 f"{argument}: contains no {wanted}{f'; not read: {counts}' if counts else ''}. Name other input, or "
                 "read source files as documents with --suffix .py."
@@ -185,7 +189,7 @@ def _find_below(root: Path, suffix: str | None, name: str = "") -> Inputs:
         if isinstance(entry, Entry):
             _add_file(found, entry.path, entry.name, f"{prefix}{entry.name}", suffix, text_of(root.resolve().name))
             continue
-        wanted = entry.path.endswith(suffix) if suffix else format_of(entry.path) is not None
+        wanted = has_suffix(entry.path, suffix) if suffix else format_of(entry.path) is not None
         if entry.reason == UNREADABLE_DIRECTORY or (entry.reason == BROKEN_LINK and wanted):
             where = root / entry.path if entry.path != "." else root
             unreadable.append(f"{printable_name(text_of(where))}: {entry.reason} ({entry.detail})")
@@ -229,7 +233,7 @@ def _add_file(
 def _kind_or_reason(name: str, suffix: str | None) -> str | Skipped:
     """The kind of a file that was not named itself, or the reason why it is not read."""
     if suffix:
-        return "file" if name.endswith(suffix) else Skipped(0, name, OTHER_SUFFIX)
+        return "file" if has_suffix(name, suffix) else Skipped(0, name, OTHER_SUFFIX)
     if name == MANIFEST:
         return Skipped(0, name, _MANIFEST)
     form = format_of(name)

@@ -3,12 +3,13 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
+from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.system.paths import text_of
 
 REJECTED = "rejected.jsonl"  # lists what was skipped, beside a manifest that has the counts
@@ -53,6 +54,21 @@ class Skipped(msgspec.Struct, frozen=True, order=True):
     path: str
     reason: str
     detail: str = ""
+
+
+def require_suffix(suffix: str) -> str:
+    """Return a suffix that was given, as text. Raises ConfigError for a pattern, a path or a list."""
+    text = text_of(suffix)
+    if not text or set(text) & set("*?[]{},;/\\ "):
+        raise ConfigError(f"suffix {suffix!r}: must be the end of a file name, such as .py.")
+    return text
+
+
+def has_suffix(path: str, suffix: str) -> bool:
+    """Whether a file is of a suffix: "py" stands for ".py", and for the whole of a name without a suffix."""
+    if not suffix.isalnum():
+        return path.endswith(suffix)
+    return path.endswith(f".{suffix}") or path.rpartition("/")[2] == suffix
 
 
 def walk(root: Path, *, follow_links: bool) -> Iterator[Entry | Skipped]:
@@ -131,6 +147,11 @@ def skipped_by_name(name: str, pattern: str = "", *, is_directory: bool = False)
 def count_reasons(skipped: Iterable[Skipped]) -> dict[str, int]:
     """Number of skipped files and directories by reason, for a manifest."""
     return dict(sorted(Counter(each.reason for each in skipped).items()))
+
+
+def list_reasons(counts: Mapping[str, int]) -> str:
+    """The counts of `count_reasons` for a message."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def encode_skipped(skipped: Sequence[Skipped]) -> bytes:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from codeparrot_ds import __version__
 from codeparrot_ds.errors import ConfigError, DataError, list_problems
 from codeparrot_ds.evaluation.benchmarks import Benchmark, Task
 from codeparrot_ds.evaluation.generate import LENGTH, Continuation, generate
@@ -33,7 +34,7 @@ from codeparrot_ds.system.files import digest_file, digest_json, dump_json, make
 from codeparrot_ds.system.jobs import Slice, progress
 from codeparrot_ds.system.storage import LocalDirectory
 
-_PACKAGES = ("codeparrot-ds", "torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer.json")
 
 
@@ -229,6 +230,7 @@ class Run:
             "text_changes": found.text_changes,
             "versions": {
                 "python": platform.python_version(),
+                "codeparrot-ds": __version__,
                 **{name: importlib.metadata.version(name) for name in _PACKAGES},
             },
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from codeparrot_ds import __version__
 from codeparrot_ds.errors import CheckpointError, DataError, list_problems
 from codeparrot_ds.export.forward import check_transformers
 from codeparrot_ds.export.statements import find_contradictions
@@ -23,8 +24,8 @@ _LOADED = (".safetensors", ".bin", ".pt", ".py", ".json", ".h5", ".msgpack")
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a conversion depends on."""
-    names = ("codeparrot-ds", "torch", "transformers", "safetensors", "deepspeed")
-    return {name: importlib.metadata.version(name) for name in names}
+    names = ("torch", "transformers", "safetensors", "deepspeed")
+    return {"codeparrot-ds": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:

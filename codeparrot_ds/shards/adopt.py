@@ -17,6 +17,7 @@ from codeparrot_ds.documents.splits import VALID_FRACTION, require_fraction
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.foreign import TokenFile, batches, open_tokens
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for
+from codeparrot_ds.shards.match import other_tokenizer
 from codeparrot_ds.system.files import MANIFEST, publish_directory, require_free_space
 from codeparrot_ds.system.jobs import say
 from codeparrot_ds.system.storage import LocalDirectory
@@ -88,7 +89,9 @@ def adopt(
     if changes := require_lossless(encoder, tokenizer):
         say(f"note: {tokenizer / TOKENIZER_FILE}: {'; '.join(changes)}.")
     opened = [open_tokens(each, encoder, dtype) for each in (*train, *valid)]
-    problems = [] if append_eos else [_missing_end_tokens(each, encoder) for each in opened]
+    problems = [other_tokenizer(each, encoder) for each in opened]
+    if not append_eos:
+        problems += [_missing_end_tokens(each, encoder) for each in opened]
     if output is None and not append_eos:
         problems += [_obstacle(each, opened[0]) for each in opened]
     if any(problems):

@@ -7,6 +7,7 @@ one, and ids of 4 or 8 bytes are not taken for ids of 2 with the id 0 in between
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from codeparrot_ds.tokenizer.encode import Encoder
 _READ_BYTES = 1 << 23
 _TEXT_BYTES = 1 << 12
 _MIN_TEXT_BYTES = 32
+_LISTED = 3  # datasets in a message
 _TESTED_TYPES = ("<i8", "<f8", ">i8", "<i4", "<f4", ">i4", "<u2", ">u2")  # of a bare file, the widest first
 _GIVEN_TYPES = {"uint16": "<u2", "int32": "<i4", "uint32": "<i4", "int64": "<i8"}
 _IN_PLACE = ("uint16", "int32")
@@ -123,7 +125,9 @@ def open_tokens(prefix: Path, encoder: Encoder, dtype: str | None = None) -> Tok
         raise ConfigError(f"dtype {dtype!r}: must be one of {', '.join(_GIVEN_TYPES)}.")
     data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
     if not data.is_file():
-        raise DataError(f"{data}: no such file. Expected PREFIX.bin and, for Megatron-LM, PREFIX.idx.")
+        raise DataError(
+            f"{data}: no such file. Expected PREFIX.bin and, for Megatron-LM, PREFIX.idx.{_longer_prefixes(prefix)}"
+        )
     size = data.stat().st_size
     if not size:
         raise DataError(f"{data}: empty. Copy it again.")
@@ -178,6 +182,14 @@ def open_tokens(prefix: Path, encoder: Encoder, dtype: str | None = None) -> Tok
         empty,
         files,
     )
+
+
+def _longer_prefixes(prefix: Path) -> str:
+    """The datasets that were probably meant: Megatron-LM adds `_text_document` to its --output-prefix."""
+    if not prefix.parent.is_dir():
+        return ""
+    found = sorted(path.with_suffix("") for path in prefix.parent.glob(f"{escape(prefix.name)}*.bin"))
+    return f" Did you mean {' or '.join(map(str, found[:_LISTED]))}?" if found else ""
 
 
 def _sniff(data: Path, size: int, dtype: str | None) -> _Layout:

@@ -156,7 +156,7 @@ class Attempt:
                 for rank in self._ranks:
                     self._tell(rank)
                 say(
-                    f"{reason}: saving a checkpoint and stopping"
+                    f"{reason}: saving a checkpoint and stopping after the current step"
                     + (" (repeat to stop immediately)" if stop.name else "")
                 )
             ended = [*self._gone, *(rank for rank in self._ranks if rank.code is not None)]

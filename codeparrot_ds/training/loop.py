@@ -139,6 +139,9 @@ class Trainer:
             micro_loss = self.loss(ids)
             engine.backward(micro_loss)  # divides by the number of accumulation steps itself
             loss += micro_loss.detach() / accumulation
+            if number == 1 and self.metrics is not None:
+                elapsed = time.perf_counter() - started_on_host
+                self.metrics.first_micro_batch(self.step, accumulation, elapsed, self.ranks.device)
             if number == accumulation:
                 self._check_replicas()
                 writing = self._saving is not None and self._saving.busy

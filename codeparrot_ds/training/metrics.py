@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from codeparrot_ds.training.ranks import Ranks
 
 _SHOWN_CHARACTERS = 200  # of a sample's prompt
+_SILENT_SECONDS = 60  # after which a first log line is announced
 
 log = logging.getLogger("codeparrot_ds")
 
@@ -99,6 +100,7 @@ class Metrics:
         """Append to existing files, after dropping the rows of steps that will be repeated."""
         self._run, self._recipe = run, recipe
         self._peak_flops: float | None = None
+        self._announced = False
         self._open(first_step)
         self._wandb: Any = None
         if recipe.logging.wandb:
@@ -183,6 +185,31 @@ class Metrics:
             f"{len(steps) * tokens_per_step / sum(step.seconds for step in steps):,.0f}",
         )
 
+    def first_micro_batch(self, step: int, accumulation: int, seconds: float, device: "torch.device") -> None:
+        """Say how long the run will take, if its first log line is more than a minute away. On CPU ranks only.
+
+        Args:
+            step: optimizer step in progress; only the first of this process is considered.
+            accumulation: micro-batches per optimizer step.
+            seconds: of the first micro-batch. On a GPU they would be those of queueing it.
+            device: of this rank.
+        """
+        if self._announced or device.type != "cpu" or self._recipe.engine.compile:
+            return
+        self._announced = True
+        every, last = self._recipe.logging.every_steps, self._recipe.schedule.last_step
+        steps = min(every - step % every, last - step)
+        of_step = seconds * accumulation
+        if steps * of_step > _SILENT_SECONDS:
+            log.info(
+                "the first of %d micro-batches took %s: about %s to the next log line, %s to the last step. A smaller "
+                "model, batch.global_batch_size or logging.every_steps shortens this.",
+                accumulation,
+                _duration(seconds),
+                _duration(steps * of_step),
+                _duration((last - step) * of_step),
+            )
+
     def evaluation(self, step: int, loss_valid: float, perplexity_valid: float) -> None:
         """Write an evaluation of the weights after `step` optimizer steps."""
         row = {"step": step, "loss_valid": loss_valid, "perplexity_valid": perplexity_valid}
@@ -243,6 +270,14 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _duration(seconds: float) -> str:
+    """In the largest of seconds, minutes, hours and days of which there are two."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from tokenizers import Tokenizer
 
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.adopt import adopt
+from codeparrot_ds.shards.foreign import open_tokens
 from codeparrot_ds.shards.format import Manifest
 from codeparrot_ds.shards.inspect import inspect_sequence
+from codeparrot_ds.shards.match import unchanged
 from codeparrot_ds.shards.sequences import Dataset
 from codeparrot_ds.shards.verify import verify
 from codeparrot_ds.system.files import MANIFEST
+from codeparrot_ds.tokenizer.encode import Encoder
 from tests.tokenizer_kinds import added_token, only_bytes, save
 
 # Three documents, ended by id 0: 4 + 2 + 5 = 11 tokens. A validation fraction of 0.3 is 3.3 of them: the last document.
@@ -439,3 +443,41 @@ def test_the_tokenizer_must_not_lose_text(tmp_path: Path) -> None:
     changing = only_bytes(normalizer={"type": "NFC"})
     manifest = adopt(tmp_path / "its", save(changing, tmp_path / "nfc"), valid_fraction=0.3)
     assert manifest.options["text_changes"] == ["texts are normalized to NFC"]
+
+
+def other_tokenizer_of(directory: Path, output: Path) -> Path:
+    """A tokenizer with the same tokens under other ids: those of the merged tokens are reversed."""
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    merged = sorted(number for token, number in vocab.items() if len(token) > 1 and number > 4)
+    other = dict(zip(merged, reversed(merged), strict=True))
+    content["model"]["vocab"] = {token: other.get(number, number) for token, number in vocab.items()}
+    return save(Tokenizer.from_str(json.dumps(content)), output)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_ids_of_another_tokenizer_of_the_same_size_are_refused(data: Path, tmp_path: Path, append_eos: bool) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(data / "shards" / f"train-00000{suffix}", tmp_path / f"its{suffix}")
+    other = other_tokenizer_of(data / "tokenizer", tmp_path / "other")
+    with pytest.raises(DataError, match=r"its\.bin: only \d+% of its ids are those that the tokenizer gives"):
+        adopt(tmp_path / "its", other, append_eos=append_eos, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adopt(tmp_path / "its", data / "tokenizer", append_eos=append_eos, output=tmp_path / "out")
+
+
+def test_special_tokens_inside_documents_are_not_taken_for_text(data: Path, tmp_path: Path) -> None:
+    """Ids of fill-in-the-middle: encoding the text of <fim_prefix> gives other ids, which says nothing."""
+    encoder = Encoder(data / "tokenizer")
+    line = encoder.encode("def area(width, height):\n    return width * height\n").tolist()
+    write_megatron(tmp_path / "its", ended([[1, *line, 3, *line, 2, *line] * 3] * 40))
+    tokens = open_tokens(tmp_path / "its", encoder)
+    kept, compared = unchanged(tokens, encoder)
+    assert kept == compared == 9 * 40 * len(line)
+    adopt(tmp_path / "its", data / "tokenizer")
+
+
+def test_a_prefix_without_what_megatron_adds_to_it_is_completed(data: Path, tmp_path: Path) -> None:
+    write_megatron(tmp_path / "my_text_document", ended(BARE))
+    with pytest.raises(DataError, match=rf"Did you mean {tmp_path}/my_text_document\?"):
+        adopt(tmp_path / "my", data / "tokenizer")

@@ -3,12 +3,15 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from codeparrot_ds.corpus.collect import collect
-from codeparrot_ds.documents.inputs import Corpus
+from codeparrot_ds.cli import app
+from codeparrot_ds.corpus.collect import collect, other_suffixes
+from codeparrot_ds.documents.inputs import Corpus, search_inputs
 from codeparrot_ds.documents.read import read_local
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.system.files import MANIFEST
@@ -127,3 +130,68 @@ def test_a_directory_without_a_manifest_is_not_a_corpus(sources: Path, tmp_path:
     (tmp_path / "corpus" / MANIFEST).unlink()
     with pytest.raises(DataError, match="codeparrot-ds corpus collect"):
         Corpus.open(tmp_path / "corpus")
+
+
+def test_other_files_are_not_mixed_with_a_corpus(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "setup.py").write_text("mine")
+    with pytest.raises(ConfigError, match=r"project: holds other files \(setup\.py\)\. Name another output"):
+        collect(tmp_path / "project", [sources])
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["setup.py"]
+
+
+def test_a_killed_collection_is_finished_in_its_directory(sources: Path, tmp_path: Path) -> None:
+    whole = collect(tmp_path / "corpus", [sources])
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    assert collect(tmp_path / "corpus", [sources]) == whole
+
+
+def test_a_file_is_not_a_directory_to_collect_from(sources: Path, tmp_path: Path) -> None:
+    file = next(path for path in sorted(sources.rglob("*.py")) if path.is_file())
+    with pytest.raises(ConfigError, match=r"not a directory\. Name the directory that contains"):
+        collect(tmp_path / "corpus", [file])
+
+
+@pytest.mark.parametrize("suffix", ["*.py", ".py,.js", "a/.py", "", "?y"])
+def test_what_is_no_suffix_is_refused(suffix: str, sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"suffix {suffix!r}: must be the end of a file name")):
+        collect(tmp_path / "corpus", [sources], suffixes=[suffix])
+    with pytest.raises(ConfigError, match=re.escape(f"suffix {suffix!r}: must be the end of a file name")):
+        search_inputs([str(sources)], suffix)
+
+
+def test_a_suffix_needs_no_dot_and_a_name_without_one_is_its_own(tmp_path: Path) -> None:
+    for name in ("a.py", "happy", "Makefile", "b_test.py", "c.js", "py"):
+        (tmp_path / "src" / "d").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / "d" / name).write_text(f"x = {name!r}\n")
+    expected = {
+        "py": ["a.py", "b_test.py", "py"],
+        ".py": ["a.py", "b_test.py"],
+        "Makefile": ["Makefile"],
+        "_test.py": ["b_test.py"],
+    }
+    for suffix, names in expected.items():
+        collect(tmp_path / suffix, [tmp_path / "src"], suffixes=[suffix])
+        assert sorted(Path(d.path).name for d in Corpus.open(tmp_path / suffix)) == names
+        pieces = search_inputs([str(tmp_path / "src")], suffix).pieces
+        assert [Path(piece.name).name for piece in pieces] == names
+    assert other_suffixes(tmp_path / ".py") == [("without a suffix", 3), (".js", 1)]
+
+
+def test_the_commands_say_what_is_not_collected_and_that_secrets_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for number in range(3):
+        text = (
+            f'AWS_SECRET_ACCESS_KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzq8fTk2Lw{number}"\n' + "x = y = z = w = 1\n" * 5
+        )
+        (tmp_path / "src" / f"{number}.py").write_text(text + f"def f():\n    a = {number}\n")
+    (tmp_path / "src" / "app.js").write_text("x\n")
+    (tmp_path / "src" / "Makefile").write_text("x\n")
+    invoke = CliRunner().invoke
+    collected = invoke(app, ["corpus", "collect", str(tmp_path / "src"), "-o", str(tmp_path / "raw")])
+    assert "of other suffixes are not collected (.js 1, without a suffix 1). --suffix selects them." in collected.stderr
+    for mode, kept in (("report", True), ("redact", False)):
+        out = str(tmp_path / mode)
+        cleaned = invoke(app, ["corpus", "clean", str(tmp_path / "raw"), "-o", out, "--secrets", mode, "--workers=1"])
+        assert "found: key" in cleaned.stdout
+        assert ("note: what was found is kept" in cleaned.stderr) is kept
