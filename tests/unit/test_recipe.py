@@ -87,14 +87,6 @@ def test_all_problems_are_reported_at_once(tiny_recipe: dict[str, Any], tmp_path
         assert expected in message
 
 
-def test_init_std_is_refused_where_weights_are_loaded(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
-    path = save_recipe(tiny_recipe, tmp_path / "r.yaml")
-    assert load_recipe(path, ["model.init_std=0.05"]).model.init_std == 0.05
-    assert load_recipe(path, ["model.init_from=/a", "model.init_std=0.02"]).model.init_from == Path("/a")
-    with pytest.raises(ConfigError, match="init_std has no effect on weights that init_from loads"):
-        load_recipe(path, ["model.init_from=/a", "model.init_std=0.05"])
-
-
 def test_an_unknown_key_is_named_in_full(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["log-ging"] = {}
     tiny_recipe["model"]["n-layer"] = 3
