@@ -50,6 +50,7 @@ def train(directory: Path, shards: Path, options: argparse.Namespace, background
         "model.n_layer": options.n_layer,
         "model.n_embd": options.n_embd,
         "model.n_head": options.n_embd // 64,
+        "model.activation_checkpointing": "full",
         "batch.global_batch_size": 4,
         "schedule.steps": STEPS,
         "schedule.warmup_steps": 1,

@@ -43,6 +43,7 @@ def train(directory: Path, options: argparse.Namespace) -> Path:
         "model.n_layer": options.n_layer,
         "model.n_embd": options.n_embd,
         "model.n_head": options.n_embd // 64,
+        "model.activation_checkpointing": "full",
         "batch.global_batch_size": 2,
         "batch.micro_batch_size": 1,
         "schedule.steps": 1,

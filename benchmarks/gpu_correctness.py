@@ -49,11 +49,16 @@ SETTINGS: dict[str, Any] = {
     "model.vocab_size": 512,
     "model.seq_len": 128,
     "model.scale_attn_by_inverse_layer_idx": "true",
+    "model.init_std": 0.02,
     "model.activation_checkpointing": "none",
     "batch.global_batch_size": 8,
     "batch.micro_batch_size": 2,
+    "optimizer.learning_rate": 1.5e-3,
+    "optimizer.betas": "[0.9, 0.95]",
+    "schedule.name": "cosine",
     "schedule.steps": 100,
     "schedule.warmup_steps": 5,
+    "schedule.min_ratio": 0.05,
 }
 
 

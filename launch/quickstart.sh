@@ -3,27 +3,31 @@
 # Options (--fresh, --offline-wheels DIR, --torch-index URL): launch/bootstrap.py --help
 set -euo pipefail
 
-run() { local line; printf -v line '%q ' "$@"; printf '\n$ %s\n' "${line% }"; "$@"; }
+times=() # microseconds and name of each part
+timed() { local part=$1 start=${EPOCHREALTIME/[^0-9]/}; "${@:2}"; times+=("$((${EPOCHREALTIME/[^0-9]/} - start)) $part"); }
+run() { local line; printf -v line '%q ' "${@:2}"; printf '\n$ %s\n' "${line% }"; timed "$@"; }
 
-"${PYTHON:-python3}" "$(dirname "$0")/bootstrap.py" "$@"
+timed install "${PYTHON:-python3}" "$(dirname "$0")/bootstrap.py" "$@"
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 data=runs/quickstart-data
 model=runs/quickstart/hf
 
-run codeparrot-ds corpus collect --installed-python --max-file-size 32kB --sample 30MB -o $data/raw
-run codeparrot-ds corpus clean $data/raw -o $data/corpus
-run codeparrot-ds tokenizer train $data/corpus --vocab-size 8192 --max-seq-len 256 -o $data/tokenizer
-run codeparrot-ds shards build $data/corpus --tokenizer $data/tokenizer --valid-fraction 0.02 -o $data/shards
-run codeparrot-ds shards verify $data/shards --deep
-run codeparrot-ds launch launch/recipes/quickstart.yaml
-run codeparrot-ds convert runs/quickstart $model
-run codeparrot-ds complete $model --num 1 \
+run collect codeparrot-ds corpus collect --installed-python --max-file-size 32kB --sample 30MB -o $data/raw
+run clean codeparrot-ds corpus clean $data/raw -o $data/corpus
+run tokenizer codeparrot-ds tokenizer train $data/corpus --vocab-size 8192 --max-seq-len 256 -o $data/tokenizer
+run shards codeparrot-ds shards build $data/corpus --tokenizer $data/tokenizer --valid-fraction 0.02 -o $data/shards
+run verify codeparrot-ds shards verify $data/shards --deep
+run train codeparrot-ds launch launch/recipes/quickstart.yaml
+run convert codeparrot-ds convert runs/quickstart $model
+run complete codeparrot-ds complete $model --num 3 \
   $'# the area of a rectangle\ndef area(width, height):' \
   $'import numpy as np\n\n# the mean of a list of values\ndef mean(values):'
-run codeparrot-ds report runs/quickstart --model $model --tokenizer $data/tokenizer \
+run report codeparrot-ds report runs/quickstart --model $model --tokenizer $data/tokenizer \
   --seconds $SECONDS --summary runs/quickstart/summary.json
 
+printf '%s\n' "${times[@]}" | LC_ALL=C awk '{ time[NR] = $1 / 1e6; part[NR] = $2; sum += $1 / 1e6 }
+  END { print "\n seconds  share"; for (i = 1; i <= NR; i++) printf "%8.1f  %4.0f%%  %s\n", time[i], 100 * time[i] / sum, part[i] }'
 cat <<END
 
 What to do next:

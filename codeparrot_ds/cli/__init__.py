@@ -16,47 +16,44 @@ from codeparrot_ds.cli.output import group
 from codeparrot_ds.errors import EXIT_CODES, EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from codeparrot_ds.system.processes import interrupt_imports
 
-_COMMANDS: dict[str, dict[str, Any]] = {
-    "From source code to shards": {"corpus": corpus.app, "tokenizer": tokenizer.app, "shards": shards.app},
-    "Plan, train and watch": {
-        "init": training.init_command,
-        "plan": planning.plan_command,
-        "tune": planning.tune_command,
-        "doctor": training.doctor_command,
-        "launch": training.launch,
-        "status": report.status,
-        "compare": report.compare_command,
-        "report": report.report,
-    },
-    "Use the model": {
-        "convert": export.convert_command,
-        "complete": complete.complete_command,
-        "evaluate": evaluate.app,
-        "push": export.push_command,
-    },
+_COMMANDS: dict[str, Any] = {  # in the order of a project
+    "corpus": corpus.app,
+    "tokenizer": tokenizer.app,
+    "shards": shards.app,
+    "init": training.init_command,
+    "plan": planning.plan_command,
+    "tune": planning.tune_command,
+    "doctor": training.doctor_command,
+    "launch": training.launch,
+    "status": report.status,
+    "compare": report.compare_command,
+    "report": report.report,
+    "convert": export.convert_command,
+    "complete": complete.complete_command,
+    "evaluate": evaluate.app,
+    "push": export.push_command,
 }
 
 
-class _Pipeline(TyperGroup):
+class _Ordered(TyperGroup):
     """Lists its commands in the order of `_COMMANDS`; typer would put the groups at the end."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """See click."""
-        return [name for commands in _COMMANDS.values() for name in commands]
+        return list(_COMMANDS)
 
 
 app = group(
     "Pre-train GPT-2 code models with DeepSpeed: from source files to a Hugging Face model.",
     add_completion=True,
-    cls=_Pipeline,
+    cls=_Ordered,
     epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
-for panel, commands in _COMMANDS.items():
-    for name, command in commands.items():
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name, rich_help_panel=panel)
-        else:
-            app.command(name, rich_help_panel=panel)(command)
+for name, command in _COMMANDS.items():
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+    else:
+        app.command(name)(command)
 
 
 def main() -> NoReturn:

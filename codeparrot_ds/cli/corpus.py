@@ -19,7 +19,7 @@ from codeparrot_ds.errors import ConfigError
 
 _LISTED = 5  # suffixes in a note
 
-app = group("Collect source files into a corpus that records the origin of each document.")
+app = group("Collect and clean source code, with the origin of each file.")
 
 
 @app.command("collect")
@@ -103,7 +103,7 @@ def corpus_clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be removed; write nothing.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Remove duplicates, near-duplicates and unsuitable documents from a corpus, and account for each of them."""
+    """Remove duplicates and unsuitable documents. Near-duplicates too; each removed one is listed with the reason."""
     from codeparrot_ds.corpus.clean import CleanOptions, clean
     from codeparrot_ds.corpus.options import Cleaning, load_cleaning, override
     from codeparrot_ds.system.jobs import Slice, say
@@ -154,7 +154,10 @@ def corpus_stats(
     examples: Annotated[int, typer.Option(help="Removed documents to show per reason.", min=0)] = 2,
     json_output: JsonOption = False,
 ) -> None:
-    """Show what came in, what each step removed with examples, groups of duplicates, sizes, licences and languages."""
+    """Show what came in, what was removed and what is left.
+
+    By step and with examples: groups of duplicates, sizes, licences and languages.
+    """
     from codeparrot_ds.corpus.stats import summarize
 
     found = summarize(directory, examples)

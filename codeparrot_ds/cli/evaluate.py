@@ -26,7 +26,7 @@ SequencesOption = Annotated[int, typer.Option(help="Maximum number of validation
 SeqLenOption = Annotated[
     int | None, typer.Option(help="Tokens per sequence. Default: the model's context.", min=1, show_default=False)
 ]
-app = group("Measure a model: loss and bits per byte, alone or against another, and pass@k of benchmarks.")
+app = group("Measure a model: bits per byte, HumanEval, against another.")
 for _command in (sampling.humaneval, sampling.mbpp, sampling.infill):
     app.command(_command.__name__)(_command)
 
@@ -41,7 +41,9 @@ def evaluate_loss(
     hostfile: Annotated[Path | None, typer.Option(help="Split the work over these hosts, via ssh.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Compute validation loss, bits per byte and perplexity, with a unigram baseline over the same tokens.
+    """Compute validation loss, bits per byte and perplexity.
+
+    With a unigram baseline over the same tokens, and by licence, length and repository.
 
     With --slice and --json, the losses of the documents are printed, which `--hostfile` merges.
     """
@@ -105,7 +107,7 @@ def evaluate_compare(
     seq_len: SeqLenOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Compare the bits per byte of two models on the same validation sequences, with a 95 % confidence interval."""
+    """Compare two models by bits per byte. On the same validation sequences, with a 95 % confidence interval."""
     from codeparrot_ds.evaluation.compare import compare_losses
 
     found = compare_losses(model_a, model_b, {shards: 1.0}, sequences, seq_len)
@@ -137,7 +139,7 @@ def evaluate_score(
     results: Annotated[Path | None, typer.Option(help="Write each sample with its verdict to this file.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Run samples of HumanEval or another benchmark in a sandbox, and compute pass@k.
+    """Run given samples of a benchmark in a sandbox, for pass@k.
 
     Without --problems, the samples are of HumanEval (pip install 'codeparrot-ds[evaluate]'). The sandbox needs
     bubblewrap.

@@ -55,7 +55,7 @@ def convert_command(
     check: Annotated[bool, typer.Option("--check", help="Verify a converted model against its certificate.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Convert a ZeRO checkpoint to a Hugging Face directory, and verify the result."""
+    """Convert a checkpoint to a Hugging Face model and verify it."""
     from codeparrot_ds.export import certificate as certificates
 
     if check == (output is not None):
@@ -142,7 +142,7 @@ def push_command(
     timeout: Annotated[float, typer.Option(help="Seconds without data after which an attempt fails.", min=1)] = 120,
     json_output: JsonOption = False,
 ) -> None:
-    """Push a finished directory to the Hugging Face Hub in one commit; a corpus as train and validation."""
+    """Push a finished directory to the Hugging Face Hub. In one commit; a corpus as train and validation."""
     from codeparrot_ds.export.hub import push
 
     pushed = push(

@@ -100,7 +100,7 @@ def tune_command(
     overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Time the configurations of a recipe that fit this machine, and write a recipe with the fastest."""
+    """Time the layouts that fit, and write the fastest recipe."""
     from codeparrot_ds.planning.machine import MachineSpec, find_machine
     from codeparrot_ds.planning.plan import make_plan
     from codeparrot_ds.planning.tune import tune, winner, write_recipe

@@ -14,7 +14,7 @@ def status(
     run: RunArgument,
     json_output: JsonOption = False,
 ) -> None:
-    """Show the state of a run, and how each attempt of `codeparrot-ds launch` ended."""
+    """Show the state of a run, and how its attempts ended."""
     from codeparrot_ds.report.status import run_status
     from codeparrot_ds.run.directory import RunDirectory
 
@@ -71,7 +71,9 @@ def report(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Print the figures of a run, a corpus, a tokenizer or two runs, or write a page that needs no network.
+    """Report on a run, two runs, a corpus or a tokenizer.
+
+    Prints the figures, or writes a page that needs no network (--output).
 
     Reads only what is there: a run may still be training, have failed, or have been copied from another machine.
     """

@@ -58,7 +58,7 @@ def humaneval(
     step: Annotated[int, typer.Option(help="Optimizer step of the model, for TensorBoard.", min=0)] = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Sample completions of HumanEval's problems, run their tests in a sandbox, and estimate pass@k.
+    """Sample HumanEval and estimate pass@k. The tests of the completions are run in a sandbox.
 
     The defaults are those of CodeParrot's evaluation. A call that was killed resumes when it is made again.
     """
@@ -86,7 +86,7 @@ def mbpp(
     hostfile: HostfileOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Sample answers to the problems of a file of MBPP's form, run their tests in a sandbox, and estimate pass@k."""
+    """Sample a file of MBPP's form and estimate pass@k. The tests of the answers are run in a sandbox."""
     how: dict[str, Any] = {"samples": samples, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     how |= {"batch_size": batch_size, "strip": strip, "temperatures": temperature}
     _evaluate("mbpp", model, problems, output, how, stop, score, (part, hostfile), json_output)
@@ -108,7 +108,7 @@ def infill(
     hostfile: HostfileOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Fill in the middle of the problems of a file, run their tests in a sandbox, and estimate pass@k.
+    """Fill in the middle of code and estimate pass@k. The tests of the results are run in a sandbox.
 
     The model's tokenizer must have tokens for prefix, suffix and middle.
     """

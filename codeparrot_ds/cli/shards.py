@@ -26,7 +26,7 @@ from codeparrot_ds.cli.output import (
 )
 from codeparrot_ds.errors import ConfigError
 
-app = group("Build, verify and inspect shards: files of token ids that training reads.")
+app = group("Build, verify and inspect shards: token ids for training.")
 
 
 @app.command("build")
@@ -169,7 +169,7 @@ def shards_inspect(
     world_size: Annotated[int, typer.Option(help="Number of ranks that share the step.", min=1)] = 1,
     json_output: JsonOption = False,
 ) -> None:
-    """Show the text of a sequence, or of all sequences that a step reads, and the origin of each document."""
+    """Show the text and the origin of a sequence. Or of all sequences that a step of a recipe reads."""
     from codeparrot_ds.run.recipe import load_recipe
     from codeparrot_ds.shards.inspect import inspect_sequence, sequences_of_step
 
@@ -225,7 +225,7 @@ def shards_adopt(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Use a Megatron-LM or nanoGPT dataset in place: write a manifest next to it. Or copy it into shards."""
+    """Use a Megatron-LM or nanoGPT dataset in place. A manifest is written next to it; or it is copied into shards."""
     from codeparrot_ds.shards.adopt import adopt
 
     manifest = adopt(

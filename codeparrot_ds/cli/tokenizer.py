@@ -91,7 +91,7 @@ def tokenizer_report(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Measure how well a tokenizer fits documents, in all and by kind of text."""
+    """Measure how well a tokenizer fits documents. In all, and by kind of text."""
     from codeparrot_ds.tokenizer.report import report
 
     found = report(tokenizer, inputs, against or [], text_field=text_field or "content", suffix=suffix)

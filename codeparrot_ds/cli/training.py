@@ -54,7 +54,10 @@ def launch(
         float, typer.Option(help="Seconds before the second restart in a row; doubles each time.", min=0)
     ] = 5.0,
 ) -> None:
-    """Train with `deepspeed` (its command is printed), and restart from the newest checkpoint after a crash."""
+    """Train with `deepspeed`, and restart after a crash.
+
+    Its command is printed. A restart resumes from the newest complete checkpoint.
+    """
     from codeparrot_ds.supervision.attempt import Restarts
     from codeparrot_ds.supervision.launch import launch as run
     from codeparrot_ds.supervision.placement import Hosts
@@ -115,7 +118,7 @@ def doctor_command(
     port: Annotated[int, typer.Option(help="Port at which ranks meet, on the first host.")] = 29500,
     json_output: JsonOption = False,
 ) -> None:
-    """Check all hosts in parallel, and report each problem with its fix. Exits with 1 if a check fails."""
+    """Check all hosts, and name each problem with its fix. Exits with 1 if a check fails."""
     from codeparrot_ds.doctor.examine import examine
     from codeparrot_ds.hosts.hostfile import read_hostfile
     from codeparrot_ds.hosts.launchers import forwarded

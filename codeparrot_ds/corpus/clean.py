@@ -12,7 +12,6 @@ number of workers:
 The result depends on the input and the options only.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -62,6 +61,7 @@ from codeparrot_ds.system.files import (
     digest_json,
     exclusive_lock,
     make_directory,
+    open_work,
     read_json,
     read_manifest,
     require_free_space,
@@ -182,11 +182,13 @@ def clean(inputs: Sequence[str | Path], output: Path, options: CleanOptions | No
     with exclusive_lock(output / name, busy):
         finished = finished_corpus(output, wanted, files)  # by the process that held the lock, or by another slice
         if finished is None:
-            work = output / WORK / digest_json([wanted, files, versions(), MEASURED_FORMAT])[:16]
-            for other in (output / WORK).glob("*"):
-                if other != work:  # of other input or options
-                    shutil.rmtree(other, ignore_errors=True)
-            work.mkdir(parents=True, exist_ok=True)
+
+            def name_of(on_bad_document: str) -> str:
+                options = {**stated, "on_bad_document": on_bad_document}
+                return digest_json([{**wanted, "options": options}, files, versions(), MEASURED_FORMAT])[:16]
+
+            # A task that was finished with "fail" has no bad document, so "skip" would give the same.
+            work = open_work(output / WORK, name_of(options.on_bad_document), name_of("fail"))
             finished = _Cleaner(output, work, found, options, wanted).run()
         if finished is not None:
             remove_work(output)

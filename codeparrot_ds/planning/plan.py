@@ -26,6 +26,7 @@ from codeparrot_ds.run.ds_config import (
     swap_bytes_per_parameter,
 )
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.shipped import name_of_ds_config
 from codeparrot_ds.shards.format import dtype_for
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # model.activation_checkpointing -> fraction of blocks
@@ -45,7 +46,7 @@ class Choice:
     def overrides(self) -> list[str]:
         """Return the `--set` arguments that select these options."""
         return [
-            f"engine.deepspeed={self.deepspeed}",
+            f"engine.deepspeed={name_of_ds_config(self.deepspeed)}",
             f"model.activation_checkpointing={self.recompute}",
             f"batch.micro_batch_size={self.micro_batch_size}",
         ]

@@ -21,6 +21,7 @@ ON_RESUME = {
     "model.n_embd": FIXED,
     "model.dropout": FIXED,
     "model.scale_attn_by_inverse_layer_idx": FIXED,
+    "model.init_std": FIXED,
     "model.activation_checkpointing": APPLIES,
     "model.init_from": FIXED,
     "data.shards": FIXED,  # by content: the directory may move

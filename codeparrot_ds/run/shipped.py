@@ -24,5 +24,11 @@ def find_ds_config(path: Path) -> Path:
     return _find(path, DS_CONFIGS / path.name) if path.parent == Path("ds_configs") else path
 
 
+def name_of_ds_config(path: Path) -> Path:
+    """What `find_ds_config` finds `path` by: its name if it comes with the package, else the path."""
+    name = Path(path.stem)
+    return name if path.parent == DS_CONFIGS and find_ds_config(name) == path else path
+
+
 def _find(path: Path, shipped: Path) -> Path:
     return shipped if not path.exists() and shipped.is_file() else path

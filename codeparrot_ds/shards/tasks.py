@@ -75,14 +75,17 @@ class Task(msgspec.Struct, frozen=True):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that determines the output bytes, and of the input files' modification times."""
+        """Digest of what determines the output bytes, and of the input files' modification times.
+
+        Not of `skip_bad`, which matters only if there is a bad document.
+        """
         job = self.job
         pieces = [
             (p.name, p.repository, p.kind, p.size, p.start, p.stop, p.digest or p.stamp) for p in self.share.pieces
         ]
         valid = "all" if self.share.only_valid else job.valid_fraction
         fields = dataclasses.astuple(job.fields)
-        return digest_json([pieces, job.tokenizer_digest, job.eos_token, fields, valid, job.skip_bad])
+        return digest_json([pieces, job.tokenizer_digest, job.eos_token, fields, valid])
 
     @property
     def receipt(self) -> str:
@@ -102,12 +105,17 @@ class Receipt(msgspec.Struct):
 
 
 def read_receipt(task: Task, labels: set[str]) -> Receipt | None:
-    """The task's receipt; None if it is missing, for other inputs, or from an untrusted encoder."""
+    """The task's receipt; None if it is missing, for other inputs, or from an untrusted encoder.
+
+    Also None if documents were skipped of which the first now ends the build.
+    """
     output = task.job.output
     if not output.exists(task.receipt):
         return None
     try:
         receipt = msgspec.json.decode(output.read(task.receipt), type=Receipt)
     except (DataError, msgspec.DecodeError):
+        return None
+    if receipt.quarantined and not task.job.skip_bad:
         return None
     return receipt if receipt.fingerprint == task.fingerprint and receipt.encoder in labels else None

@@ -96,6 +96,21 @@ def require_empty(path: Path) -> None:
         raise ConfigError(f"{path}: already exists. Name another directory, or remove this one first.")
 
 
+def open_work(parent: Path, name: str, same: str) -> Path:
+    """Create the directory `name` for work in progress, with its parents, and remove its siblings.
+
+    Work in a directory called `same` is continued: it becomes this one.
+    """
+    work, other = parent / name, parent / same
+    if other.is_dir() and not work.exists():
+        other.rename(work)
+    for each in parent.glob("*"):
+        if each.is_dir() and each != work:  # of other input or options
+            shutil.rmtree(each, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
 @contextmanager
 def publish_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`; rename it to `path` on success, delete it on failure.

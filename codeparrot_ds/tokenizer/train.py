@@ -26,6 +26,7 @@ from codeparrot_ds.system.files import (
     exclusive_lock,
     finished_manifest,
     make_directory,
+    open_work,
     publish_directory,
     require_empty,
     write_json,
@@ -194,11 +195,13 @@ class _Training:
         """The tasks: a function of the input files alone."""
         options, pieces = self._options, self._inputs.pieces
         stated = {key: value for key, value in self._wanted["options"].items() if key != "reserve"}
-        directory = self._work / digest_json([versions_of(pieces), stated, self._label])[:16]
-        for other in self._work.iterdir():
-            if other.is_dir() and other != directory:  # of other input or options
-                shutil.rmtree(other)
-        directory.mkdir(exist_ok=True)
+
+        def name_of(on_bad_document: str) -> str:
+            asked = {**stated, "on_bad_document": on_bad_document}
+            return digest_json([versions_of(pieces), asked, self._label])[:16]
+
+        # A task that was finished with "fail" has no bad document, so "skip" would give the same.
+        directory = open_work(self._work, name_of(options.on_bad_document), name_of("fail"))
         task_bytes = min(max(sum(map(text_bytes, pieces)) / _TASKS, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
         return [
             Task(

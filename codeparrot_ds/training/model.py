@@ -17,8 +17,6 @@ from codeparrot_ds.training import attention
 from codeparrot_ds.training.loss import LossHead
 from codeparrot_ds.training.pretrained import load_pretrained
 
-_INIT_STD = 0.02  # GPT-2's `initializer_range`
-
 
 def build_model(
     model: Model,
@@ -74,7 +72,7 @@ def build_model(
     attention.set_scale(network)
     network.lm_head.chunk_tokens = loss_chunk_tokens
     if draw_on is not None:
-        _draw(network)
+        _draw(network, model.init_std)
     elif model.init_from is None or from_checkpoint:
         initialize_weights(network, model, seed)
     else:
@@ -187,10 +185,10 @@ def initialize_weights(network: nn.Module, model: Model, seed: int) -> None:
     for name, parameter in network.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
             if parameter.numel() > 0:  # gathered: rank 0's values are broadcast on exit
-                parameter.copy_(initial_value(name, parameter.shape, model.n_layer, seed))
+                parameter.copy_(initial_value(name, parameter.shape, model, seed))
 
 
-def _draw(network: nn.Module) -> None:
+def _draw(network: nn.Module, std: float) -> None:
     """Initialize every parameter on its device: from the default generator, and without depth scaling."""
     import deepspeed
 
@@ -201,17 +199,17 @@ def _draw(network: nn.Module) -> None:
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, _INIT_STD)
+                parameter.normal_(0.0, std)
 
 
-def initial_value(name: str, shape: torch.Size, n_layer: int, seed: int) -> torch.Tensor:
+def initial_value(name: str, shape: torch.Size, model: Model, seed: int) -> torch.Tensor:
     """Return the fp32 value of one parameter at step 0, on the CPU. Scales from the GPT-2 paper, section 2.3."""
     if ".ln_" in name:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
     # Each block adds two projections to the residual stream. Scaling keeps its variance independent of depth.
-    std = _INIT_STD / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else _INIT_STD
+    std = model.init_std / math.sqrt(2 * model.n_layer) if name.endswith("c_proj.weight") else model.init_std
     generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}".encode()) >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 

@@ -18,6 +18,7 @@ from tests.pages import PAGES, blocks
 from tests.trees import copy_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+PARTS = ["install", "collect", "clean", "tokenizer", "shards", "verify", "train", "convert", "complete", "report"]
 NOISE = re.compile(r"warning|deprecat|traceback|\[INFO\]|\[WARNING\]", re.IGNORECASE)
 
 
@@ -52,8 +53,8 @@ def test_every_block_runs_and_a_killed_quickstart_resumes(tmp_path: Path) -> Non
     assert summary["files"] >= 2_000
     assert summary["vocab_size"] == 8192
     assert summary["tokens"] > 5_000_000
-    assert summary["parameters"] > 3_000_000
-    assert summary["loss_valid"] <= summary["loss_unigram"] - 0.8
+    assert summary["parameters"] > 1_000_000
+    assert summary["loss_valid"] <= summary["loss_unigram"] - 1.2
 
     again = bash("./launch/quickstart.sh", copy, environment)
     assert again.returncode == 0, again.stdout
@@ -135,6 +136,9 @@ def check_output(output: str) -> None:
         assert row in output
     for row in ("source files", "tokens", "parameters", "loss at step 0", "validation loss", "unigram", "perplexity"):
         assert row in output
+    parts = re.findall(r"^ +\d+\.\d +(\d+)%  (\w+)$", output, re.MULTILINE)
+    assert [name for _, name in parts] == PARTS
+    assert 95 <= sum(int(share) for share, _ in parts) <= 105  # rounded
     ours = output[output.index("\n$ codeparrot-ds") :]  # pip's output before that depends on the machine
     assert not NOISE.search(ours), NOISE.search(ours)
 

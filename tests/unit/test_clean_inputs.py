@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from codeparrot_ds.corpus import clean as cleaning_module
 from codeparrot_ds.corpus.clean import CleanOptions, clean
 from codeparrot_ds.corpus.collect import collect
 from codeparrot_ds.corpus.options import Cleaning, NearDuplicates
@@ -24,6 +25,7 @@ from codeparrot_ds.corpus.stats import summarize
 from codeparrot_ds.documents.inputs import Corpus, find_inputs
 from codeparrot_ds.documents.walk import REMOVED
 from codeparrot_ds.errors import ClusterError, ConfigError, DataError
+from codeparrot_ds.system import files
 from codeparrot_ds.system.files import MANIFEST, as_user_error
 from codeparrot_ds.system.jobs import Slice
 from tests.unit.test_inputs import BAD, BAD_PARQUET, _inputs, limit, lines, many, mixed, row, write
@@ -294,3 +296,34 @@ def test_statistics_of_a_damaged_corpus_are_refused(
     with pytest.raises(DataError, match=re.escape(str(copy))) as caught:
         summarize(copy, 2)
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_measured_before_a_bad_document_is_kept_when_it_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaning_module, "_TASK_BYTES", 1)  # a task for each file
+    write(tmp_path / "in" / "a.jsonl.gz", gzip.compress(lines(many())))
+    write(tmp_path / "in" / "b.jsonl.gz", gzip.compress(b"broken\n"))
+    found: list[list[str]] = []
+
+    def open_work(parent: Path, name: str, same: str) -> Path:
+        work = files.open_work(parent, name, same)
+        found.append(sorted(path.name for path in work.iterdir()))
+        return work
+
+    monkeypatch.setattr(cleaning_module, "open_work", open_work)
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz:1"):
+        run([tmp_path / "in"], tmp_path / "out")
+    manifest = run([tmp_path / "in"], tmp_path / "out", on_bad_document="skip")
+    assert found == [[], ["measured-00000"]]
+    assert manifest["removed"]["unreadable"] == 1
+
+
+@pytest.mark.parametrize(("same", "kept"), [("one", True), ("other", False), ("two", False)])
+def test_work_is_continued_under_another_name(tmp_path: Path, same: str, kept: bool) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "task").write_text("done")
+    (tmp_path / ".lock").write_text("")
+    work = files.open_work(tmp_path, "two", same)
+    assert (work / "task").exists() is kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "two"]

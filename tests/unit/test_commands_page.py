@@ -123,6 +123,17 @@ def test_every_exit_code_is_listed() -> None:
     assert {0, 2, *named} <= set(EXIT_CODES)
 
 
+def test_lists_of_commands_show_whole_sentences() -> None:
+    """At 80 columns, next to the longest name."""
+    lists = [typer.main.get_command(app)]
+    for group in lists:
+        commands: dict[str, Any] = getattr(group, "commands")  # noqa: B009
+        lists += [each for each in commands.values() if hasattr(each, "commands")]
+        limit = 80 - 6 - max(map(len, commands))
+        cut = {name: text for name, each in commands.items() if "..." in (text := each.get_short_help_str(limit))}
+        assert not cut, cut
+
+
 def test_every_option_says_what_it_is() -> None:
     for words, command in every_command():
         assert summary(command).endswith("."), words

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from codeparrot_ds.cli import app
 from codeparrot_ds.corpus.collect import collect, other_suffixes
 from codeparrot_ds.documents.inputs import Corpus, search_inputs
 from codeparrot_ds.documents.read import read_local
@@ -174,3 +176,22 @@ def test_a_suffix_needs_no_dot_and_a_name_without_one_is_its_own(tmp_path: Path)
         pieces = search_inputs([str(tmp_path / "src")], suffix).pieces
         assert [Path(piece.name).name for piece in pieces] == names
     assert other_suffixes(tmp_path / ".py") == [("without a suffix", 3), (".js", 1)]
+
+
+def test_the_commands_say_what_is_not_collected_and_that_secrets_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for number in range(3):
+        text = (
+            f'AWS_SECRET_ACCESS_KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzq8fTk2Lw{number}"\n' + "x = y = z = w = 1\n" * 5
+        )
+        (tmp_path / "src" / f"{number}.py").write_text(text + f"def f():\n    a = {number}\n")
+    (tmp_path / "src" / "app.js").write_text("x\n")
+    (tmp_path / "src" / "Makefile").write_text("x\n")
+    invoke = CliRunner().invoke
+    collected = invoke(app, ["corpus", "collect", str(tmp_path / "src"), "-o", str(tmp_path / "raw")])
+    assert "of other suffixes are not collected (.js 1, without a suffix 1). --suffix selects them." in collected.stderr
+    for mode, kept in (("report", True), ("redact", False)):
+        out = str(tmp_path / mode)
+        cleaned = invoke(app, ["corpus", "clean", str(tmp_path / "raw"), "-o", out, "--secrets", mode, "--workers=1"])
+        assert "found: key" in cleaned.stdout
+        assert ("note: what was found is kept" in cleaned.stderr) is kept

@@ -153,6 +153,18 @@ def test_the_memory_of_each_stage_is_what_the_plan_says() -> None:
             assert f"{found.memory.peak_bytes / 1e9:.1f}" == peak, (recompute, gpus, stage)
 
 
+def test_the_recipes_on_the_page_are_those_of_the_package() -> None:
+    (table,) = (table for table in tables(DOCS / "training.md") if table[0][0] == "recipe")
+    assert [row[0].strip("`") for row in table[1:]] == ["quickstart", "codeparrot-small", "codeparrot-xl"]
+    for name, *facts in table[1:]:
+        recipe = load_recipe(Path(name.strip("`")))
+        assert facts == [
+            f"{recipe.model.parameters / 1e6:,.1f} M",
+            f"{recipe.batch.global_batch_size} x {recipe.model.seq_len:,} tokens",
+            f"`{recipe.engine.deepspeed.stem}`",
+        ]
+
+
 def test_every_page_is_plain_markdown() -> None:
     """Fences are closed, and no line of a table is cut."""
     for page in PAGES:

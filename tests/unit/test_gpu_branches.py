@@ -1,5 +1,6 @@
 """GPU-only code with `torch.cuda` replaced by a fake: memory, times, transfer of ids, step profile."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch.autograd import DeviceType
 
 from codeparrot_ds import trial
+from codeparrot_ds.run.directory import RunDirectory
+from codeparrot_ds.run.recipe import load_recipe
 from codeparrot_ds.training import kernels
 from codeparrot_ds.training.loop import Trainer
 from codeparrot_ds.training.memory import DeviceMemory, device_memory
-from codeparrot_ds.training.metrics import Instant, read_tensors
+from codeparrot_ds.training.metrics import Instant, Metrics, log, read_tensors
+from tests.conftest import save_recipe
 
 GPU = torch.device("cuda", 0)
 
@@ -140,3 +144,38 @@ def test_the_fused_loss_needs_triton_and_a_compiler(
     assert kernels.available(GPU) is expected
     assert not kernels.available(torch.device("cpu"))
     kernels._can_compile.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "said"),
+    [
+        (
+            "cpu",
+            61.0,
+            ["the first of 8 micro-batches took 61 s: about 81 minutes to the next log line, 68 days to the"],
+        ),
+        ("cpu", 0.1, []),  # the first log line is 8 s away
+        ("cuda", 61.0, []),  # the time of queueing it says nothing
+    ],
+)
+def test_a_run_that_will_be_silent_for_a_minute_says_how_long(
+    device: str,
+    seconds: float,
+    said: list[str],
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    body = {**tiny_recipe, "schedule": {"steps": 12_000}, "logging": {"every_steps": 10, "tensorboard": False}}
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    run.path.mkdir(parents=True)
+    metrics = Metrics(run, load_recipe(save_recipe(body, tmp_path / "recipe.yaml")), 0)
+    with caplog.at_level("INFO", logger="codeparrot_ds"):
+        metrics.first_micro_batch(0, 8, seconds, torch.device(device))
+        metrics.first_micro_batch(1, 8, seconds, torch.device(device))  # only once
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(said)
+    assert all(message.startswith(start) for message, start in zip(messages, said, strict=True))
+    metrics.close()

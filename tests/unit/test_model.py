@@ -33,10 +33,20 @@ def test_initial_weights_are_gpt2s_and_a_function_of_seed_and_name() -> None:
         elif ".ln_" in name:
             assert torch.all(value == 1)
     name = "transformer.h.0.attn.c_attn.weight"
-    assert torch.equal(state[name], initial_value(name, state[name].shape, TINY.n_layer, seed=5))
-    assert not torch.equal(state[name], initial_value(name, state[name].shape, TINY.n_layer, seed=6))
+    assert torch.equal(state[name], initial_value(name, state[name].shape, TINY, seed=5))
+    assert not torch.equal(state[name], initial_value(name, state[name].shape, TINY, seed=6))
     other = "transformer.h.1.attn.c_attn.weight"
     assert not torch.equal(state[name], state[other])
+
+
+def test_init_std_scales_the_matrices_and_is_stored_in_the_configuration() -> None:
+    wider = TINY.model_copy(update={"init_std": 0.05})
+    network, scaled = (build_model(model, eos_id=0, seed=5) for model in (TINY, wider))
+    for (name, value), other in zip(network.named_parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(other, value * 2.5 if value.dim() == 2 else value, msg=name)
+    assert (network.config.initializer_range, scaled.config.initializer_range) == (0.02, 0.05)
+    drawn: Any = build_model(wider, eos_id=0, seed=5, draw_on=torch.device("cpu"))
+    assert abs(drawn.transformer.wte.weight.std().item() - 0.05) < 0.0025
 
 
 def test_weight_decay_names_every_parameter_once() -> None:

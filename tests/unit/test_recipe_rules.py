@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "model.n_embd": 64,
     "model.dropout": 0.1,
     "model.scale_attn_by_inverse_layer_idx": False,
+    "model.init_std": 0.05,
     "model.activation_checkpointing": "none",
     "model.init_from": "/a/model",
     "data.shards": "/elsewhere/shards",

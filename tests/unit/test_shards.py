@@ -6,18 +6,21 @@ import shutil
 import struct
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from codeparrot_ds.documents.document import Document
-from codeparrot_ds.documents.inputs import Corpus
+from codeparrot_ds.documents.document import BadDocument, Document
+from codeparrot_ds.documents.fields import Fields
+from codeparrot_ds.documents.inputs import Corpus, find_inputs
 from codeparrot_ds.documents.splits import split_of
 from codeparrot_ds.errors import ConfigError, DataError
 from codeparrot_ds.shards.build import build
 from codeparrot_ds.shards.format import Manifest, ShardInfo, ShardWriter, dtype_for, read_index
 from codeparrot_ds.shards.options import BuildOptions
 from codeparrot_ds.shards.sequences import PackedSequences, batch_digest
+from codeparrot_ds.shards.tasks import Job, Receipt, Task, plan, read_receipt
 from codeparrot_ds.shards.verify import _check_bytes, verify
 from codeparrot_ds.system.files import MANIFEST, exclusive_lock
 from codeparrot_ds.system.storage import LocalDirectory
@@ -305,3 +308,35 @@ def test_the_batch_digest_depends_on_content_and_not_on_its_distribution() -> No
     changed = ids.copy()
     changed[2, 3] += 1
     assert batch_digest(changed) != whole
+
+
+def test_what_was_built_before_a_bad_document_is_kept_when_it_is_skipped(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"content": "first = 1"}\n' * 3)
+    (tmp_path / "in" / "b.jsonl").write_text('{"content": "second = 2"}\nbroken\n')
+    how = {"shard_tokens": 1, "valid_fraction": 0.0, "workers": 1}  # a task for each file
+    shards = tmp_path / "shards"
+    with pytest.raises(DataError, match=r"b\.jsonl at byte 26"):
+        build(tmp_path / "in", data / "tokenizer", shards, BuildOptions(**how))
+    built = (shards / "train-00000.bin").stat()
+    manifest = build(tmp_path / "in", data / "tokenizer", shards, BuildOptions(on_bad_document="skip", **how))
+    assert manifest is not None
+    assert manifest.documents["quarantined"] == 1
+    after = (shards / "train-00000.bin").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (built.st_ino, built.st_mtime_ns)
+
+
+def test_a_receipt_of_skipped_documents_is_of_no_use_if_they_end_the_build(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "first = 1"}\nbroken\n')
+    store = LocalDirectory(tmp_path)
+    pieces = find_inputs([str(tmp_path / "a.jsonl")])
+    task = plan(pieces, [], 1000)[0]
+    job = Job(store, data / "tokenizer", "digest", None, "<|endoftext|>", Fields(), 0.0, True, "tokenizers")
+    lenient, strict = Task(task, job), Task(task, msgspec.structs.replace(job, skip_bad=False))
+    bad = BadDocument("a.jsonl:2", "not JSON")
+    receipt = Receipt(lenient.fingerprint, "label", [], 2, 0, [bad])
+    store.write(lenient.receipt, msgspec.json.encode(receipt))
+    assert read_receipt(lenient, {"label"}) == receipt
+    assert read_receipt(strict, {"label"}) is None
+    store.write(lenient.receipt, msgspec.json.encode(msgspec.structs.replace(receipt, read=1, quarantined=[])))
+    assert read_receipt(strict, {"label"}) is not None

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from codeparrot_ds.cli import app
 from codeparrot_ds.errors import ConfigError
 from codeparrot_ds.hosts.hostfile import read_hostfile
+from codeparrot_ds.planning.plan import Choice
 from codeparrot_ds.run.ds_config import load_ds_config
 from codeparrot_ds.run.recipe import load_recipe
-from codeparrot_ds.run.shipped import DS_CONFIGS, RECIPES, find_ds_config, find_recipe
+from codeparrot_ds.run.shipped import DS_CONFIGS, RECIPES, find_ds_config, find_recipe, name_of_ds_config
 from tests.conftest import ROOT, save_recipe
 
 
@@ -61,3 +62,13 @@ def test_init_writes_a_recipe_and_a_hostfile(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["init", str(tmp_path / "new")])
     assert "already exists" in str(refused.exception)
     assert (tmp_path / "new" / "recipe.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_plan_names_a_deepspeed_json_as_a_user_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choice = Choice(DS_CONFIGS / "zero3_offload.json", "full", 2)
+    assert choice.overrides()[0] == "engine.deepspeed=zero3_offload"
+    (tmp_path / "mine.json").write_text("{}", encoding="utf-8")
+    assert name_of_ds_config(tmp_path / "mine.json") == tmp_path / "mine.json"
+    (tmp_path / "zero3_offload").write_text("{}", encoding="utf-8")  # the name would find this one
+    assert name_of_ds_config(DS_CONFIGS / "zero3_offload.json") == DS_CONFIGS / "zero3_offload.json"

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A Slurm user: shards by a job array, training over two nodes, a time limit, and the model. In a checkout of their own.
+#   python -m tests.multinode.slurm_nodes benchmarks/walks/slurm.sh DIRECTORY      on two nodes on this machine
+set -euo pipefail
+source "$(dirname "$0")/walk.sh"
+cp -r "$here/../../launch" "$here/../../ds_configs" .
+python3 "$here/make_json_gz.py" raw --files 20 --megabytes 20
+ends() { while squeue --noheader --jobs="$1" --format=%i 2>/dev/null | grep -q .; do sleep 1; done; }
+waits() { until [ "$(squeue --noheader --jobs="$1" --format=%t)" = PD ]; do sleep 1; done; }
+
+run sinfo
+run codeparrot-ds tokenizer train raw --vocab-size 4096 --max-seq-len 256 -o data/tokenizer
+fails 1 sbatch --partition=gpu launch/slurm_preprocess.sbatch raw data/tokenizer data/shards
+run sbatch launch/slurm_preprocess.sbatch raw data/tokenizer data/shards
+sleep 3
+run squeue
+run scancel 1
+run sbatch --array=0-1 --cpus-per-task=1 launch/slurm_preprocess.sbatch raw data/tokenizer data/shards --valid-fraction 0.02
+ends 2
+run cat slurm-2_0.out slurm-2_1.out
+run codeparrot-ds shards verify data/shards --deep
+run codeparrot-ds init mine --recipe quickstart
+run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: data/shards#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 50/; s/every_steps: 25/every_steps: 10/' mine/recipe.yaml
+run sbatch launch/slurm_train.sbatch mine/recipe.yaml
+ends 4
+run cat slurm-4.out
+run sbatch --time=6 launch/slurm_train.sbatch mine/recipe.yaml --ranks 1
+waits 5
+run squeue
+run codeparrot-ds status runs/mine
+for _ in $(seq 20); do # Slurm waits two minutes before a job that was put back into the queue
+    scontrol update JobId=5 StartTime=now 2>/dev/null || true
+    sleep 5
+    grep -q '"finished"' runs/mine/status.json && break
+    while [ "$(squeue --noheader --jobs=5 --format=%t)" = R ]; do sleep 1; done
+done
+ends 5
+run cat slurm-5.out
+run codeparrot-ds status runs/mine
+run srun --nodes=1 --ntasks=1 codeparrot-ds convert runs/mine runs/mine/hf
+run codeparrot-ds complete runs/mine --num 1 'def main():'
