@@ -80,8 +80,10 @@ def test_scores_need_exports(tiny_recipe: dict[str, Any]) -> None:
 def test_what_scoring_needs_is_checked_before_training(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
+    from codeparrot_ds.evaluation.sandbox.bubble import bubblewrap_version
     from codeparrot_ds.train import _check_humaneval
 
+    bubblewrap_version.cache_clear()  # filled by other tests
     monkeypatch.setenv("PATH", "/nowhere")
     checked: Any = SimpleNamespace(recipe=recipe)
     with pytest.raises(ConfigError, match="needs bubblewrap"):
