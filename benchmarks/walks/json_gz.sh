@@ -18,6 +18,6 @@ python3 "$here/run.py" --expect -9 --kill-at 'encoding: ' -- codeparrot-ds shard
 run codeparrot-ds shards build corpus --tokenizer tokenizer -o shards --workers 2
 run codeparrot-ds shards verify shards --deep
 run codeparrot-ds shards inspect shards --sequence 100000 --seq-len 64
-run codeparrot-ds shards build 'raw/file-0000000007*.json.gz' --tokenizer tokenizer -o raw-shards --on-bad-document skip --workers 2
+run codeparrot-ds shards build 'raw/file-000000000[07]0?.json.gz' --tokenizer tokenizer -o raw-shards --on-bad-document skip --workers 2
 run cat raw-shards/quarantine.jsonl
 run du -sh corpus tokenizer shards

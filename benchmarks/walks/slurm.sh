@@ -21,12 +21,12 @@ ends 2
 run cat slurm-2_0.out slurm-2_1.out
 run codeparrot-ds shards verify data/shards --deep
 run codeparrot-ds init mine --recipe quickstart
-run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: data/shards#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 40/; s/warmup_steps: .*/warmup_steps: 5/; s/every_steps: 25/every_steps: 10/' mine/recipe.yaml
+run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: data/shards#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 100/; s/warmup_steps: .*/warmup_steps: 5/; s/every_steps: 25/every_steps: 10/' mine/recipe.yaml
 run sbatch launch/slurm_train.sbatch mine/recipe.yaml
 ends 4
 run cat slurm-4.out
 run sbatch --time=7 launch/slurm_train.sbatch mine/recipe.yaml --ranks 1
-until scontrol --oneliner show job 5 | grep -q Restarts=1; do sleep 1; done
+until scontrol --oneliner show job 5 | grep -qE 'Restarts=1|JobState=COMPLETED'; do sleep 1; done
 run squeue
 run codeparrot-ds status runs/mine
 for _ in $(seq 60); do
