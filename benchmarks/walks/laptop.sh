@@ -29,4 +29,4 @@ run codeparrot-ds complete runs/mine --num 1 'def main():'
 run mv runs/mine moved
 run codeparrot-ds complete moved --num 1 'for i in'
 fails 1 codeparrot-ds launch moved/recipe.yaml --set model.n_layer=6
-run codeparrot-ds launch mine/recipe.yaml --set name=larger --set model.n_layer=6 --set schedule.steps=25
+run codeparrot-ds launch mine/recipe.yaml --set name=larger --set model.n_layer=6 --set schedule.steps=50

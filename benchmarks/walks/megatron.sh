@@ -33,7 +33,7 @@ fails 1 codeparrot-ds shards adopt large_content_document --tokenizer large-toke
 run codeparrot-ds shards verify . --deep
 run codeparrot-ds shards inspect . --sequence 0 --seq-len 48
 run codeparrot-ds init mine --recipe quickstart
-run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: .#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 50/' mine/recipe.yaml
+run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: .#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 25/; s/warmup_steps: .*/warmup_steps: 5/' mine/recipe.yaml
 run codeparrot-ds shards inspect mine/recipe.yaml --step 0 --rank 1 --world-size 8
 run codeparrot-ds launch mine/recipe.yaml
 run codeparrot-ds launch mine/recipe.yaml --set name=large --set data.shards=large --set model.vocab_size=70000 --set schedule.steps=5 --set schedule.warmup_steps=1

@@ -5,8 +5,9 @@ set -euo pipefail
 source "$(dirname "$0")/walk.sh"
 cp -r "$here/../../launch" "$here/../../ds_configs" .
 python3 "$here/make_json_gz.py" raw --files 20 --megabytes 20
-ends() { while squeue --noheader --jobs="$1" --format=%i 2>/dev/null | grep -q .; do sleep 1; done; }
-waits() { until [ "$(squeue --noheader --jobs="$1" --format=%t)" = PD ]; do sleep 1; done; }
+state() { scontrol --oneliner show job "$1" | grep -o 'JobState=[A-Z]*' | sort -u | tr '\n' ' '; }
+ends() { until [[ $(state "$1") =~ ^(JobState=(COMPLETED|FAILED) )+$ ]]; do sleep 1; done; }
+waits() { until [[ $(state "$1") =~ PENDING|COMPLETED|FAILED ]]; do sleep 1; done; }
 
 run sinfo
 run codeparrot-ds tokenizer train raw --vocab-size 4096 --max-seq-len 256 -o data/tokenizer
@@ -20,21 +21,20 @@ ends 2
 run cat slurm-2_0.out slurm-2_1.out
 run codeparrot-ds shards verify data/shards --deep
 run codeparrot-ds init mine --recipe quickstart
-run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: data/shards#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 50/; s/every_steps: 25/every_steps: 10/' mine/recipe.yaml
+run sed -i 's/^name: .*/name: mine/; s#shards: .*#shards: data/shards#; s/vocab_size: .*/vocab_size: 4096/; s/ steps: .*/ steps: 100/; s/warmup_steps: .*/warmup_steps: 5/; s/every_steps: 25/every_steps: 10/' mine/recipe.yaml
 run sbatch launch/slurm_train.sbatch mine/recipe.yaml
 ends 4
 run cat slurm-4.out
-run sbatch --time=6 launch/slurm_train.sbatch mine/recipe.yaml --ranks 1
-waits 5
+run sbatch --time=7 launch/slurm_train.sbatch mine/recipe.yaml --ranks 1
+until scontrol --oneliner show job 5 | grep -qE 'Restarts=1|JobState=COMPLETED'; do sleep 1; done
 run squeue
 run codeparrot-ds status runs/mine
-for _ in $(seq 20); do # Slurm waits two minutes before a job that was put back into the queue
-    scontrol update JobId=5 StartTime=now 2>/dev/null || true
+for _ in $(seq 60); do
+    if grep -q '"finished"' runs/mine/status.json; then break; fi
+    waits 5 # for Slurm, which lets a job that was put back into the queue rest for two minutes
+    scontrol update JobId=5 StartTime=now || true
     sleep 5
-    grep -q '"finished"' runs/mine/status.json && break
-    while [ "$(squeue --noheader --jobs=5 --format=%t)" = R ]; do sleep 1; done
 done
-ends 5
 run cat slurm-5.out
 run codeparrot-ds status runs/mine
 run srun --nodes=1 --ntasks=1 codeparrot-ds convert runs/mine runs/mine/hf
