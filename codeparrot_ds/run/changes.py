@@ -43,6 +43,7 @@ ON_RESUME = {
     "schedule.min_ratio": APPLIES,
     "engine.deepspeed": APPLIES,
     "engine.precision": APPLIES,
+    "engine.float32_matmul_precision": APPLIES,
     "engine.nvme": APPLIES,
     "engine.loss_chunk_tokens": APPLIES,
     "engine.compile": APPLIES,

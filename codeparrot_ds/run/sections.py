@@ -248,6 +248,9 @@ class Engine(Section):
     Attributes:
         deepspeed: path of the DeepSpeed JSON, or the name of one in `ds_configs/`, e.g. zero3.
         precision: type of the weights and activations in forward and backward.
+        float32_matmul_precision: of matrix products in training where `precision` is fp32; as in
+            torch.set_float32_matmul_precision. highest: fp32. high: TF32 on GPUs. medium: TF32 on GPUs, and bfloat16 on
+            CPUs that have instructions for it. Evaluation always uses fp32.
         nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
         loss_chunk_tokens: compute the logits and the loss for this many tokens at a time, to limit memory.
         compile: apply torch.compile to the model's blocks.
@@ -256,6 +259,7 @@ class Engine(Section):
 
     deepspeed: Annotated[UserPath, AfterValidator(find_ds_config)]
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     nvme: UserPath | None = None
     loss_chunk_tokens: Positive = 4096
     compile: bool = False

@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # nothing needs torch at import time, so bad input is refused
 
 def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, Any]) -> Any:
     """Build the DeepSpeed engine for `network`, with the recipe's optimizer over its two parameter groups."""
+    import torch
+
     from codeparrot_ds.training.model import compile_blocks, gather_whole_blocks, parameter_groups
     from codeparrot_ds.training.writer import CheckpointWriter
     from codeparrot_ds.training.zero1 import initialize
 
+    torch.set_float32_matmul_precision(recipe.engine.float32_matmul_precision)
     groups = parameter_groups(network, recipe.optimizer.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer.name](groups, recipe.optimizer, "cpu_adam" in required_ops(ds_config))
     if ds_config["zero_optimization"]["stage"] == 3:
@@ -32,6 +35,19 @@ def build_engine(network: "nn.Module", recipe: Recipe, ds_config: Mapping[str, A
         if recipe.engine.compile:
             compile_blocks(network, engine.device)
     return engine
+
+
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Compute matrix products of fp32 in fp32, so that a loss can be compared with that of another program."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def forget_trace(engine: Any) -> None:

@@ -20,7 +20,7 @@ from codeparrot_ds.shards.validation import perplexity, validation_sequences
 from codeparrot_ds.system.files import write_json
 from codeparrot_ds.tokenizer.encode import Encoder
 from codeparrot_ds.training import checkpoint as checkpoints
-from codeparrot_ds.training.engine import forget_trace
+from codeparrot_ds.training.engine import exact_matmul, forget_trace
 from codeparrot_ds.training.guards import (
     SkippedSteps,
     SpikeDetector,
@@ -290,7 +290,7 @@ class Trainer:
         micro, _ = self.recipe.batch.micro_batch_and_accumulation(self.ranks.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # sum of losses, sequences
         self.engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), exact_matmul():
             for start in range(0, len(numbers), micro * self.ranks.world_size):
                 self.watchdog.beat(f"the evaluation after step {self.step}", 3.0)
                 # Every rank must join every ZeRO-3 forward: one without a share repeats a sequence with weight 0.
