@@ -1050,7 +1050,11 @@ def test_nesting_of_any_depth_is_read_or_named(tmp_path: Path) -> None:
 @given(line=st.binary(max_size=40))
 def test_any_bytes_are_blank_or_a_document_or_named(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     path = write(tmp_path_factory.getbasetemp() / "any.jsonl", line)
-    assert len(read_all(path)) == sum(1 for part in line.split(b"\n") if part.strip())
+    lines = [part for part in line.split(b"\n") if part.strip()]
+    if lines and lines[0].lstrip()[:1] in (b"[", b"{"):  # perhaps a value over several lines
+        assert 1 <= len(read_all(path)) <= len(lines)
+    else:
+        assert len(read_all(path)) == len(lines)
 
 
 COMPRESSED = {
