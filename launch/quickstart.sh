@@ -22,8 +22,8 @@ run train codeparrot-ds launch launch/recipes/quickstart.yaml
 run convert codeparrot-ds convert runs/quickstart $model
 run complete codeparrot-ds complete $model --num 3 --temperature 0.5 \
   $'# the area of a rectangle\ndef area(width, height):' $'class Point:\n    def __init__(self, x, y):'
-run report codeparrot-ds report runs/quickstart --model $model --tokenizer $data/tokenizer \
-  --seconds $SECONDS --summary runs/quickstart/summary.json
+run report codeparrot-ds report runs/quickstart --seconds $SECONDS \
+  --summary runs/quickstart/summary.json -o runs/quickstart/report.html
 
 printf '%s\n' "${times[@]}" | LC_ALL=C awk '{ time[NR] = $1 / 1e6; part[NR] = $2; sum += $1 / 1e6 }
   END { print "\n seconds  share"; for (i = 1; i <= NR; i++) printf "%8.1f  %4.0f%%  %s\n", time[i], 100 * time[i] / sum, part[i] }'
@@ -31,7 +31,7 @@ cat <<END
 
 What to do next:
   complete your own prompt     codeparrot-ds complete $model 'def main():'
-  watch the curves             tensorboard --logdir runs/quickstart/tensorboard
+  see the curves               runs/quickstart/report.html, in a browser
   train CodeParrot itself      launch/recipes/codeparrot-small.yaml, launch/recipes/codeparrot-xl.yaml
   train on your own code       codeparrot-ds corpus collect DIRECTORY -o data/corpus
 (first: export PATH=$PWD/.venv/bin:\$PATH)
