@@ -20,7 +20,7 @@ run shards codeparrot-ds shards build $data/corpus --tokenizer $data/tokenizer -
 run verify codeparrot-ds shards verify $data/shards --deep
 run train codeparrot-ds launch launch/recipes/quickstart.yaml
 run convert codeparrot-ds convert runs/quickstart $model
-run complete codeparrot-ds complete $model --num 3 --temperature 0.5 \
+run complete codeparrot-ds complete $model --num 3 --temperature 0.7 --top-p 0.9 --max-new-tokens 48 \
   $'# the area of a rectangle\ndef area(width, height):' $'class Point:\n    def __init__(self, x, y):'
 run report codeparrot-ds report runs/quickstart --seconds $SECONDS \
   --summary runs/quickstart/summary.json -o runs/quickstart/report.html
