@@ -54,6 +54,8 @@ BEFORE = {  # the recipe of commit 5643c9b
     "model.n_embd": 192,
     "model.init_std": 0.02,
     "model.activation_checkpointing": "full",
+    "engine.float32_matmul_precision": "highest",
+    "engine.loss_chunk_tokens": 4096,
     "batch.global_batch_size": 8,
     "optimizer.learning_rate": 1.5e-3,
     "optimizer.betas": [0.9, 0.95],
@@ -63,6 +65,7 @@ BEFORE = {  # the recipe of commit 5643c9b
     "schedule.min_ratio": 0.05,
     "evaluation.every_steps": 200,
     "evaluation.sequences": 128,
+    "evaluation.samples": 0,
     "checkpoints.every_steps": 200,
     "logging.every_steps": 25,
 }

@@ -248,7 +248,7 @@ class Engine(Section):
     Attributes:
         deepspeed: path of the DeepSpeed JSON, or the name of one in `ds_configs/`, e.g. zero3.
         precision: type of the weights and activations in forward and backward.
-        float32_matmul_precision: of matrix products in training where `precision` is fp32; as in
+        float32_matmul_precision: precision of matrix products in training where `precision` is fp32; as in
             torch.set_float32_matmul_precision. highest: fp32. high: TF32 on GPUs. medium: TF32 on GPUs, and bfloat16 on
             CPUs that have instructions for it. Evaluation always uses fp32.
         nvme: directory on a fast local disk of every host; required if the DeepSpeed JSON offloads to NVMe.
