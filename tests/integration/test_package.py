@@ -91,7 +91,9 @@ def test_the_wheel_has_every_file_of_the_package(distributions: Path) -> None:
 def test_the_metadata_say_what_it_is(distributions: Path) -> None:
     metadata = message_from_bytes(contents(wheel_in(distributions / "wheel"))[f"{NAME}.dist-info/METADATA"])
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_payload(decode=False).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    description = metadata.get_payload(decode=True)
+    assert isinstance(description, bytes)
+    assert description.decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert set(metadata.get_all("Provides-Extra", [])) == {"corpus", "evaluate", "ray", "s3", "test", "wandb"}
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])

@@ -60,6 +60,7 @@ OTHER: dict[str, Any] = {
     "schedule.min_ratio": 0.1,
     "engine.deepspeed": None,  # its content is compared
     "engine.precision": "bf16",
+    "engine.float32_matmul_precision": "medium",
     "engine.nvme": "/nvme",
     "engine.loss_chunk_tokens": 50,
     "engine.compile": True,
