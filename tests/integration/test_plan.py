@@ -167,6 +167,7 @@ def test_the_change_that_a_refusal_names_does_fit_when_it_is_tried(tmp_path: Pat
     assert accepted["recipe"]["peak_bytes"] == pytest.approx(accepted["measured"]["peak_bytes"], rel=0.05)
 
 
+@pytest.mark.nightly
 def test_tune_times_what_fits_and_writes_the_fastest(tmp_path: Path) -> None:
     recipe = replace(CASES[1], name="slow", n_layer=2, recompute="full", micro_batch=1, accumulation=4).write(tmp_path)
     tuned = json.loads(run("tune", recipe, "--trials", 2, "--steps", 3, "--json").stdout)

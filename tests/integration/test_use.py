@@ -116,6 +116,7 @@ def test_transformers_serve_does_this_differently(converted: Path, continuation:
         texts(prompt=[PROMPT, PROMPT])
 
 
+@pytest.mark.nightly
 def test_lm_eval_measures_what_the_model_computes(converted: Path, tmp_path: Path) -> None:
     """Bits per byte of some lines of code, from our own task, compared with a direct computation."""
     lines = ["import asyncio", "def close(self):\n    self._loop = None", "class Error(Exception):\n    pass"]
