@@ -81,7 +81,7 @@ def copy_tree(target: Path) -> Path:
     for name in filter(None, names.decode().split("\0")):
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, destination)
+        shutil.copy2(ROOT / name, destination, follow_symlinks=False)
     return target
 
 
