@@ -56,6 +56,7 @@ def train(directory: Path, shards: Path, options: argparse.Namespace, background
         "schedule.warmup_steps": 1,
         "engine.deepspeed": ROOT / "ds_configs" / f"zero{options.stage}.json",
         "engine.precision": "fp32",
+        "engine.float32_matmul_precision": "highest",
         "evaluation.sequences": 2,
         "evaluation.every_steps": 1000,
         "checkpoints.every_steps": EVERY,

@@ -50,6 +50,7 @@ def train(directory: Path, options: argparse.Namespace) -> Path:
         "schedule.warmup_steps": 0,
         "engine.deepspeed": ROOT / "ds_configs" / "zero3_offload.json",
         "engine.precision": "bf16",
+        "engine.float32_matmul_precision": "highest",
         "evaluation.sequences": 2,
         "checkpoints.background": "false",
     }

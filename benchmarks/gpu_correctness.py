@@ -59,6 +59,9 @@ SETTINGS: dict[str, Any] = {
     "schedule.steps": 100,
     "schedule.warmup_steps": 5,
     "schedule.min_ratio": 0.05,
+    "engine.float32_matmul_precision": "highest",
+    "engine.loss_chunk_tokens": 4096,
+    "evaluation.samples": 0,
 }
 
 

@@ -30,6 +30,9 @@ SETTINGS = {
     "batch.micro_batch_size": 4,
 }
 
+# Set where a tree's recipe sets them: older ones do not know these keys.
+SAME = {"engine.float32_matmul_precision": "highest", "engine.loss_chunk_tokens": 4096}
+
 
 def child(tree: Path, steps: int, output: Path) -> None:
     """Run one rank of a round; median CPU seconds per step of each case."""
@@ -37,15 +40,20 @@ def child(tree: Path, steps: int, output: Path) -> None:
     from codeparrot_ds.train import end
     from codeparrot_ds.trial import trainer_on_random_ids
 
-    found = {}
+    found: dict[str, float] = {}
+    quickstart = tree / "launch" / "recipes" / "quickstart.yaml"
+    text = quickstart.read_text(encoding="utf-8")
+    same = {key: value for key, value in SAME.items() if f"{key.partition('.')[2]}:" in text}
     for stage, precision in CASES:
-        settings = SETTINGS | {
-            "engine.precision": precision,
-            "engine.deepspeed": tree / "ds_configs" / f"zero{stage}.json",
-        }
-        recipe = load_recipe(
-            tree / "launch" / "recipes" / "quickstart.yaml", [f"{key}={value}" for key, value in settings.items()]
+        settings = (
+            SETTINGS
+            | same
+            | {
+                "engine.precision": precision,
+                "engine.deepspeed": tree / "ds_configs" / f"zero{stage}.json",
+            }
         )
+        recipe = load_recipe(quickstart, [f"{key}={value}" for key, value in settings.items()])
         with trainer_on_random_ids(recipe) as (trainer, _):
             seconds = []
             for _ in range(steps + 2):

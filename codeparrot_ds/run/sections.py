@@ -265,6 +265,15 @@ class Engine(Section):
     compile: bool = False
     allow_untested: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _matmul_precision_is_of_fp32(self) -> Self:
+        if self.float32_matmul_precision != "highest" and self.precision != "fp32":
+            raise ValueError(
+                f"float32_matmul_precision {self.float32_matmul_precision} has no effect with precision "
+                f"{self.precision}: remove it, or set precision: fp32"
+            )
+        return self
+
 
 class Evaluation(Section):
     """Validation loss over a fixed set of sequences, at the start, every `every_steps` steps, and at the end.

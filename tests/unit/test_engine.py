@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codeparrot_ds.run.recipe import Recipe
+from codeparrot_ds.run.sections import Engine
 from codeparrot_ds.training.engine import build_engine, exact_matmul
 
 
@@ -55,3 +56,11 @@ def test_the_recipe_sets_the_precision_of_matrix_products(wanted: str, monkeypat
     }
     build_engine(torch.nn.Linear(2, 2), Recipe.model_validate(body), {"zero_optimization": {"stage": 1}})
     assert seen == [wanted]
+
+
+def test_the_precision_of_matrix_products_is_refused_where_it_has_no_effect() -> None:
+    body = {"deepspeed": "zero1", "precision": "bf16", "float32_matmul_precision": "medium"}
+    with pytest.raises(ValueError, match="medium has no effect with precision bf16: remove it"):
+        Engine.model_validate(body)
+    assert Engine.model_validate(body | {"precision": "fp32"}).float32_matmul_precision == "medium"
+    assert Engine.model_validate(body | {"float32_matmul_precision": "highest"}).precision == "bf16"
