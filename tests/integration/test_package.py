@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, once
-from tests.trees import copy_tree
+from tests.trees import bash, copy_tree
 
 NAME = "codeparrot_ds-0.1.0"
 
@@ -144,15 +144,7 @@ def test_the_verbs_of_the_quickstart_run_outside_a_checkout(installed: dict[str,
     empty.mkdir()
     settings = " ".join(f"--set {setting}" for setting in SMALL.split())
     environment = {**installed, "LIBRARY": sysconfig.get_path("stdlib")}
-    done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", WALK.format(settings=settings)],
-        env=environment,
-        cwd=empty,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    done = bash("set -x\n" + WALK.format(settings=settings), empty, environment)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("step 4: checkpoint runs/by-") == 2
     assert json.loads((empty / "summary.json").read_text(encoding="utf-8"))["tokens"] > 100_000

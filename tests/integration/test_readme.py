@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.pages import PAGES, blocks
-from tests.trees import copy_tree
+from tests.trees import bash, copy_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 PARTS = ["install", "collect", "clean", "tokenizer", "shards", "verify", "train", "convert", "complete", "report"]
@@ -28,19 +28,6 @@ def user_environment() -> dict[str, str]:
     venv_bin = str(ROOT / ".venv" / "bin")
     environment["PATH"] = ":".join(p for p in os.environ["PATH"].split(":") if p != venv_bin)
     return environment
-
-
-def bash(block: str, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a block to completion."""
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.nightly
